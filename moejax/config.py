@@ -1,0 +1,527 @@
+"""Every option of moejax, once: frozen dataclasses with their meaning, defaults and validation.
+
+`experiments/*.py` hold `get_config() -> ConfigDict` made by `to_config_dict`; flags override single
+values (`--config.model.moe.num_experts=32`); `from_config_dict` turns the ConfigDict into these frozen
+dataclasses once, at the boundary, and reports *every* problem it finds with the offending keys and what
+would work. Inside the library nothing but the frozen dataclasses is seen; they are hashable and static
+under `jit`. Differences between published models are values of these fields, never code.
+"""
+
+import dataclasses
+import difflib
+import json
+import typing
+from typing import Any
+
+from ml_collections import ConfigDict
+
+
+class ConfigError(ValueError):
+    """A config that cannot work; the message names the keys and what would work."""
+
+
+@dataclasses.dataclass(frozen=True)
+class RopeConfig:
+    """Rotary positions (2104.09864) with YaRN context extension (2309.00071)."""
+
+    theta: float = 10_000.0
+    # True: rotate adjacent pairs (x0,x1),(x2,x3) (DeepSeek MLA); False: split halves (LLaMA).
+    interleaved: bool = False
+    # Context extension factor; 1 = plain RoPE.
+    yarn_factor: float = 1.0
+    yarn_original_len: int = 4096
+    yarn_beta_fast: float = 32.0
+    yarn_beta_slow: float = 1.0
+    # cos/sin are multiplied by m(mscale)/m(mscale_all_dim), the softmax scale by m(mscale_all_dim)^2,
+    # with m(a) = 0.1 a ln(factor) + 1.
+    yarn_mscale: float = 1.0
+    yarn_mscale_all_dim: float = 0.0
+    # Round the correction range to whole dimensions (gpt-oss does not).
+    yarn_truncate: bool = True
+
+
+@dataclasses.dataclass(frozen=True)
+class AttentionConfig:
+    """Multi-head and grouped-query attention ('mha'), or multi-head latent attention ('mla')."""
+
+    kind: str = "mha"
+    num_heads: int = 4
+    # Equal to num_heads: MHA; smaller: GQA. Unused by 'mla'.
+    num_kv_heads: int = 4
+    head_dim: int = 32
+    qkv_bias: bool = False
+    out_bias: bool = False
+    # RMSNorm on queries and keys: 'none', 'head' (each head, Qwen3), 'full' (before the split, OLMoE).
+    qk_norm: str = "none"
+    # A learned logit per head in the softmax denominator (gpt-oss).
+    sinks: bool = False
+    # Sliding windows, repeated over the layers; 0 = full attention. gpt-oss: (128, 0).
+    windows: tuple[int, ...] = ()
+    # MLA (2405.04434 section 2.1): widths of the latents and of the per-head parts.
+    q_lora_rank: int = 0  # 0: full-rank queries (V2-Lite, Moonlight)
+    kv_lora_rank: int = 0
+    qk_nope_head_dim: int = 0
+    qk_rope_head_dim: int = 0
+    v_head_dim: int = 0
+    rope: RopeConfig = RopeConfig()
+
+    @property
+    def qk_head_dim(self) -> int:
+        """Width of a query (and key) head."""
+        if self.kind == "mla":
+            return self.qk_nope_head_dim + self.qk_rope_head_dim
+        return self.head_dim
+
+    @property
+    def value_head_dim(self) -> int:
+        return self.v_head_dim if self.kind == "mla" else self.head_dim
+
+    def window(self, layer: int) -> int:
+        """Sliding window of a layer; 0 = full attention."""
+        return self.windows[layer % len(self.windows)] if self.windows else 0
+
+
+@dataclasses.dataclass(frozen=True)
+class MoEConfig:
+    """The Mixture-of-Experts layer. `num_experts=0` makes every layer dense."""
+
+    num_experts: int = 0  # routed experts E
+    experts_per_token: int = 2  # K
+    d_expert: int = 0  # FFN width F of a routed expert
+    shared_experts: int = 0  # experts every token uses (computed as one FFN)
+    d_shared: int = 0  # total width of the shared FFN; 0: shared_experts * d_expert
+    shared_gate: bool = False  # multiply the shared FFN by sigmoid(w x) (Qwen2-MoE)
+
+    router: str = "token_choice"  # a key of moejax.moe.routers.ROUTERS
+    score: str = "softmax"  # 'softmax' (v1, V2), 'sigmoid' (V3), 'sqrt_softplus' (V4)
+    normalize_weights: bool = False  # divide the K chosen weights by their sum
+    routed_scaling: float = 1.0  # multiply the weights (V3: 2.5)
+    router_bias: bool = False  # learned bias on the router logits (gpt-oss)
+    # Group-limited selection: keep topk_groups of num_groups, judged by their 'max' member (V2) or the
+    # 'top2_sum' of their biased scores (V3). num_groups = 1: no limit.
+    num_groups: int = 1
+    topk_groups: int = 1
+    group_score: str = "max"
+    # Selection bias learned by rule, not by gradient (2408.15664): 'none', 'sign' (V3),
+    # 'sign_centered' (Moonlight), 'proportional'. 'frozen' keeps a loaded bias as it is.
+    bias_update: str = "none"
+    bias_rate: float = 0.001
+
+    # Balance losses: coefficients; 0 = off. See moejax.moe.balance for the equations.
+    expert_loss: float = 0.0  # v1 expert-level, f pooled over the global batch
+    sequence_loss: float = 0.0  # V3 sequence-wise (with normalised scores)
+    device_loss: float = 0.0  # v1/V2 device-level over balance_groups groups
+    communication_loss: float = 0.0  # V2 communication balance over balance_groups groups
+    z_loss: float = 0.0  # router z-loss (ST-MoE)
+    balance_groups: int = 1  # D, devices the device-level losses think of
+
+    activation: str = "swiglu"  # see moejax.moe.experts.ACTIVATIONS
+    activation_limit: float = 0.0  # clamp of the clamped activations (gpt-oss 7, V4 10)
+    ffn_bias: bool = False  # biases in the experts (gpt-oss)
+
+    dispatcher: str = "dropless"  # 'dense' (oracle), 'capacity' (drops, counted), 'dropless'
+    capacity_factor: float = 1.25  # 'capacity': slots per expert = ceil(factor * T * K / E)
+    grouped_matmul: str = "auto"  # 'auto' (by platform) or a key of moejax.moe.grouped_matmul
+    # With an expert mesh axis > 1: 'ring' (all-gather, reduce-scatter) or 'all_to_all'.
+    expert_parallel: str = "ring"
+    # 'all_to_all': rows a device can receive from each peer, as a multiple of the balanced load;
+    # 0 = the worst case, so that nothing overflows (dropless).
+    buffer_factor: float = 0.0
+
+    @property
+    def shared_width(self) -> int:
+        return self.d_shared or self.shared_experts * self.d_expert
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """A pre-norm decoder-only transformer."""
+
+    vocab_size: int = 256
+    d_model: int = 128
+    num_layers: int = 4
+    num_dense_layers: int = 1  # leading layers with a dense FFN; the rest are MoE if num_experts > 0
+    d_ff: int = 512  # width of a dense FFN
+    activation: str = "swiglu"  # of dense and shared FFNs; 'gelu_tanh' for GPT-2
+    ffn_bias: bool = False
+    norm: str = "rmsnorm"  # or 'layernorm' (GPT-2)
+    norm_eps: float = 1e-6
+    positions: str = "rope"  # or 'learned' (GPT-2)
+    tie_embeddings: bool = False
+    max_seq_len: int = 4096
+    init_std: float = 0.006  # DeepSeek's
+    attention: AttentionConfig = AttentionConfig()
+    moe: MoEConfig = MoEConfig()
+    # Multi-token prediction (2412.19437 section 2.2): extra depths, and the weight of their loss.
+    mtp_depth: int = 0
+    mtp_loss_weight: float = 0.3
+
+    # How it is computed; none of these changes a result beyond rounding.
+    dtype: str = "float32"  # compute dtype; master weights and router are float32
+    scan_layers: bool = True  # False: unrolled
+    remat: str = "none"  # 'none', 'full' (save layer inputs), 'dots' (save matmul results)
+    loss_chunk: int = 0  # cross-entropy over this many tokens at a time; 0: chosen by vocabulary
+
+    @property
+    def num_moe_layers(self) -> int:
+        return self.num_layers - self.num_dense_layers if self.moe.num_experts else 0
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    # Each source is 'domain=where': 'builtin' (the embedded corpus, three domains), 'code=src/**/*.py'
+    # (a glob of text), 'wiki=dump/*.jsonl.zst' (JSONL, also .gz), 'web=part-*.parquet',
+    # 'stories=hf:org/name' (Hugging Face datasets, an extra).
+    sources: tuple[str, ...] = ("builtin",)
+    # Sampling weight of each source; () = by size.
+    weights: tuple[float, ...] = ()
+    text_field: str = "text"  # field of JSONL, Parquet and Hugging Face records
+    max_bytes: int = 0  # read at most this much of each domain; 0 = all
+    tokenizer: str = "bpe"  # 'byte', 'bpe' (trained on the corpus, saved with the run), or a tokenizer.json
+    vocab_size: int = 4096  # of the trained BPE
+    seq_len: int = 256
+    batch_size: int = 16  # sequences per optimiser step, over all devices
+    validation_fraction: float = 0.02  # of the documents of every domain
+    seed: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW. Matrices decay; norms, biases and (always) router state do not."""
+
+    learning_rate: float = 1e-3
+    # 'multistep' (DeepSeekMoE: x decay_factor at each fraction in decay_at), 'cosine',
+    # 'wsd' (warm-up, stable, linear decay from decay_at[0]), 'constant'.
+    schedule: str = "multistep"
+    warmup_steps: int = 100
+    decay_at: tuple[float, ...] = (0.8, 0.9)
+    decay_factor: float = 0.316
+    min_lr_ratio: float = 0.1  # end of 'cosine' and 'wsd'
+    b1: float = 0.9
+    b2: float = 0.95
+    eps: float = 1e-8
+    weight_decay: float = 0.1
+    clip_norm: float = 1.0
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    steps: int = 300
+    accumulation: int = 1  # micro-batches per optimiser step; results do not depend on it
+    log_every: int = 10
+    eval_every: int = 100
+    eval_batches: int = 8
+    checkpoint_every: int = 100
+    keep_last: int = 2
+    keep_every: int = 0  # also keep every n-th step for good; 0 = none
+    max_bad_steps: int = 10  # stop after this many NaN/infinite steps in a row
+    seed: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """Devices per mesh axis; one of them may be -1 (all that are left)."""
+
+    data: int = -1
+    fsdp: int = 1
+    expert: int = 1
+    tensor: int = 1
+    # Rows that replace the table in moejax.sharding: 'logical=mesh', 'logical=mesh+mesh', 'logical='.
+    rules: tuple[str, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class ExperimentConfig:
+    name: str = "base"
+    model: ModelConfig = ModelConfig()
+    data: DataConfig = DataConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    train: TrainConfig = TrainConfig()
+    mesh: MeshConfig = MeshConfig()
+
+
+# ---------------------------------------------------------------------------------------------------
+# Between ConfigDict, JSON and the dataclasses.
+
+
+def to_config_dict(cfg: Any) -> ConfigDict:
+    """A ConfigDict with the same fields; tuples stay tuples, nesting stays nesting."""
+
+    def plain(c):
+        return {
+            f.name: plain(v) if dataclasses.is_dataclass(v := getattr(c, f.name)) else v
+            for f in dataclasses.fields(c)
+        }
+
+    return ConfigDict(plain(cfg)).lock()
+
+
+def to_json(cfg: Any) -> str:
+    return json.dumps(dataclasses.asdict(cfg), indent=2) + "\n"
+
+
+def from_json(text: str, cls: type = ExperimentConfig) -> Any:
+    """The config stored in a checkpoint; unknown or ill-typed keys raise ConfigError."""
+    return from_config_dict(json.loads(text), cls)
+
+
+def from_config_dict(values: Any, cls: type = ExperimentConfig, *, check: bool = True) -> Any:
+    """Frozen dataclasses from a ConfigDict or dict; raises ConfigError naming every problem at once."""
+    problems: list[str] = []
+    cfg = _build(cls, values, "", problems)
+    if not problems and check and cls in (ExperimentConfig, ModelConfig):
+        model = cfg.model if cls is ExperimentConfig else cfg
+        problems += model_problems(model, "model." if cls is ExperimentConfig else "")
+        if cls is ExperimentConfig:
+            problems += experiment_problems(cfg)
+    if problems:
+        raise ConfigError(
+            f"{len(problems)} problem{'s' * (len(problems) > 1)} in the config:\n"
+            + "\n".join(f"  - {p}" for p in problems)
+        )
+    return cfg
+
+
+def _build(cls, values, prefix, problems):
+    values = values.to_dict() if isinstance(values, ConfigDict) else dict(values)
+    types = typing.get_type_hints(cls)
+    kwargs = {}
+    for key, value in values.items():
+        if key not in types:
+            near = difflib.get_close_matches(str(key), types, n=1, cutoff=0.5)
+            hint = f"did you mean {prefix}{near[0]}?" if near else f"known keys: {', '.join(types)}"
+            problems.append(f"unknown key {prefix}{key}; {hint}")
+        elif dataclasses.is_dataclass(types[key]):
+            if not isinstance(value, dict | ConfigDict):
+                problems.append(f"{prefix}{key} must be a group of options, not {value!r}")
+            else:
+                kwargs[key] = _build(types[key], value, f"{prefix}{key}.", problems)
+        else:
+            try:
+                kwargs[key] = _coerce(value, types[key])
+            except TypeError as e:
+                problems.append(f"{prefix}{key} must be {e}, not {value!r}")
+    return cls(**kwargs)
+
+
+def _coerce(value, want):
+    """`value` as type `want`: exact types, int for float, list for tuple; never str for a number."""
+    if typing.get_origin(want) is tuple:
+        item = typing.get_args(want)[0]
+        if not isinstance(value, list | tuple):
+            raise TypeError(f"a tuple of {item.__name__}")
+        return tuple(_coerce(v, item) for v in value)
+    if want is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if not isinstance(value, want) or (isinstance(value, bool) and want is not bool):
+        raise TypeError(f"a{'n' * (want is int)} {want.__name__}")
+    return value
+
+
+# ---------------------------------------------------------------------------------------------------
+# Validation: what types cannot say.
+
+CHOICES = {
+    "activation": ("swiglu", "swiglu_clamped", "swiglu_oai", "gelu_tanh"),
+    "norm": ("rmsnorm", "layernorm"),
+    "positions": ("rope", "learned"),
+    "dtype": ("float32", "bfloat16", "float64"),
+    "remat": ("none", "full", "dots"),
+    "attention.kind": ("mha", "mla"),
+    "attention.qk_norm": ("none", "head", "full"),
+    "moe.router": ("token_choice", "hash", "expert_choice"),
+    "moe.score": ("softmax", "sigmoid", "sqrt_softplus"),
+    "moe.group_score": ("max", "top2_sum"),
+    "moe.bias_update": ("none", "sign", "sign_centered", "proportional", "frozen"),
+    "moe.activation": ("swiglu", "swiglu_clamped", "swiglu_oai", "gelu_tanh"),
+    "moe.dispatcher": ("dense", "capacity", "dropless"),
+    "moe.grouped_matmul": ("auto", "reference", "blocked", "ragged", "tokamax"),
+    "moe.expert_parallel": ("ring", "all_to_all"),
+}
+
+
+def _get(cfg, dotted):
+    for part in dotted.split("."):
+        cfg = getattr(cfg, part)
+    return cfg
+
+
+def choice_problem(key: str, value: str, choices: typing.Iterable[str]) -> str | None:
+    """None if `value` is one of `choices`, else a sentence with the nearest and all of them."""
+    choices = tuple(choices)
+    if value in choices:
+        return None
+    near = difflib.get_close_matches(str(value), choices, n=1, cutoff=0.5)
+    hint = f"did you mean {near[0]!r}? " if near else ""
+    return f"{key}={value!r}: {hint}choices are {', '.join(choices)}"
+
+
+def model_problems(cfg: ModelConfig, prefix: str = "model.") -> list[str]:
+    """Every inconsistency of a model config, as sentences."""
+    out = [choice_problem(prefix + k, _get(cfg, k), v) for k, v in CHOICES.items()]
+    problems = [p for p in out if p]
+
+    def need(ok: bool, text: str):
+        if not ok:
+            problems.append(text)
+
+    p, a, m = prefix, cfg.attention, cfg.moe
+    for key in ("vocab_size", "d_model", "num_layers", "max_seq_len"):
+        need(_get(cfg, key) > 0, f"{p}{key}={_get(cfg, key)} must be positive")
+    need(a.num_heads > 0, f"{p}attention.num_heads={a.num_heads} must be positive")
+    need(
+        0 <= cfg.num_dense_layers <= cfg.num_layers,
+        f"{p}num_dense_layers={cfg.num_dense_layers} must be between 0 and "
+        f"{p}num_layers={cfg.num_layers}",
+    )
+    if cfg.num_moe_layers < cfg.num_layers:
+        need(cfg.d_ff > 0, f"{p}d_ff={cfg.d_ff} must be positive: there are dense layers")
+    if a.kind == "mha":
+        need(
+            a.num_kv_heads > 0 and a.num_heads % a.num_kv_heads == 0,
+            f"{p}attention.num_heads={a.num_heads} must be a multiple of "
+            f"{p}attention.num_kv_heads={a.num_kv_heads}; {divisors_text(a.num_heads)} would work",
+        )
+        need(
+            cfg.positions != "rope" or (a.head_dim > 0 and a.head_dim % 2 == 0),
+            f"{p}attention.head_dim={a.head_dim} must be even and positive for rotary positions",
+        )
+    elif a.kind == "mla":
+        for key in ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"):
+            need(getattr(a, key) > 0, f"{p}attention.{key}={getattr(a, key)} must be positive for 'mla'")
+        need(
+            a.qk_rope_head_dim % 2 == 0,
+            f"{p}attention.qk_rope_head_dim={a.qk_rope_head_dim} must be even",
+        )
+        need(cfg.positions == "rope", f"{p}positions={cfg.positions!r}: 'mla' needs 'rope'")
+        need(not a.sinks, f"{p}attention.sinks is not available with 'mla'")
+    need(all(w >= 0 for w in a.windows), f"{p}attention.windows={a.windows} must not be negative")
+    if m.num_experts:
+        problems += _moe_problems(m, p + "moe.")
+        need(
+            cfg.num_dense_layers < cfg.num_layers,
+            f"{p}num_dense_layers={cfg.num_dense_layers} leaves no layer for the "
+            f"{p}moe.num_experts={m.num_experts} experts: lower it below {p}num_layers="
+            f"{cfg.num_layers}, or set num_experts=0 for a dense model",
+        )
+    need(cfg.mtp_depth >= 0, f"{p}mtp_depth={cfg.mtp_depth} must not be negative")
+    return problems
+
+
+def _moe_problems(m: MoEConfig, p: str) -> list[str]:
+    problems = []
+
+    def need(ok: bool, text: str):
+        if not ok:
+            problems.append(text)
+
+    need(m.num_experts > 0, f"{p}num_experts={m.num_experts} must not be negative")
+    need(
+        1 <= m.experts_per_token <= m.num_experts,
+        f"{p}experts_per_token={m.experts_per_token} must be between 1 and "
+        f"{p}num_experts={m.num_experts}",
+    )
+    need(m.d_expert > 0, f"{p}d_expert={m.d_expert} must be positive: the FFN width of an expert")
+    need(m.num_groups >= 1, f"{p}num_groups={m.num_groups} must be at least 1")
+    if m.num_groups > 1:
+        size = m.num_experts // m.num_groups
+        need(
+            m.num_experts % m.num_groups == 0,
+            f"{p}num_experts={m.num_experts} must be a multiple of {p}num_groups={m.num_groups}; "
+            f"{divisors_text(m.num_experts)} would work",
+        )
+        need(
+            1 <= m.topk_groups <= m.num_groups,
+            f"{p}topk_groups={m.topk_groups} must be between 1 and {p}num_groups={m.num_groups}",
+        )
+        need(
+            m.topk_groups * size >= m.experts_per_token,
+            f"{p}topk_groups={m.topk_groups} groups of {size} experts hold fewer than "
+            f"{p}experts_per_token={m.experts_per_token}; "
+            f"topk_groups >= {-(-m.experts_per_token // max(size, 1))} would work",
+        )
+        need(
+            m.group_score != "top2_sum" or size >= 2,
+            f"{p}group_score='top2_sum' needs groups of at least 2 experts, not {size}",
+        )
+    need(
+        m.balance_groups >= 1 and m.num_experts % max(m.balance_groups, 1) == 0,
+        f"{p}num_experts={m.num_experts} must be a multiple of "
+        f"{p}balance_groups={m.balance_groups}; {divisors_text(m.num_experts)} would work",
+    )
+    for key in ("device_loss", "communication_loss"):
+        need(
+            getattr(m, key) == 0 or m.balance_groups > 1,
+            f"{p}{key}={getattr(m, key)} needs {p}balance_groups > 1 (the devices it balances)",
+        )
+    need(m.capacity_factor > 0, f"{p}capacity_factor={m.capacity_factor} must be positive")
+    need(m.buffer_factor >= 0, f"{p}buffer_factor={m.buffer_factor} must not be negative")
+    if m.router == "expert_choice":
+        need(
+            m.dispatcher == "dense" or m.dispatcher == "capacity",
+            f"{p}router='expert_choice' fills slots; {p}dispatcher={m.dispatcher!r} takes token-choice "
+            "routes: use 'capacity'",
+        )
+    if m.activation in ("swiglu_clamped", "swiglu_oai"):
+        need(
+            m.activation_limit > 0,
+            f"{p}activation={m.activation!r} needs {p}activation_limit > 0 (gpt-oss 7, V4 10)",
+        )
+    return problems
+
+
+def experiment_problems(cfg: ExperimentConfig) -> list[str]:
+    """Inconsistencies between the groups of an experiment."""
+    problems = []
+
+    def need(ok: bool, text: str):
+        if not ok:
+            problems.append(text)
+
+    d, o, t, m = cfg.data, cfg.optimizer, cfg.train, cfg.mesh
+    for key in ("seq_len", "batch_size"):
+        need(getattr(d, key) > 0, f"data.{key}={getattr(d, key)} must be positive")
+    need(
+        d.seq_len <= cfg.model.max_seq_len,
+        f"data.seq_len={d.seq_len} is longer than model.max_seq_len={cfg.model.max_seq_len}",
+    )
+    need(len(d.sources) > 0, "data.sources is empty: ('builtin',) would work")
+    need(
+        not d.weights or len(d.weights) == len(d.sources),
+        f"data.weights has {len(d.weights)} entries for {len(d.sources)} data.sources",
+    )
+    need(
+        not d.weights or (min(d.weights) >= 0 and sum(d.weights) > 0),
+        f"data.weights={d.weights} must not be negative and must not sum to zero",
+    )
+    need(
+        0 < d.validation_fraction < 1,
+        f"data.validation_fraction={d.validation_fraction} must lie between 0 and 1",
+    )
+    p = choice_problem("optimizer.schedule", o.schedule, ("multistep", "cosine", "wsd", "constant"))
+    problems += [p] if p else []
+    need(o.learning_rate > 0, f"optimizer.learning_rate={o.learning_rate} must be positive")
+    need(
+        all(0 < x <= 1 for x in o.decay_at) and (o.schedule != "wsd" or len(o.decay_at) > 0),
+        f"optimizer.decay_at={o.decay_at} must be fractions of the run, in (0, 1]",
+    )
+    for key in ("steps", "accumulation", "log_every", "eval_every", "checkpoint_every", "keep_last"):
+        need(getattr(t, key) >= 1, f"train.{key}={getattr(t, key)} must be at least 1")
+    need(
+        t.accumulation < 1 or d.batch_size % t.accumulation == 0,
+        f"data.batch_size={d.batch_size} must be a multiple of train.accumulation={t.accumulation}; "
+        f"{divisors_text(d.batch_size)} would work",
+    )
+    sizes = [m.data, m.fsdp, m.expert, m.tensor]
+    need(
+        all(s >= 1 or s == -1 for s in sizes) and sizes.count(-1) <= 1,
+        f"mesh sizes must be positive, at most one of them -1; got data={m.data}, fsdp={m.fsdp}, "
+        f"expert={m.expert}, tensor={m.tensor}",
+    )
+    return problems
+
+
+def divisors_text(n: int) -> str:
+    """'1, 2, 4 or 8' for 8, for error messages."""
+    ds = [str(i) for i in range(1, n + 1) if n % i == 0]
+    return ds[0] if len(ds) == 1 else ", ".join(ds[:-1]) + f" or {ds[-1]}"
