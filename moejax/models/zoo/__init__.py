@@ -1,0 +1,180 @@
+"""Published models as data: `load_preset("deepseek-moe-16b")`, `config_from_hf(a config.json)`.
+
+`configs/*.json` are the published `config.json` files, with two keys of our own: `_note` says what
+is inferred, and `_training` holds the options of `ModelConfig` that the paper (its `source`) gives
+and config.json does not: initialiser, balance losses, bias rule. Several names share a file where
+the published architectures are the same.
+"""
+
+import dataclasses
+import difflib
+import json
+import pathlib
+from types import ModuleType
+
+from moejax.config import (
+    ConfigError,
+    ModelConfig,
+    from_config_dict,
+    model_problems,
+)
+from moejax.models.zoo import (
+    deepseek,
+    deepseek_v2,
+    deepseek_v3,
+    gpt2,
+    gpt_oss,
+    llama,
+    mixtral,
+    olmoe,
+    qwen2_moe,
+    qwen3_moe,
+)
+from moejax.models.zoo.architecture import architecture
+
+# Hugging Face model_type -> the module that reads and writes it.
+FAMILIES: dict[str, ModuleType] = {
+    "deepseek": deepseek,
+    "deepseek_v2": deepseek_v2,
+    "deepseek_v3": deepseek_v3,
+    "kimi_k2": deepseek_v3,
+    "gpt2": gpt2,
+    "gpt_oss": gpt_oss,
+    "llama": llama,
+    "mixtral": mixtral,
+    "olmoe": olmoe,
+    "qwen2_moe": qwen2_moe,
+    "qwen3_moe": qwen3_moe,
+}
+
+# Architectures that moejax counts (`moejax.cost`) and does not run.
+COUNTED_ONLY = ("deepseek_v32", "deepseek_v4", "deepseek_v41")
+
+# Model name -> file in configs/.
+PRESETS: dict[str, str] = {
+    "deepseek-llm-7b": "deepseek-llm-7b",
+    "deepseek-llm-67b": "deepseek-llm-67b",
+    "deepseek-moe-2b": "deepseek-moe-2b",
+    "deepseek-moe-16b": "deepseek-moe-16b",
+    "deepseek-moe-16b-base": "deepseek-moe-16b",
+    "deepseek-moe-16b-chat": "deepseek-moe-16b",
+    "deepseek-moe-145b": "deepseek-moe-145b",
+    "deepseek-v2-lite": "deepseek-v2-lite",
+    "deepseek-v2": "deepseek-v2",
+    "deepseek-v2.5": "deepseek-v2.5",
+    "deepseek-v3": "deepseek-v3",
+    "deepseek-v3-0324": "deepseek-v3",
+    "deepseek-v3.1": "deepseek-v3",
+    "deepseek-r1": "deepseek-r1",
+    "moonlight-16b-a3b": "moonlight-16b-a3b",
+    "kimi-k2": "kimi-k2",
+    "llama-1-65b": "llama-1-65b",
+    "llama-2-7b": "llama-2-7b",
+    "llama-2-13b": "llama-2-13b",
+    "llama-2-70b": "llama-2-70b",
+    "gpt-2": "gpt2",
+    "gpt-2-medium": "gpt2-medium",
+    "gpt-2-large": "gpt2-large",
+    "gpt-2-xl": "gpt2-xl",
+    "gpt-oss-20b": "gpt-oss-20b",
+    "gpt-oss-120b": "gpt-oss-120b",
+    "mixtral-8x7b": "mixtral-8x7b",
+    "qwen1.5-moe-a2.7b": "qwen1.5-moe-a2.7b",
+    "qwen3-30b-a3b": "qwen3-30b-a3b",
+    "olmoe-1b-7b": "olmoe-1b-7b",
+}
+
+# As PRESETS, for architectures in COUNTED_ONLY.
+COUNTED_PRESETS: dict[str, str] = {
+    "deepseek-v3.2-exp": "deepseek-v3.2",
+    "deepseek-v3.2": "deepseek-v3.2",
+    "deepseek-v4-flash": "deepseek-v4-flash",
+    "deepseek-v4-flash-0731": "deepseek-v4-flash-0731",
+    "deepseek-v4-pro": "deepseek-v4-pro",
+    "deepseek-v4.1-flash": "deepseek-v4.1-flash",
+}
+
+CONFIGS = pathlib.Path(__file__).parent / "configs"
+
+
+def unknown_name(name: str, known) -> str:
+    """An error text with the nearest of the known names."""
+    near = difflib.get_close_matches(name.lower(), known, n=3, cutoff=0.4)
+    hint = f"did you mean {' or '.join(near)}? " if near else ""
+    return f"unknown model {name!r}; {hint}known models: {', '.join(sorted(known))}"
+
+
+def load_hf(name: str) -> dict:
+    """The published config.json of a model, runnable or only counted; unknown name: ConfigError."""
+    files = PRESETS | COUNTED_PRESETS
+    if name not in files:
+        raise ConfigError(unknown_name(name, files))
+    return json.loads((CONFIGS / f"{files[name]}.json").read_text())
+
+
+def load_preset(name: str) -> ModelConfig:
+    """The ModelConfig of a published model, with the training options its paper states.
+
+    Raises ConfigError for an unknown name (with the nearest ones) and for a model that cannot run.
+    """
+    hf = load_hf(name)
+    cfg = config_from_hf(hf)
+    training = {k: v for k, v in hf.get("_training", {}).items() if k != "source"}
+    values = dataclasses.asdict(cfg)
+    for key, value in training.items():
+        *group, field = key.split(".")
+        (values[group[0]] if group else values)[field] = value
+    return from_config_dict(values, ModelConfig)
+
+
+def config_from_hf(hf: dict) -> ModelConfig:
+    """The ModelConfig of a parsed config.json, by its `model_type`.
+
+    Raises ConfigError, naming what would work, for a model type we do not know, a missing or absurd
+    field, or an option that ModelConfig cannot express.
+    """
+    kind = hf.get("model_type") if isinstance(hf, dict) else None
+    if not isinstance(kind, str):
+        raise ConfigError("a config.json must be an object with a model_type such as 'mixtral'")
+    if kind in COUNTED_ONLY:
+        raise ConfigError(f"model_type {kind!r} can be counted (plan, compare) but not run")
+    if kind not in FAMILIES:
+        raise ConfigError(f"unknown model_type {kind!r}; known: {', '.join(FAMILIES)}")
+    cfg = FAMILIES[kind].config_from_hf(hf)
+    problems = model_problems(cfg, "")
+    if problems:
+        raise ConfigError(f"{kind} config: " + "; ".join(problems))
+    return cfg
+
+
+def config_to_hf(cfg: ModelConfig, model_type: str) -> dict:
+    """The config.json of `cfg` as a model of that type.
+
+    Raises ConfigError, naming the fields, when the family cannot express `cfg`: when reading the
+    result back would give another model.
+    """
+    if model_type not in FAMILIES:
+        raise ConfigError(f"unknown model_type {model_type!r}; known: {', '.join(FAMILIES)}")
+    lost = _lost_fields(cfg, model_type)
+    if lost:
+        able = [t for t in FAMILIES if not _lost_fields(cfg, t)]
+        raise ConfigError(
+            f"a {model_type} config.json cannot express this model: {'; '.join(lost)}. "
+            f"Families that can: {', '.join(able) or 'none'}"
+        )
+    return FAMILIES[model_type].config_to_hf(cfg)
+
+
+def _lost_fields(cfg: ModelConfig, model_type: str) -> list[str]:
+    """The architecture fields that change when `cfg` is written as `model_type` and read back."""
+    family = FAMILIES[model_type]
+    before = architecture(cfg)
+    try:
+        after = architecture(family.config_from_hf(family.config_to_hf(cfg)))
+    except ConfigError as e:
+        return [str(e)]
+    return [
+        f"{key}={before[key]!r} (would become {after[key]!r})"
+        for key in before
+        if before[key] != after[key]
+    ]

@@ -1,0 +1,88 @@
+"""DeepSeek-V2, V2-Lite, V2.5 (2405.04434): latent attention, device-limited softmax routing."""
+
+from moejax.config import AttentionConfig, ConfigError, ModelConfig, MoEConfig
+from moejax.models.zoo import deepseek, fields
+
+MODEL_TYPE = "deepseek_v2"
+
+
+def latent_attention(hf: dict, family: str) -> AttentionConfig:
+    """Multi-head latent attention of V2 and V3; RoPE turns adjacent pairs."""
+    n = fields.sizes(
+        hf, family, "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"
+    )
+    fields.only(hf, family, "attention_bias", False)
+    fields.only(hf, family, "rope_interleave", True)
+    heads = fields.size(hf, family, "num_attention_heads")
+    return AttentionConfig(
+        kind="mla",
+        num_heads=heads,
+        num_kv_heads=heads,
+        q_lora_rank=fields.size(hf, family, "q_lora_rank", 0, least=0),
+        kv_lora_rank=n["kv_lora_rank"],
+        qk_nope_head_dim=n["qk_nope_head_dim"],
+        qk_rope_head_dim=n["qk_rope_head_dim"],
+        v_head_dim=n["v_head_dim"],
+        rope=fields.rope_from_hf(hf, family, interleaved=True, mla=True),
+    )
+
+
+def latent_attention_to_hf(cfg: ModelConfig) -> dict:
+    a = cfg.attention
+    return {
+        "num_key_value_heads": a.num_heads,
+        "q_lora_rank": a.q_lora_rank or None,
+        "kv_lora_rank": a.kv_lora_rank,
+        "qk_nope_head_dim": a.qk_nope_head_dim,
+        "qk_rope_head_dim": a.qk_rope_head_dim,
+        "v_head_dim": a.v_head_dim,
+        "attention_bias": False,
+        **fields.rope_to_hf(a.rope, mla=True),
+    }
+
+
+def config_from_hf(hf: dict) -> ModelConfig:
+    """The ModelConfig of a `deepseek_v2` config.json; ConfigError names what does not work."""
+    common = fields.decoder_from_hf(hf, MODEL_TYPE)
+    fields.only(hf, MODEL_TYPE, "scoring_func", "softmax")
+    method = fields.only(hf, MODEL_TYPE, "topk_method", "greedy", "group_limited_greedy")
+    if fields.flag(hf, MODEL_TYPE, "norm_topk_prob"):
+        # DeepSeek's code then drops routed_scaling_factor, transformers drops the normalisation.
+        raise ConfigError(
+            "deepseek_v2 config: norm_topk_prob=true has two meanings in published code; "
+            "false (every released V2) would work"
+        )
+    groups = {}
+    if method == "group_limited_greedy":
+        n = fields.sizes(hf, MODEL_TYPE, "n_group", "topk_group")
+        groups = {"num_groups": n["n_group"], "topk_groups": n["topk_group"], "group_score": "max"}
+    return ModelConfig(
+        **common,
+        num_dense_layers=fields.size(hf, MODEL_TYPE, "first_k_dense_replace", 0, least=0),
+        d_ff=fields.size(hf, MODEL_TYPE, "intermediate_size"),
+        attention=latent_attention(hf, MODEL_TYPE),
+        moe=MoEConfig(
+            **deepseek.moe_shape(hf, MODEL_TYPE),
+            **deepseek.balance_loss(hf, MODEL_TYPE, 0.001),
+            **groups,
+            score="softmax",
+            routed_scaling=fields.number(hf, MODEL_TYPE, "routed_scaling_factor", 1.0),
+        ),
+    )
+
+
+def config_to_hf(cfg: ModelConfig) -> dict:
+    """The config.json that `transformers` loads as DeepseekV2ForCausalLM."""
+    m = cfg.moe
+    return fields.decoder_to_hf(
+        cfg,
+        architectures=["DeepseekV2ForCausalLM"],
+        model_type=MODEL_TYPE,
+        scoring_func="softmax",
+        topk_method="group_limited_greedy" if m.num_groups > 1 else "greedy",
+        n_group=m.num_groups,
+        topk_group=m.topk_groups,
+        routed_scaling_factor=m.routed_scaling,
+        **deepseek.moe_shape_to_hf(cfg),
+        **latent_attention_to_hf(cfg),
+    )

@@ -1,0 +1,54 @@
+"""DeepSeek-V3, R1, V3.1, Moonlight, Kimi K2 (2412.19437): sigmoid scores, bias balancing, MTP."""
+
+from moejax.config import ModelConfig, MoEConfig
+from moejax.models.zoo import deepseek, fields
+from moejax.models.zoo.deepseek_v2 import latent_attention, latent_attention_to_hf
+
+MODEL_TYPE = "deepseek_v3"
+
+
+def config_from_hf(hf: dict) -> ModelConfig:
+    """The ModelConfig of a `deepseek_v3` or `kimi_k2` config.json; ConfigError names what fails.
+
+    The file does not say how the selection bias was learned, so it is 'frozen'; the presets say
+    how ('sign', 'sign_centered').
+    """
+    common = fields.decoder_from_hf(hf, MODEL_TYPE)
+    fields.only(hf, MODEL_TYPE, "scoring_func", "sigmoid")
+    fields.only(hf, MODEL_TYPE, "topk_method", "noaux_tc")
+    return ModelConfig(
+        **common,
+        num_dense_layers=fields.size(hf, MODEL_TYPE, "first_k_dense_replace", 0, least=0),
+        d_ff=fields.size(hf, MODEL_TYPE, "intermediate_size"),
+        attention=latent_attention(hf, MODEL_TYPE),
+        moe=MoEConfig(
+            **deepseek.moe_shape(hf, MODEL_TYPE),
+            **deepseek.balance_loss(hf, MODEL_TYPE, 0.0),
+            score="sigmoid",
+            normalize_weights=fields.flag(hf, MODEL_TYPE, "norm_topk_prob", True),
+            routed_scaling=fields.number(hf, MODEL_TYPE, "routed_scaling_factor", 1.0),
+            num_groups=fields.size(hf, MODEL_TYPE, "n_group", 1),
+            topk_groups=fields.size(hf, MODEL_TYPE, "topk_group", 1),
+            group_score="top2_sum",
+            bias_update="frozen",
+        ),
+        mtp_depth=fields.size(hf, MODEL_TYPE, "num_nextn_predict_layers", 0, least=0),
+    )
+
+
+def config_to_hf(cfg: ModelConfig) -> dict:
+    """The config.json that `transformers` loads as DeepseekV3ForCausalLM (without MTP)."""
+    m = cfg.moe
+    return fields.decoder_to_hf(
+        cfg,
+        architectures=["DeepseekV3ForCausalLM"],
+        model_type=MODEL_TYPE,
+        scoring_func="sigmoid",
+        topk_method="noaux_tc",
+        n_group=m.num_groups,
+        topk_group=m.topk_groups,
+        routed_scaling_factor=m.routed_scaling,
+        num_nextn_predict_layers=cfg.mtp_depth,
+        **deepseek.moe_shape_to_hf(cfg),
+        **latent_attention_to_hf(cfg),
+    )

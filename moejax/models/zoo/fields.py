@@ -1,0 +1,174 @@
+"""Reading the fields of a Hugging Face `config.json`: present, sane, supported."""
+
+import math
+from typing import Any
+
+from moejax.config import ConfigError, RopeConfig
+
+# No published model comes near; a larger value is a typing error or a hostile file.
+MAX_SIZE = 2**24
+
+
+def sizes(hf: dict, family: str, *names: str) -> dict[str, int]:
+    """The named fields, each an integer in [1, MAX_SIZE]; ConfigError names all that are not."""
+    missing = [n for n in names if hf.get(n) is None]
+    if missing:
+        raise ConfigError(
+            f"{family} config: missing {', '.join(missing)}; a {family} config.json has "
+            f"{', '.join(names)}"
+        )
+    return {n: size(hf, family, n) for n in names}
+
+
+def size(hf: dict, family: str, name: str, default: int | None = None, least: int = 1) -> int:
+    """One integer field in [least, MAX_SIZE]; an absent or null field is `default`."""
+    value = hf.get(name)
+    if value is None:
+        if default is None:
+            raise ConfigError(f"{family} config: missing {name}")
+        return default
+    if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= MAX_SIZE:
+        raise ConfigError(
+            f"{family} config: {name}={value!r} must be an integer between {least} and {MAX_SIZE}"
+        )
+    return value
+
+
+def number(hf: dict, family: str, name: str, default: float, least: float = 0.0) -> float:
+    """One finite number, at least `least`; an absent or null field is `default`."""
+    value = hf.get(name)
+    if value is None:
+        return default
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise ConfigError(f"{family} config: {name}={value!r} must be a number")
+    if value < least:
+        raise ConfigError(f"{family} config: {name}={value!r} must be at least {least}")
+    return float(value)
+
+
+def only(hf: dict, family: str, name: str, *allowed: Any) -> Any:
+    """A field that must have one of `allowed`; absent means the first of them."""
+    value = hf.get(name, allowed[0])
+    if value not in allowed:
+        raise ConfigError(
+            f"{family} config: {name}={value!r} is not supported; "
+            f"{' or '.join(repr(a) for a in allowed)} would work"
+        )
+    return value
+
+
+def flag(hf: dict, family: str, name: str, default: bool = False) -> bool:
+    value = hf.get(name)
+    if value is None:
+        return default
+    if not isinstance(value, bool):
+        raise ConfigError(f"{family} config: {name}={value!r} must be true or false")
+    return value
+
+
+def head_dim(hf: dict, family: str) -> int:
+    """`head_dim`, or hidden_size / num_attention_heads where it is not given."""
+    d, n = hf["hidden_size"], hf["num_attention_heads"]
+    if hf.get("head_dim") is None and d % n:
+        raise ConfigError(f"{family} config: hidden_size={d} is not a multiple of {n} heads")
+    return size(hf, family, "head_dim", d // n)
+
+
+def rope_from_hf(
+    hf: dict, family: str, *, interleaved: bool = False, mla: bool = False
+) -> RopeConfig:
+    """RoPE and YaRN from `rope_theta` + `rope_scaling`, or from the newer `rope_parameters`."""
+    scaling = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
+    if not isinstance(scaling, dict):
+        raise ConfigError(f"{family} config: rope_scaling={scaling!r} must be an object or null")
+    theta = number({**hf, **scaling}, family, "rope_theta", 10_000.0, least=1.0)
+    kind = scaling.get("rope_type", scaling.get("type", "default"))
+    if kind == "default":
+        return RopeConfig(theta=theta, interleaved=interleaved)
+    if kind != "yarn":
+        raise ConfigError(
+            f"{family} config: rope_scaling type {kind!r} is not supported; 'yarn' or null would"
+        )
+    if scaling.get("attention_factor") is not None:
+        raise ConfigError(
+            f"{family} config: rope_scaling.attention_factor is not supported; "
+            "leave it out (it follows from factor and mscale)"
+        )
+    mscale_all_dim = number(scaling, family, "mscale_all_dim", 0.0)
+    if mscale_all_dim and not mla:
+        raise ConfigError(
+            f"{family} config: rope_scaling.mscale_all_dim={mscale_all_dim} changes the softmax "
+            "scale, which only multi-head latent attention defines; 0 would work"
+        )
+    return RopeConfig(
+        theta=theta,
+        interleaved=interleaved,
+        yarn_factor=number(scaling, family, "factor", 1.0, least=1.0),
+        yarn_original_len=size(
+            scaling, family, "original_max_position_embeddings", hf["max_position_embeddings"]
+        ),
+        yarn_beta_fast=number(scaling, family, "beta_fast", 32.0),
+        yarn_beta_slow=number(scaling, family, "beta_slow", 1.0),
+        yarn_mscale=number(scaling, family, "mscale", 1.0),
+        yarn_mscale_all_dim=mscale_all_dim,
+        yarn_truncate=flag(scaling, family, "truncate", True),
+    )
+
+
+def rope_to_hf(rope: RopeConfig, *, mla: bool = False) -> dict:
+    """The keys `rope_theta` and `rope_scaling`."""
+    if rope.yarn_factor == 1.0:
+        return {"rope_theta": rope.theta, "rope_scaling": None}
+    scaling = {
+        "rope_type": "yarn",
+        "type": "yarn",
+        "factor": rope.yarn_factor,
+        "original_max_position_embeddings": rope.yarn_original_len,
+        "beta_fast": rope.yarn_beta_fast,
+        "beta_slow": rope.yarn_beta_slow,
+    }
+    if mla:
+        scaling |= {"mscale": rope.yarn_mscale, "mscale_all_dim": rope.yarn_mscale_all_dim}
+    if not rope.yarn_truncate:
+        scaling["truncate"] = False
+    return {"rope_theta": rope.theta, "rope_scaling": scaling}
+
+
+def decoder_to_hf(cfg, **family_keys) -> dict:
+    """The keys every rotary, RMSNorm family shares, and those given."""
+    return {
+        "vocab_size": cfg.vocab_size,
+        "hidden_size": cfg.d_model,
+        "num_hidden_layers": cfg.num_layers,
+        "num_attention_heads": cfg.attention.num_heads,
+        "max_position_embeddings": cfg.max_seq_len,
+        "rms_norm_eps": cfg.norm_eps,
+        "initializer_range": cfg.init_std,
+        "tie_word_embeddings": cfg.tie_embeddings,
+        "hidden_act": "silu",
+        "use_cache": True,
+        **family_keys,
+    }
+
+
+def decoder_from_hf(hf: dict, family: str) -> dict:
+    """Keyword arguments of ModelConfig that every rotary, RMSNorm family shares."""
+    only(hf, family, "hidden_act", "silu")
+    n = sizes(
+        hf,
+        family,
+        "vocab_size",
+        "hidden_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "max_position_embeddings",
+    )
+    return {
+        "vocab_size": n["vocab_size"],
+        "d_model": n["hidden_size"],
+        "num_layers": n["num_hidden_layers"],
+        "max_seq_len": n["max_position_embeddings"],
+        "norm_eps": number(hf, family, "rms_norm_eps", 1e-6),
+        "init_std": number(hf, family, "initializer_range", 0.02),
+        "tie_embeddings": flag(hf, family, "tie_word_embeddings"),
+    }

@@ -1,0 +1,60 @@
+"""GPT-2: dense, LayerNorm, learned positions, tied head, biases (Radford et al. 2019)."""
+
+from moejax.config import AttentionConfig, ConfigError, ModelConfig
+from moejax.models.zoo import fields
+
+MODEL_TYPE = "gpt2"
+
+
+def config_from_hf(hf: dict) -> ModelConfig:
+    """The ModelConfig of a `gpt2` config.json; ConfigError names what is missing or unsupported."""
+    n = fields.sizes(hf, MODEL_TYPE, "vocab_size", "n_embd", "n_head", "n_layer", "n_positions")
+    fields.only(hf, MODEL_TYPE, "activation_function", "gelu_new")
+    fields.only(hf, MODEL_TYPE, "scale_attn_weights", True)
+    fields.only(hf, MODEL_TYPE, "scale_attn_by_inverse_layer_idx", False)
+    fields.only(hf, MODEL_TYPE, "tie_word_embeddings", True)
+    if n["n_embd"] % n["n_head"]:
+        raise ConfigError(
+            f"gpt2 config: n_embd={n['n_embd']} is not a multiple of n_head={n['n_head']}"
+        )
+    return ModelConfig(
+        vocab_size=n["vocab_size"],
+        d_model=n["n_embd"],
+        num_layers=n["n_layer"],
+        num_dense_layers=n["n_layer"],
+        d_ff=fields.size(hf, MODEL_TYPE, "n_inner", 4 * n["n_embd"]),
+        activation="gelu_tanh",
+        ffn_bias=True,
+        norm="layernorm",
+        norm_eps=fields.number(hf, MODEL_TYPE, "layer_norm_epsilon", 1e-5),
+        positions="learned",
+        tie_embeddings=True,
+        max_seq_len=n["n_positions"],
+        init_std=fields.number(hf, MODEL_TYPE, "initializer_range", 0.02),
+        attention=AttentionConfig(
+            num_heads=n["n_head"],
+            num_kv_heads=n["n_head"],
+            head_dim=n["n_embd"] // n["n_head"],
+            qkv_bias=True,
+            out_bias=True,
+        ),
+    )
+
+
+def config_to_hf(cfg: ModelConfig) -> dict:
+    """The config.json that `transformers` loads as GPT2LMHeadModel."""
+    return {
+        "architectures": ["GPT2LMHeadModel"],
+        "model_type": MODEL_TYPE,
+        "vocab_size": cfg.vocab_size,
+        "n_embd": cfg.d_model,
+        "n_layer": cfg.num_layers,
+        "n_head": cfg.attention.num_heads,
+        "n_positions": cfg.max_seq_len,
+        "n_ctx": cfg.max_seq_len,
+        "n_inner": cfg.d_ff,
+        "activation_function": "gelu_new",
+        "layer_norm_epsilon": cfg.norm_eps,
+        "initializer_range": cfg.init_std,
+        "tie_word_embeddings": True,
+    }

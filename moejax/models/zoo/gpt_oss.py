@@ -1,0 +1,81 @@
+"""gpt-oss (2508.10925): attention sinks, alternating windows, clamped SwiGLU, biases everywhere."""
+
+from moejax.config import ConfigError, ModelConfig, MoEConfig
+from moejax.models.zoo import fields
+from moejax.models.zoo.mixtral import grouped_attention
+
+MODEL_TYPE = "gpt_oss"
+SLIDING, FULL = "sliding_attention", "full_attention"
+
+
+def windows_from_hf(hf: dict) -> tuple[int, ...]:
+    """The shortest repeating tuple of windows; 0 = full attention."""
+    num_layers = hf["num_hidden_layers"]
+    kinds = hf.get("layer_types") or [(SLIDING, FULL)[i % 2] for i in range(num_layers)]
+    if len(kinds) != num_layers or not set(kinds) <= {SLIDING, FULL}:
+        raise ConfigError(
+            f"gpt_oss config: layer_types must hold {num_layers} times {SLIDING!r} or {FULL!r}, "
+            f"not {kinds}"
+        )
+    window = fields.size(hf, MODEL_TYPE, "sliding_window") if SLIDING in kinds else 0
+    every = tuple(window if k == SLIDING else 0 for k in kinds)
+    if not any(every):
+        return ()
+    return next(
+        every[:p]
+        for p in range(1, num_layers + 1)
+        if all(every[i] == every[i % p] for i in range(num_layers))
+    )
+
+
+def config_from_hf(hf: dict) -> ModelConfig:
+    """The ModelConfig of a `gpt_oss` config.json; ConfigError names what is missing or unsupported.
+
+    `router_aux_loss_coef` is not read: the paper names no balance loss and the file's 0.9 is far
+    from any trained value.
+    """
+    common = fields.decoder_from_hf(hf, MODEL_TYPE)
+    n = fields.sizes(
+        hf, MODEL_TYPE, "num_local_experts", "num_experts_per_tok", "intermediate_size"
+    )
+    bias = fields.flag(hf, MODEL_TYPE, "attention_bias", True)
+    return ModelConfig(
+        **common,
+        num_dense_layers=0,
+        d_ff=0,
+        attention=grouped_attention(
+            hf, MODEL_TYPE, qkv_bias=bias, out_bias=bias, sinks=True, windows=windows_from_hf(hf)
+        ),
+        moe=MoEConfig(
+            num_experts=n["num_local_experts"],
+            experts_per_token=n["num_experts_per_tok"],
+            d_expert=n["intermediate_size"],
+            # Softmax over the chosen logits = softmax over all of them, renormalised.
+            normalize_weights=True,
+            router_bias=True,
+            activation="swiglu_oai",
+            activation_limit=fields.number(hf, MODEL_TYPE, "swiglu_limit", 7.0),
+            ffn_bias=True,
+        ),
+    )
+
+
+def config_to_hf(cfg: ModelConfig) -> dict:
+    """The config.json that `transformers` loads as GptOssForCausalLM (with BF16 experts)."""
+    a, m = cfg.attention, cfg.moe
+    return fields.decoder_to_hf(
+        cfg,
+        architectures=["GptOssForCausalLM"],
+        model_type=MODEL_TYPE,
+        num_key_value_heads=a.num_kv_heads,
+        head_dim=a.head_dim,
+        attention_bias=a.qkv_bias,
+        sliding_window=max(a.windows, default=0) or None,
+        layer_types=[SLIDING if a.window(i) else FULL for i in range(cfg.num_layers)],
+        num_local_experts=m.num_experts,
+        num_experts_per_tok=m.experts_per_token,
+        experts_per_token=m.experts_per_token,
+        intermediate_size=m.d_expert,
+        swiglu_limit=m.activation_limit,
+        **fields.rope_to_hf(a.rope),
+    )

@@ -1,0 +1,43 @@
+"""LLaMA 1 and 2, DeepSeek LLM: dense, RMSNorm, SwiGLU, half-split RoPE (2302.13971, 2307.09288)."""
+
+from moejax.config import AttentionConfig, ModelConfig
+from moejax.models.zoo import fields
+
+MODEL_TYPE = "llama"
+
+
+def config_from_hf(hf: dict) -> ModelConfig:
+    """The ModelConfig of a `llama` config.json; ConfigError names what does not work."""
+    common = fields.decoder_from_hf(hf, MODEL_TYPE)
+    bias = fields.flag(hf, MODEL_TYPE, "attention_bias")
+    heads = fields.size(hf, MODEL_TYPE, "num_attention_heads")
+    return ModelConfig(
+        **common,
+        num_dense_layers=common["num_layers"],
+        d_ff=fields.size(hf, MODEL_TYPE, "intermediate_size"),
+        ffn_bias=fields.flag(hf, MODEL_TYPE, "mlp_bias"),
+        attention=AttentionConfig(
+            num_heads=heads,
+            num_kv_heads=fields.size(hf, MODEL_TYPE, "num_key_value_heads", heads),
+            head_dim=fields.head_dim(hf, MODEL_TYPE),
+            qkv_bias=bias,
+            out_bias=bias,
+            rope=fields.rope_from_hf(hf, MODEL_TYPE),
+        ),
+    )
+
+
+def config_to_hf(cfg: ModelConfig) -> dict:
+    """The config.json that `transformers` loads as LlamaForCausalLM."""
+    a = cfg.attention
+    return fields.decoder_to_hf(
+        cfg,
+        architectures=["LlamaForCausalLM"],
+        model_type=MODEL_TYPE,
+        intermediate_size=cfg.d_ff,
+        num_key_value_heads=a.num_kv_heads,
+        head_dim=a.head_dim,
+        attention_bias=a.qkv_bias,
+        mlp_bias=cfg.ffn_bias,
+        **fields.rope_to_hf(a.rope),
+    )

@@ -1,0 +1,73 @@
+"""Mixtral (2401.04088): 8 wide experts, the two chosen scores renormalised."""
+
+from moejax.config import AttentionConfig, ModelConfig, MoEConfig
+from moejax.models.zoo import fields
+
+MODEL_TYPE = "mixtral"
+
+
+def switch_loss(hf: dict, family: str, experts_per_token: int) -> dict:
+    """The coefficient of the load-balancing loss of `transformers` as one of ours.
+
+    Its loss is E sum_i c_i P_i with c_i the routes to expert i per token, K times DeepSeekMoE's
+    (2401.06066 eq. 12-14), whose f_i are per token and chosen expert.
+    """
+    return {
+        "expert_loss": experts_per_token * fields.number(hf, family, "router_aux_loss_coef", 0.0)
+    }
+
+
+def switch_loss_to_hf(cfg: ModelConfig) -> dict:
+    return {"router_aux_loss_coef": cfg.moe.expert_loss / cfg.moe.experts_per_token}
+
+
+def grouped_attention(hf: dict, family: str, **kwargs) -> AttentionConfig:
+    """Grouped-query attention with half-split RoPE."""
+    heads = fields.size(hf, family, "num_attention_heads")
+    return AttentionConfig(
+        num_heads=heads,
+        num_kv_heads=fields.size(hf, family, "num_key_value_heads", heads),
+        head_dim=fields.head_dim(hf, family),
+        rope=fields.rope_from_hf(hf, family),
+        **kwargs,
+    )
+
+
+def config_from_hf(hf: dict) -> ModelConfig:
+    """The ModelConfig of a `mixtral` config.json; ConfigError names what does not work."""
+    common = fields.decoder_from_hf(hf, MODEL_TYPE)
+    n = fields.sizes(
+        hf, MODEL_TYPE, "num_local_experts", "num_experts_per_tok", "intermediate_size"
+    )
+    window = fields.size(hf, MODEL_TYPE, "sliding_window", 0)
+    return ModelConfig(
+        **common,
+        num_dense_layers=0,
+        d_ff=0,
+        attention=grouped_attention(hf, MODEL_TYPE, windows=(window,) if window else ()),
+        moe=MoEConfig(
+            num_experts=n["num_local_experts"],
+            experts_per_token=n["num_experts_per_tok"],
+            d_expert=n["intermediate_size"],
+            normalize_weights=True,
+            **switch_loss(hf, MODEL_TYPE, n["num_experts_per_tok"]),
+        ),
+    )
+
+
+def config_to_hf(cfg: ModelConfig) -> dict:
+    """The config.json that `transformers` loads as MixtralForCausalLM."""
+    a = cfg.attention
+    return fields.decoder_to_hf(
+        cfg,
+        architectures=["MixtralForCausalLM"],
+        model_type=MODEL_TYPE,
+        num_key_value_heads=a.num_kv_heads,
+        head_dim=a.head_dim,
+        sliding_window=a.windows[0] if a.windows else None,
+        num_local_experts=cfg.moe.num_experts,
+        num_experts_per_tok=cfg.moe.experts_per_token,
+        intermediate_size=cfg.moe.d_expert,
+        **switch_loss_to_hf(cfg),
+        **fields.rope_to_hf(a.rope),
+    )

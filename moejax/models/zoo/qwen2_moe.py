@@ -1,0 +1,80 @@
+"""Qwen1.5-MoE and Qwen2-MoE: unnormalised softmax, a gated shared expert, biases on q, k, v."""
+
+from moejax.config import ConfigError, ModelConfig, MoEConfig
+from moejax.models.zoo import fields
+from moejax.models.zoo.mixtral import grouped_attention, switch_loss, switch_loss_to_hf
+
+MODEL_TYPE = "qwen2_moe"
+
+
+def leading_dense_layers(hf: dict, family: str) -> int:
+    """Number of dense layers, which must be the first ones (`mlp_only_layers`)."""
+    fields.only(hf, family, "decoder_sparse_step", 1)
+    fields.only(hf, family, "use_sliding_window", False)
+    layers = hf.get("mlp_only_layers") or []
+    if layers != list(range(len(layers))):
+        raise ConfigError(
+            f"{family} config: mlp_only_layers={layers} is not supported; the first layers, "
+            "such as [0, 1], would work"
+        )
+    return len(layers)
+
+
+def moe_to_hf(cfg: ModelConfig) -> dict:
+    return {
+        "intermediate_size": cfg.d_ff,
+        "mlp_only_layers": list(range(cfg.num_dense_layers)),
+        "decoder_sparse_step": 1,
+        "use_sliding_window": False,
+        "num_key_value_heads": cfg.attention.num_kv_heads,
+        "head_dim": cfg.attention.head_dim,
+        "num_experts": cfg.moe.num_experts,
+        "num_experts_per_tok": cfg.moe.experts_per_token,
+        "moe_intermediate_size": cfg.moe.d_expert,
+        "norm_topk_prob": cfg.moe.normalize_weights,
+        **switch_loss_to_hf(cfg),
+        **fields.rope_to_hf(cfg.attention.rope),
+    }
+
+
+def moe_from_hf(hf: dict, family: str, **kwargs) -> MoEConfig:
+    n = fields.sizes(hf, family, "num_experts", "num_experts_per_tok", "moe_intermediate_size")
+    return MoEConfig(
+        num_experts=n["num_experts"],
+        experts_per_token=n["num_experts_per_tok"],
+        d_expert=n["moe_intermediate_size"],
+        normalize_weights=fields.flag(hf, family, "norm_topk_prob"),
+        **switch_loss(hf, family, n["num_experts_per_tok"]),
+        **kwargs,
+    )
+
+
+def config_from_hf(hf: dict) -> ModelConfig:
+    """The ModelConfig of a `qwen2_moe` config.json; ConfigError names what does not work."""
+    return ModelConfig(
+        **fields.decoder_from_hf(hf, MODEL_TYPE),
+        num_dense_layers=leading_dense_layers(hf, MODEL_TYPE),
+        d_ff=fields.size(hf, MODEL_TYPE, "intermediate_size"),
+        attention=grouped_attention(
+            hf, MODEL_TYPE, qkv_bias=fields.flag(hf, MODEL_TYPE, "qkv_bias", True)
+        ),
+        moe=moe_from_hf(
+            hf,
+            MODEL_TYPE,
+            shared_experts=1,
+            d_shared=fields.size(hf, MODEL_TYPE, "shared_expert_intermediate_size"),
+            shared_gate=True,
+        ),
+    )
+
+
+def config_to_hf(cfg: ModelConfig) -> dict:
+    """The config.json that `transformers` loads as Qwen2MoeForCausalLM."""
+    return fields.decoder_to_hf(
+        cfg,
+        architectures=["Qwen2MoeForCausalLM"],
+        model_type=MODEL_TYPE,
+        qkv_bias=cfg.attention.qkv_bias,
+        shared_expert_intermediate_size=cfg.moe.shared_width,
+        **moe_to_hf(cfg),
+    )

@@ -1,0 +1,31 @@
+"""Qwen3-MoE (2505.09388): RMSNorm on query and key heads, renormalised top-8."""
+
+from moejax.config import ModelConfig
+from moejax.models.zoo import fields
+from moejax.models.zoo.mixtral import grouped_attention
+from moejax.models.zoo.qwen2_moe import leading_dense_layers, moe_from_hf, moe_to_hf
+
+MODEL_TYPE = "qwen3_moe"
+
+
+def config_from_hf(hf: dict) -> ModelConfig:
+    """The ModelConfig of a `qwen3_moe` config.json; ConfigError names what does not work."""
+    bias = fields.flag(hf, MODEL_TYPE, "attention_bias")
+    return ModelConfig(
+        **fields.decoder_from_hf(hf, MODEL_TYPE),
+        num_dense_layers=leading_dense_layers(hf, MODEL_TYPE),
+        d_ff=fields.size(hf, MODEL_TYPE, "intermediate_size"),
+        attention=grouped_attention(hf, MODEL_TYPE, qk_norm="head", qkv_bias=bias, out_bias=bias),
+        moe=moe_from_hf(hf, MODEL_TYPE),
+    )
+
+
+def config_to_hf(cfg: ModelConfig) -> dict:
+    """The config.json that `transformers` loads as Qwen3MoeForCausalLM."""
+    return fields.decoder_to_hf(
+        cfg,
+        architectures=["Qwen3MoeForCausalLM"],
+        model_type=MODEL_TYPE,
+        attention_bias=cfg.attention.qkv_bias,
+        **moe_to_hf(cfg),
+    )

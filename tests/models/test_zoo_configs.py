@@ -1,0 +1,185 @@
+"""Published configs: every preset loads, survives the round trip, and says what its paper says."""
+
+import dataclasses
+import json
+
+import pytest
+
+from moejax.config import ConfigError, ModelConfig, model_problems
+from moejax.models import zoo
+from moejax.models.zoo.architecture import architecture
+
+
+@pytest.mark.parametrize("name", zoo.PRESETS)
+def test_preset_round_trips(name):
+    cfg = zoo.load_preset(name)
+    assert not model_problems(cfg)
+    kind = zoo.load_hf(name)["model_type"]
+    text = json.dumps(zoo.config_to_hf(cfg, kind))
+    assert architecture(zoo.config_from_hf(json.loads(text))) == architecture(cfg)
+
+
+def test_every_config_file_has_a_name():
+    named = set((zoo.PRESETS | zoo.COUNTED_PRESETS).values())
+    assert named == {p.stem for p in zoo.CONFIGS.glob("*.json")}
+
+
+def test_deepseek_moe_16b():
+    """2401.06066 section 5.1."""
+    cfg = zoo.load_preset("deepseek-moe-16b")
+    m = cfg.moe
+    assert (cfg.num_layers, cfg.d_model, cfg.d_ff, cfg.num_dense_layers) == (28, 2048, 10944, 1)
+    assert (m.num_experts, m.experts_per_token, m.shared_width) == (64, 6, 2816)
+    assert (m.score, m.normalize_weights, m.routed_scaling) == ("softmax", False, 1.0)
+    assert (cfg.init_std, m.expert_loss, m.sequence_loss) == (0.006, 0.001, 0.0)
+    assert not cfg.attention.rope.interleaved
+
+
+def test_deepseek_v2():
+    """2405.04434 sections 2 and 3.1; V2 limits routing to 3 of 8 groups by their best member."""
+    v2, lite = zoo.load_preset("deepseek-v2"), zoo.load_preset("deepseek-v2-lite")
+    m, a = v2.moe, v2.attention
+    assert (m.num_groups, m.topk_groups, m.group_score, m.routed_scaling) == (8, 3, "max", 16.0)
+    assert (m.expert_loss, m.device_loss, m.communication_loss) == (0.003, 0.05, 0.02)
+    assert (a.kind, a.q_lora_rank, a.qk_head_dim, a.rope.interleaved) == ("mla", 1536, 192, True)
+    assert (a.rope.yarn_factor, a.rope.yarn_mscale, a.rope.yarn_mscale_all_dim) == (
+        40,
+        0.707,
+        0.707,
+    )
+    assert (lite.moe.num_groups, lite.attention.q_lora_rank) == (1, 0)
+    assert zoo.load_preset("deepseek-v2.5").attention.rope.yarn_mscale == 1.0
+
+
+def test_deepseek_v3_and_its_kin():
+    """2412.19437 section 4.2; 2502.16982 appendix C."""
+    v3, moonlight = zoo.load_preset("deepseek-v3"), zoo.load_preset("moonlight-16b-a3b")
+    m = v3.moe
+    assert (m.score, m.normalize_weights, m.routed_scaling) == ("sigmoid", True, 2.5)
+    assert (m.num_groups, m.topk_groups, m.group_score) == (8, 4, "top2_sum")
+    assert (m.bias_update, m.bias_rate, m.sequence_loss, v3.mtp_depth) == ("sign", 0.001, 1e-4, 1)
+    assert (moonlight.moe.bias_update, moonlight.moe.routed_scaling) == ("sign_centered", 2.446)
+    # The file alone does not say how the bias was learned.
+    assert zoo.config_from_hf(zoo.load_hf("deepseek-v3")).moe.bias_update == "frozen"
+    assert zoo.load_preset("kimi-k2").moe.num_experts == 384
+    assert architecture(zoo.load_preset("deepseek-r1")) == architecture(v3)
+
+
+def test_gpt_oss():
+    cfg = zoo.load_preset("gpt-oss-20b")
+    a, m = cfg.attention, cfg.moe
+    assert a.windows == (128, 0) and a.sinks and a.qkv_bias and a.out_bias
+    assert (a.rope.yarn_factor, a.rope.yarn_truncate, a.rope.theta) == (32, False, 150_000)
+    assert (m.activation, m.activation_limit, m.ffn_bias, m.router_bias) == (
+        "swiglu_oai",
+        7.0,
+        True,
+        True,
+    )
+    hf = {**zoo.load_hf("gpt-oss-20b"), "layer_types": ["full_attention"] * 24}
+    assert zoo.config_from_hf(hf).attention.windows == ()
+    hf["layer_types"] = ["full_attention"] * 23 + ["sliding_attention"]
+    assert zoo.config_from_hf(hf).attention.windows == (0,) * 23 + (128,)
+
+
+def test_attention_and_routing_of_the_others():
+    olmoe, qwen3 = zoo.load_preset("olmoe-1b-7b"), zoo.load_preset("qwen3-30b-a3b")
+    qwen2, gpt2 = zoo.load_preset("qwen1.5-moe-a2.7b"), zoo.load_preset("gpt-2")
+    assert (olmoe.attention.qk_norm, olmoe.moe.normalize_weights) == ("full", False)
+    assert (qwen3.attention.qk_norm, qwen3.moe.normalize_weights) == ("head", True)
+    assert (qwen2.moe.shared_width, qwen2.moe.shared_gate, qwen2.attention.qkv_bias) == (
+        5632,
+        True,
+        True,
+    )
+    assert zoo.load_preset("mixtral-8x7b").moe.normalize_weights
+    assert zoo.load_preset("llama-1-65b").attention.num_kv_heads == 64  # no such key in the file
+    assert (gpt2.norm, gpt2.positions, gpt2.tie_embeddings, gpt2.d_ff) == (
+        "layernorm",
+        "learned",
+        True,
+        3072,
+    )
+
+
+def test_balance_coefficient_of_transformers_counts_k_times():
+    """Its loss is K times 2401.06066 eq. 12: the coefficient 0.02 of Mixtral (K=2) becomes 0.04."""
+    cfg = zoo.load_preset("mixtral-8x7b")
+    assert cfg.moe.expert_loss == 0.04
+    assert zoo.config_to_hf(cfg, "mixtral")["router_aux_loss_coef"] == 0.02
+
+
+def test_rope_parameters_of_newer_files():
+    hf = zoo.load_hf("deepseek-v3")
+    new = {k: v for k, v in hf.items() if k not in ("rope_theta", "rope_scaling")}
+    scaling = {k: v for k, v in hf["rope_scaling"].items() if k != "type"}
+    new["rope_parameters"] = {**scaling, "rope_type": "yarn", "rope_theta": 10000}
+    assert zoo.config_from_hf(new) == zoo.config_from_hf(hf)
+
+
+BAD = {
+    "rope type": ("llama-2-7b", {"rope_scaling": {"type": "linear", "factor": 2.0}}, "'yarn'"),
+    "attention factor": (
+        "gpt-oss-20b",
+        {"rope_scaling": {"type": "yarn", "factor": 2.0, "attention_factor": 1.2}},
+        "attention_factor",
+    ),
+    "softmax scale": (
+        "llama-2-7b",
+        {"rope_scaling": {"type": "yarn", "factor": 2.0, "mscale_all_dim": 1.0}},
+        "mscale_all_dim",
+    ),
+    "rope not an object": ("llama-2-7b", {"rope_scaling": "yarn"}, "must be an object"),
+    "mla bias": ("deepseek-v3", {"attention_bias": True}, "attention_bias=True"),
+    "score": ("deepseek-v3", {"scoring_func": "softmax"}, "'sigmoid' would work"),
+    "method": ("deepseek-v2", {"topk_method": "noaux_tc"}, "group_limited_greedy"),
+    "v2 normalised": ("deepseek-v2", {"norm_topk_prob": True}, "two meanings"),
+    "sparse step": ("qwen3-30b-a3b", {"decoder_sparse_step": 2}, "decoder_sparse_step=2"),
+    "scattered dense": ("qwen3-30b-a3b", {"mlp_only_layers": [5]}, "mlp_only_layers"),
+    "clip": ("olmoe-1b-7b", {"clip_qkv": 8.0}, "clip_qkv"),
+    "activation": ("llama-2-7b", {"hidden_act": "gelu"}, "'silu' would work"),
+    "layer types": ("gpt-oss-20b", {"layer_types": ["full_attention"]}, "24 times"),
+    "absurd": ("llama-2-7b", {"hidden_size": 10**12}, "hidden_size=1000000000000"),
+    "negative": ("llama-2-7b", {"num_hidden_layers": -3}, "num_hidden_layers=-3"),
+    "text": ("llama-2-7b", {"vocab_size": "32000"}, "vocab_size='32000'"),
+    "not a number": ("llama-2-7b", {"rms_norm_eps": float("nan")}, "rms_norm_eps"),
+    "head split": ("gpt-2", {"n_head": 7}, "n_head=7"),
+    "too many per token": ("mixtral-8x7b", {"num_experts_per_tok": 9}, "experts_per_token=9"),
+    "groups": ("deepseek-v3", {"n_group": 7}, "num_groups=7"),
+}
+
+
+@pytest.mark.parametrize("name, change, text", BAD.values(), ids=BAD)
+def test_bad_config_names_the_field(name, change, text):
+    with pytest.raises(ConfigError) as e:
+        zoo.config_from_hf({**zoo.load_hf(name), **change})
+    assert text in str(e.value)
+
+
+@pytest.mark.parametrize("kind", zoo.FAMILIES)
+def test_missing_fields_are_all_named(kind):
+    needed = ("n_embd", "n_head") if kind == "gpt2" else ("hidden_size", "num_hidden_layers")
+    with pytest.raises(ConfigError) as e:
+        zoo.config_from_hf({"model_type": kind})
+    assert all(field in str(e.value) for field in needed)
+
+
+def test_unknown_names_and_types():
+    with pytest.raises(ConfigError, match=r"did you mean .*deepseek-moe-16b"):
+        zoo.load_preset("deepseek-moe-16")
+    with pytest.raises(ConfigError, match="unknown model_type 'bert'; known: deepseek"):
+        zoo.config_from_hf({"model_type": "bert"})
+    with pytest.raises(ConfigError, match="must be an object with a model_type"):
+        zoo.config_from_hf({"model_type": ["llama"]})
+    with pytest.raises(ConfigError, match="can be counted"):
+        zoo.load_preset("deepseek-v4-pro")
+
+
+def test_a_family_that_cannot_express_a_model_says_so():
+    with pytest.raises(ConfigError, match=r"llama config.json cannot express .*num_experts=64"):
+        zoo.config_to_hf(zoo.load_preset("deepseek-moe-16b"), "llama")
+    with pytest.raises(ConfigError, match="Families that can: mixtral"):
+        zoo.config_to_hf(zoo.load_preset("mixtral-8x7b"), "olmoe")
+    odd = dataclasses.replace(ModelConfig(), norm="layernorm")
+    with pytest.raises(ConfigError, match="Families that can: none"):
+        zoo.config_to_hf(odd, "llama")
