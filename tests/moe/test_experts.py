@@ -1,0 +1,285 @@
+"""Expert FFNs and the dropless dispatcher against a plain NumPy oracle in float64."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, PartitionSpec
+
+from moejax.config import CHOICES, MoEConfig
+from moejax.moe.dispatch.dropless import dropless, sort_routes
+from moejax.moe.experts import (
+    ACTIVATIONS,
+    expert_ffn,
+    expert_ffn_slots,
+    expert_param_specs,
+    ffn,
+    ffn_param_specs,
+)
+from moejax.moe.routing import Routing
+from moejax.params import init_params
+
+E, D, F, T, K = 6, 8, 5, 24, 3
+LIMIT = 1.5  # low enough to clamp about a tenth of the values below
+
+
+def _config(activation="swiglu", bias=False, implementation="auto"):
+    return MoEConfig(
+        num_experts=E,
+        experts_per_token=K,
+        d_expert=F,
+        activation=activation,
+        activation_limit=LIMIT,
+        ffn_bias=bias,
+        grouped_matmul=implementation,
+    )
+
+
+def _params(moe, seed=0):
+    """Random parameters, biases too, of a size that makes hidden values about 1."""
+    rng = np.random.default_rng(seed)
+    specs = expert_param_specs(moe, D, 0.006)
+    return {k: rng.normal(size=s.shape) / np.sqrt(D) for k, s in specs.items()}
+
+
+def _silu(x):
+    return x / (1 + np.exp(-x))
+
+
+def _hidden(activation, gate, up):
+    """The activations again, from their papers, in NumPy."""
+    if activation == "swiglu":
+        return _silu(gate) * up
+    if activation == "swiglu_clamped":
+        return _silu(np.minimum(gate, LIMIT)) * np.clip(up, -LIMIT, LIMIT)
+    if activation == "swiglu_oai":
+        gate, up = np.minimum(gate, LIMIT), np.clip(up, -LIMIT, LIMIT)
+        return (up + 1) * gate / (1 + np.exp(-1.702 * gate))
+    return 0.5 * up * (1 + np.tanh(np.sqrt(2 / np.pi) * (up + 0.044715 * up**3)))
+
+
+def _expert(params, e, x, activation):
+    """One expert's FFN of one token."""
+
+    def linear(name, x):
+        return x @ params[f"w_{name}"][e] + (params[f"b_{name}"][e] if f"b_{name}" in params else 0)
+
+    gate = linear("gate", x) if "w_gate" in params else None
+    return linear("down", _hidden(activation, gate, linear("up", x)))
+
+
+def _layer(params, x_TD, index_TK, weights_TK, activation):
+    """The whole layer, one route at a time."""
+    y_TD = np.zeros_like(x_TD)
+    for t, k in np.ndindex(index_TK.shape):
+        if index_TK[t, k] >= 0:
+            y_TD[t] += weights_TK[t, k] * _expert(params, index_TK[t, k], x_TD[t], activation)
+    return y_TD
+
+
+def _routes(kind, seed=1):
+    rng = np.random.default_rng(seed)
+    index_TK = np.stack([rng.permutation(E)[:K] for _ in range(T)]).astype(np.int32)
+    if kind == "skewed":
+        index_TK = rng.choice(E, size=(T, K), p=[0.8, 0.1, 0.06, 0.04, 0, 0]).astype(np.int32)
+    if kind == "with empty slots":
+        index_TK[rng.random((T, K)) < 0.4] = -1
+        index_TK[3] = -1
+    if kind == "all empty":
+        index_TK[:] = -1
+    return index_TK, rng.random((T, K))
+
+
+def _numerical_gradient(loss, array, entries=12, step=1e-6):
+    """Central differences of `loss` at random entries of `array` (changed in place and
+    restored)."""
+    rng = np.random.default_rng(2)
+    out = []
+    for i in rng.choice(array.size, size=min(entries, array.size), replace=False):
+        old = array.flat[i]
+        array.flat[i] = old + step
+        up = loss()
+        array.flat[i] = old - step
+        out.append((i, (up - loss()) / (2 * step)))
+        array.flat[i] = old
+    return out
+
+
+@pytest.mark.parametrize("kind", ["uniform", "skewed", "with empty slots", "all empty"])
+# The implementations differ in the products alone: one activation, with biases, will do for the
+# others.
+@pytest.mark.parametrize(
+    ("implementation", "activation"),
+    [("auto", a) for a in ACTIVATIONS] + [("ragged", "swiglu_oai"), ("reference", "swiglu_oai")],
+)
+def test_dropless_against_numpy(implementation, activation, kind):
+    """Value and every gradient (x, weights, each parameter), in float64."""
+    if implementation != "auto" and activation != "swiglu_oai":
+        pytest.skip(
+            "the other implementations differ in the products alone: one activation will do"
+        )
+    moe = _config(activation, bias=activation == "swiglu_oai", implementation=implementation)
+    params = _params(moe)
+    rng = np.random.default_rng(3)
+    x_TD, target_TD = rng.normal(size=(T, D)), rng.normal(size=(T, D))
+    index_TK, weights_TK = _routes(kind)
+
+    def numpy_loss():
+        return np.sum(_layer(params, x_TD, index_TK, weights_TK, activation) * target_TD)
+
+    @jax.jit
+    def value_and_gradients(params, x, weights):
+        def loss(params, x, weights):
+            y, dropped = dropless(params, x, Routing(index_TK, weights), moe)
+            return jnp.sum(y * target_TD), (y, dropped)
+
+        return jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True)(params, x, weights)
+
+    with jax.enable_x64(True):
+        (_, (y, dropped)), (dparams, dx, dweights) = value_and_gradients(params, x_TD, weights_TK)
+    want = _layer(params, x_TD, index_TK, weights_TK, activation)
+    np.testing.assert_allclose(y, want, rtol=0, atol=1e-12)  # float64 sums of a few dozen terms
+    assert dropped == 0
+    for name, array, got in [
+        ("x", x_TD, dx),
+        ("weights", weights_TK, dweights),
+        *((k, params[k], dparams[k]) for k in params),
+    ]:
+        for i, slope in _numerical_gradient(numpy_loss, array):
+            # Central differences: step^2 f'''/6 plus eps |loss| / step, about 1e-9 here.
+            np.testing.assert_allclose(
+                np.asarray(got).flat[i], slope, rtol=1e-6, atol=1e-7, err_msg=f"{name}[{i}]"
+            )
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_dropless_dtypes(dtype):
+    """float32 parameters, tokens in the compute dtype: results in that dtype, gradients in float32
+    for parameters and weights."""
+    moe = _config("swiglu", bias=True)
+    params = _params(moe)
+    x_TD = np.random.default_rng(3).normal(size=(T, D))
+    index_TK, weights_TK = _routes("with empty slots")
+    as_f32 = jax.tree.map(lambda a: jnp.asarray(a, jnp.float32), params)
+    x, weights = jnp.asarray(x_TD, dtype), jnp.asarray(weights_TK, jnp.float32)
+
+    def forward(params, x, weights):
+        return dropless(params, x, Routing(jnp.asarray(index_TK), weights), moe)[0]
+
+    y, pull = jax.vjp(jax.jit(forward), as_f32, x, weights)
+    dparams, dx, dweights = pull(y)
+    assert y.dtype == dx.dtype == dtype and dweights.dtype == jnp.float32
+    assert all(g.dtype == jnp.float32 for g in jax.tree.leaves(dparams))
+    want = _layer(params, x_TD, index_TK, weights_TK, "swiglu")
+    # Inputs, weights, hidden values and results are rounded to dtype: four roundings of values
+    # up to about 3, and their errors summed over K routes.
+    atol = 4 * 3 * K * float(jnp.finfo(dtype).eps)
+    np.testing.assert_allclose(np.asarray(y, np.float64), want, rtol=0, atol=atol)
+    np.testing.assert_array_equal(np.asarray(y[3], np.float32), 0)  # a token without experts
+
+
+def test_dropless_is_deterministic_and_gradients_need_no_scatter():
+    moe, params = _config(), jax.tree.map(jnp.float32, _params(_config()))
+    x = jnp.ones((T, D), jnp.float32)
+    index_TK, weights_TK = _routes("uniform")
+
+    def loss(params, x, weights):
+        return jnp.sum(dropless(params, x, Routing(jnp.asarray(index_TK), weights), moe)[0] ** 2)
+
+    gradients = jax.jit(jax.grad(loss, argnums=(0, 1, 2)))
+    args = (params, x, jnp.asarray(weights_TK, jnp.float32))
+    for a, b in zip(jax.tree.leaves(gradients(*args)), jax.tree.leaves(gradients(*args))):
+        np.testing.assert_array_equal(a, b)
+    # The one scatter left inverts the permutation: integers, each written once.
+    scatters = [
+        line
+        for line in gradients.lower(*args).as_text().splitlines()
+        if "stablehlo.scatter" in line
+    ]
+    assert len(scatters) <= 1, scatters
+
+
+def test_dropless_in_shard_map():
+    """Tokens split, experts replicated: gradients are sums over devices, types checked."""
+    moe = _config("swiglu", bias=True)
+    params = jax.tree.map(jnp.float32, _params(moe))
+    index_TK, weights_TK = _routes("with empty slots")
+    x = jnp.asarray(np.random.default_rng(3).normal(size=(T, D)), jnp.float32)
+    mesh = jax.make_mesh((4,), ("data",), axis_types=(AxisType.Auto,))
+    P = PartitionSpec
+
+    def local(params, x, index, weights):
+        return dropless(params, x, Routing(index, weights), moe)[0]
+
+    sharded = jax.shard_map(
+        local, mesh=mesh, in_specs=(P(), P("data"), P("data"), P("data")), out_specs=P("data")
+    )
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def value_and_gradients(function, *args):
+        def loss(params, x, weights):
+            y = function(params, x, jnp.asarray(index_TK), weights)
+            return jnp.sum(y**2), y
+
+        return jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True)(*args)
+
+    args = (params, x, jnp.asarray(weights_TK, jnp.float32))
+    got, want = value_and_gradients(sharded, *args), value_and_gradients(local, *args)
+    # The same float32 sums in another order: sums of at most T K = 72 terms of about 1.
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=2e-5), got, want)
+
+
+def test_sort_routes_is_stable():
+    routes = sort_routes(jnp.asarray([[2, 0], [-1, 2], [0, -1]], jnp.int32), 3)
+    np.testing.assert_array_equal(routes.route_R, [1, 4, 0, 3, 2, 5])
+    np.testing.assert_array_equal(routes.row_TK, [[2, 0], [4, 3], [1, 5]])
+    np.testing.assert_array_equal(routes.group_sizes_E, [2, 0, 2])
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_slots_and_single_ffn(activation, bias):
+    """E FFNs over slots, and one dense FFN, against the same oracle."""
+    moe = _config(activation, bias)
+    params = _params(moe)
+    x_ECD = np.random.default_rng(4).normal(size=(E, 4, D))
+    f32 = functools.partial(jax.tree.map, lambda a: jnp.asarray(a, jnp.float32))
+    want = np.stack([[_expert(params, e, x, activation) for x in x_ECD[e]] for e in range(E)])
+    atol = 5e-6  # float32 sums of 8 terms of about 1
+    np.testing.assert_allclose(expert_ffn_slots(f32(params), f32(x_ECD), moe), want, atol=atol)
+    one = {k: v[2] for k, v in params.items()}
+    got = ffn(f32(one), f32(x_ECD)[2], activation, LIMIT)
+    np.testing.assert_allclose(got, want[2], atol=atol)
+    # A slice of the experts is a set of experts.
+    part = {k: v[1:3] for k, v in params.items()}
+    rows = f32(x_ECD)[1:3].reshape(8, D)
+    got = expert_ffn(f32(part), rows, jnp.asarray([4, 4]), moe)
+    np.testing.assert_allclose(got, want[1:3].reshape(8, D), atol=atol)
+
+
+def test_param_specs():
+    assert set(ACTIVATIONS) == set(CHOICES["moe.activation"]) == set(CHOICES["activation"])
+    specs = expert_param_specs(_config("swiglu_oai", bias=True), D, 0.02)
+    assert {k: s.shape for k, s in specs.items()} == {
+        "w_gate": (E, D, F),
+        "w_up": (E, D, F),
+        "w_down": (E, F, D),
+        "b_gate": (E, F),
+        "b_up": (E, F),
+        "b_down": (E, D),
+    }
+    assert specs["w_gate"].axes == ("expert", "expert_embed", "expert_mlp")
+    assert specs["w_down"].axes == ("expert", "expert_mlp", "expert_embed")
+    assert specs["b_down"].axes == ("expert", "expert_embed")
+    assert specs["w_up"].std == 0.02 and specs["b_up"].init == "zeros"
+    dense = ffn_param_specs(D, 11, "gelu_tanh", True, 0.02)
+    assert {k: s.axes for k, s in dense.items()} == {
+        "w_up": ("embed", "mlp"),
+        "w_down": ("mlp", "embed"),
+        "b_up": ("mlp",),
+        "b_down": ("embed",),
+    }
+    values = init_params(expert_param_specs(_config(), D, 0.02), jax.random.key(0))
+    assert values["w_down"].shape == (E, F, D)

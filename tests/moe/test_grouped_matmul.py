@@ -1,0 +1,226 @@
+"""One suite over every implementation of the grouped matmul: value, dx and dw against the float64
+oracle."""
+
+import functools
+
+import hypothesis
+import hypothesis.strategies as st
+import jax
+import jax.export
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, PartitionSpec
+
+from moejax.moe.grouped_matmul import IMPLEMENTATIONS, grouped_matmul
+
+# tokamax is an optional extra: `test_tokamax_missing` and `test_tokamax_agrees` cover it.
+RUNNABLE = ("reference", "blocked", "ragged", "auto")
+E, D, F = 5, 8, 12
+
+GROUPS = {
+    "uneven": (40, [3, 17, 9, 1, 10]),
+    "empty groups": (40, [0, 25, 0, 15, 0]),
+    "all in the last": (40, [0, 0, 0, 0, 40]),
+    "all in the first": (40, [40, 0, 0, 0, 0]),
+    "rows past the sum": (40, [5, 0, 11, 2, 3]),
+    "all groups empty": (40, [0, 0, 0, 0, 0]),
+    # Longer than a block, no multiple of it, and a last slice that has to be shifted up.
+    "several blocks": (700, [300, 1, 0, 129, 265]),
+}
+
+
+def _inputs(rows, sizes, dtype, seed=0):
+    rng = np.random.default_rng(seed)
+    x, dy = rng.normal(size=(rows, D)), rng.normal(size=(rows, F))
+    w = rng.normal(size=(len(sizes), D, F))
+    # Rounded to dtype first, so that the oracle sees the same numbers.
+    x, w, dy = (np.asarray(jnp.asarray(a, dtype), np.float64) for a in (x, w, dy))
+    return x, w, dy, np.asarray(sizes, np.int32)
+
+
+def _oracle(x, w, dy, sizes):
+    """float64 NumPy, one expert at a time: y, dx, dw."""
+    y, dx, dw = np.zeros_like(dy), np.zeros_like(x), np.zeros_like(w)
+    start = 0
+    for e, n in enumerate(sizes):
+        rows = slice(start, start + n)
+        y[rows], dx[rows], dw[e] = x[rows] @ w[e], dy[rows] @ w[e].T, x[rows].T @ dy[rows]
+        start += n
+    return y, dx, dw
+
+
+@functools.partial(jax.jit, static_argnames="implementation")
+def _value_and_gradients(x, w, dy, sizes, implementation):
+    y, pull = jax.vjp(lambda x, w: grouped_matmul(x, w, sizes, implementation=implementation), x, w)
+    return y, *pull(dy)
+
+
+def _tolerance(dtype, terms):
+    """Sums of `terms` products of standard normals are about sqrt(terms) large, at most 4
+    sqrt(terms). Rounding the result costs half an ulp of that, 2 eps sqrt(terms). Rounding the
+    partial sums costs eps sqrt(k) at the k-th, at random: eps terms / sqrt(6) in all, so eps terms
+    is more than two deviations of the order in which sums are taken; bfloat16 accumulates in
+    float32."""
+    accumulator = jnp.promote_types(dtype, jnp.float32)
+    eps, eps_accumulator = float(jnp.finfo(dtype).eps), float(jnp.finfo(accumulator).eps)
+    return 2 * eps * np.sqrt(terms) + 2 * eps_accumulator * terms
+
+
+def _compare(got, want, dtype, sizes):
+    for g, w, terms in zip(got, want, (D, F, max(int(max(sizes)), 1)), strict=True):
+        assert g.dtype == dtype
+        np.testing.assert_allclose(
+            np.asarray(g, np.float64), w, atol=_tolerance(dtype, terms), rtol=0
+        )
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("case", GROUPS)
+@pytest.mark.parametrize("implementation", RUNNABLE)
+def test_against_oracle(implementation, case, dtype):
+    x, w, dy, sizes = _inputs(*GROUPS[case], dtype)
+    arrays = [jnp.asarray(a, dtype) for a in (x, w, dy)]
+    got = _value_and_gradients(*arrays, sizes, implementation)
+    _compare(got, _oracle(x, w, dy, sizes), jnp.dtype(dtype), sizes)
+
+
+@pytest.mark.parametrize("implementation", RUNNABLE)
+def test_float64(implementation):
+    x, w, dy, sizes = _inputs(*GROUPS["uneven"], "float32")
+    with jax.enable_x64(True):
+        got = _value_and_gradients(*map(jnp.asarray, (x, w, dy)), sizes, implementation)
+        _compare(got, _oracle(x, w, dy, sizes), jnp.dtype("float64"), sizes)
+
+
+@pytest.mark.parametrize("implementation", RUNNABLE)
+def test_poisoned_padding(implementation):
+    """NaN in the rows past the sum, in x and in the incoming gradient, reaches nothing."""
+    x, w, dy, sizes = _inputs(*GROUPS["rows past the sum"], "float32")
+    used = sizes.sum()
+    want = _oracle(x, w, dy, sizes)
+    x[used:] = dy[used:] = np.nan
+    got = _value_and_gradients(
+        *(jnp.asarray(a, jnp.float32) for a in (x, w, dy)), sizes, implementation
+    )
+    _compare(got, want, jnp.dtype("float32"), sizes)
+    assert not np.any(np.asarray(got[0])[used:]) and not np.any(np.asarray(got[1])[used:])
+
+
+@pytest.mark.parametrize("implementation", RUNNABLE)
+def test_zero_rows_and_one_group(implementation):
+    for rows, sizes in ((0, [0, 0]), (6, [6])):
+        x, w, dy, sizes = _inputs(rows, sizes, "float32")
+        got = _value_and_gradients(
+            *(jnp.asarray(a, jnp.float32) for a in (x, w, dy)), sizes, implementation
+        )
+        _compare(got, _oracle(x, w, dy, sizes), jnp.dtype("float32"), sizes)
+
+
+# Few shapes, so few compiles; the groups within them are free.
+@hypothesis.settings(max_examples=40, deadline=None, derandomize=True)
+@hypothesis.given(
+    rows=st.sampled_from([7, 150]),
+    shares=st.lists(st.integers(0, 9), min_size=E, max_size=E),
+    filled=st.floats(0, 1),
+    seed=st.integers(0, 2**16),
+)
+@pytest.mark.parametrize("implementation", ["blocked", "ragged"])
+def test_drawn_groups(implementation, rows, shares, filled, seed):
+    total = max(sum(shares), 1)
+    sizes = [int(filled * rows * s / total) for s in shares]
+    x, w, dy, sizes = _inputs(rows, sizes, "float32", seed)
+    got = _value_and_gradients(
+        *(jnp.asarray(a, jnp.float32) for a in (x, w, dy)), sizes, implementation
+    )
+    _compare(got, _oracle(x, w, dy, sizes), jnp.dtype("float32"), sizes)
+
+
+@pytest.mark.parametrize("implementation", ["blocked", "auto"])
+def test_under_scan_and_remat(implementation):
+    """Two layers by scan + remat give the gradients of the same two layers written out."""
+    x, _, _, sizes = _inputs(*GROUPS["uneven"], "float32")
+    w_LEDD = jnp.asarray(np.random.default_rng(1).normal(size=(2, E, D, D)), jnp.float32)
+    x = jnp.asarray(x, jnp.float32)
+
+    def layer(x, w, implementation):
+        return jnp.tanh(grouped_matmul(x, w, sizes, implementation=implementation))
+
+    def scanned(w_LEDD):
+        step = jax.checkpoint(lambda x, w: (layer(x, w, implementation), None))
+        return jnp.sum(jax.lax.scan(step, x, w_LEDD)[0])
+
+    def written_out(w_LEDD):
+        return jnp.sum(layer(layer(x, w_LEDD[0], "reference"), w_LEDD[1], "reference"))
+
+    got, want = jax.jit(jax.grad(scanned))(w_LEDD), jax.jit(jax.grad(written_out))(w_LEDD)
+    # Both in float32: sums of up to 17 terms of size about 3, through two layers.
+    np.testing.assert_allclose(got, want, atol=3e-5, rtol=0)
+
+
+@pytest.mark.parametrize("implementation", RUNNABLE)
+def test_in_shard_map(implementation):
+    """Rows split over one axis, experts' weights replicated over it: dw is the sum over devices.
+    Types are checked (check_vma), so a loop carry or a gradient of the wrong type is an error."""
+    mesh = jax.make_mesh((4,), ("data",), axis_types=(AxisType.Auto,))
+    x, w, dy, _ = _inputs(4 * 20, [0] * E, "float32")
+    sizes_GE = np.array([[4, 4, 4, 4, 4], [0, 20, 0, 0, 0], [1, 2, 3, 0, 0], [0, 0, 0, 0, 19]])
+    P = PartitionSpec
+
+    @functools.partial(
+        jax.shard_map, mesh=mesh, in_specs=(P("data"), P(), P("data")), out_specs=P("data")
+    )
+    def sharded(x_RD, w_EDF, sizes_1E):
+        return grouped_matmul(x_RD, w_EDF, sizes_1E[0], implementation=implementation)
+
+    @jax.jit
+    def run(x, w, dy, sizes):
+        y, pull = jax.vjp(lambda x, w: sharded(x, w, sizes), x, w)
+        return y, *pull(dy)
+
+    got = run(*(jnp.asarray(a, jnp.float32) for a in (x, w, dy)), jnp.asarray(sizes_GE, jnp.int32))
+    parts = [_oracle(x[20 * g :][:20], w, dy[20 * g :][:20], sizes_GE[g]) for g in range(4)]
+    want = (*(np.concatenate([p[i] for p in parts]) for i in (0, 1)), sum(p[2] for p in parts))
+    _compare(got, want, jnp.dtype("float32"), [32])
+
+
+@pytest.mark.parametrize("platform", ["cuda", "tpu"])
+@pytest.mark.parametrize("implementation", RUNNABLE)
+def test_lowers_for_accelerators(implementation, platform):
+    """A broken lowering for hardware that is not here fails here."""
+    x = jax.ShapeDtypeStruct((256, 128), jnp.bfloat16)
+    w = jax.ShapeDtypeStruct((4, 128, 256), jnp.bfloat16)
+    sizes = jax.ShapeDtypeStruct((4,), jnp.int32)
+
+    def value_and_gradients(x, w, sizes):
+        y, pull = jax.vjp(
+            lambda x, w: grouped_matmul(x, w, sizes, implementation=implementation), x, w
+        )
+        return y, *pull(y)
+
+    exported = jax.export.export(jax.jit(value_and_gradients), platforms=[platform])(x, w, sizes)
+    text = exported.mlir_module()
+    # The platform is chosen at lowering: ragged_dot there, and no trace of the CPU's loop.
+    assert ("ragged_dot" in text) == (implementation in ("ragged", "auto"))
+    assert ("stablehlo.while" in text) == (implementation == "blocked")
+
+
+def test_auto_is_blocked_on_cpu():
+    x, w = jnp.zeros((40, D)), jnp.zeros((E, D, F))
+    sizes = jnp.zeros(E, jnp.int32)
+    text = jax.jit(grouped_matmul).lower(x, w, sizes).as_text()
+    assert "stablehlo.while" in text and "ragged" not in text
+
+
+def test_bad_input():
+    x, w, sizes = jnp.zeros((4, D)), jnp.zeros((E, D, F)), jnp.zeros(E, jnp.int32)
+    with pytest.raises(ValueError, match=r"'blokked'.*blocked"):
+        grouped_matmul(x, w, sizes, implementation="blokked")
+    with pytest.raises(ValueError, match=r"\(5, 7\)"):
+        grouped_matmul(x[:, :7], w, sizes)
+    with pytest.raises(ValueError, match="cast one"):
+        grouped_matmul(x.astype(jnp.bfloat16), w, sizes)
+    with pytest.raises(ValueError, match="integers"):
+        grouped_matmul(x, w, sizes.astype(jnp.float32))
+    with pytest.raises(TypeError):
+        IMPLEMENTATIONS["mine"] = grouped_matmul  # type: ignore[index]
