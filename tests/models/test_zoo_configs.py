@@ -117,6 +117,12 @@ def test_rope_parameters_of_newer_files():
     assert zoo.config_from_hf(new) == zoo.config_from_hf(hf)
 
 
+def test_qwen3_saved_by_transformers_5():
+    hf = zoo.load_hf("qwen3-30b-a3b")
+    new = {k: v for k, v in hf.items() if k != "num_experts"} | {"num_local_experts": 128}
+    assert zoo.config_from_hf(new) == zoo.config_from_hf(hf)
+
+
 BAD = {
     "rope type": ("llama-2-7b", {"rope_scaling": {"type": "linear", "factor": 2.0}}, "'yarn'"),
     "attention factor": (

@@ -38,6 +38,8 @@ def moe_to_hf(cfg: ModelConfig) -> dict:
 
 
 def moe_from_hf(hf: dict, family: str, **kwargs) -> MoEConfig:
+    # transformers 5 saves Qwen3's number of experts under Mixtral's name.
+    hf = {"num_experts": hf.get("num_local_experts"), **hf}
     n = fields.sizes(hf, family, "num_experts", "num_experts_per_tok", "moe_intermediate_size")
     return MoEConfig(
         num_experts=n["num_experts"],
