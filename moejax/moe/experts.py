@@ -6,6 +6,7 @@ Not gated:  y = down(act(up x))              GPT-2's tanh GELU
 An activation is a line of ACTIVATIONS, not an `if`.
 """
 
+import functools
 import types
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -15,7 +16,9 @@ import jax.numpy as jnp
 
 from moejax import axes
 from moejax.config import MoEConfig
+from moejax.moe import windowed_ffn
 from moejax.moe.grouped_matmul import grouped_matmul
+from moejax.moe.varying import vary_together
 from moejax.params import ParamSpec
 
 Params = Mapping[str, Any]
@@ -140,20 +143,91 @@ def expert_ffn(
     Returns:
       y_RD in x's dtype.
     """
-    expert_RE = None
-    if "b_up" in params:
-        expert_RE = _one_hot_rows(group_sizes_E, x_RD.shape[0], x_RD.dtype)
+    if moe.grouped_matmul not in ("auto", "blocked"):
+        inputs = _project(params, x_RD, group_sizes_E, moe.grouped_matmul)
+        return _finish(params, inputs, group_sizes_E, moe, moe.grouped_matmul)
+    x_RD, group_sizes_E, *values = vary_together(x_RD, group_sizes_E, *params.values())
+    return _by_platform(dict(zip(params, values)), x_RD, group_sizes_E, moe)
 
-    def linear(name, x):
-        w = params[f"w_{name}"].astype(x.dtype)
-        y = grouped_matmul(x, w, group_sizes_E, implementation=moe.grouped_matmul)
-        # A product with one-hot rows, so that the gradient is a product too and not a scatter.
-        return y if expert_RE is None else y + expert_RE @ params[f"b_{name}"].astype(x.dtype)
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _by_platform(params, x_RD, group_sizes_E, moe):
+    """'auto' and 'blocked': on CPU `windowed_ffn`, elsewhere grouped matmuls; chosen at lowering.
+
+    One stated gradient around the choice, so that both sides keep the same arrays for the backward
+    pass (the inputs of the activation) and nothing is kept for the side that does not run.
+    """
+    return _by_platform_forward(params, x_RD, group_sizes_E, moe)[0]
+
+
+def _by_platform_forward(params, x_RD, group_sizes_E, moe):
+    act, limit = ACTIVATIONS[moe.activation], moe.activation_limit
+
+    def windowed(params, x_RD, group_sizes_E):
+        return windowed_ffn.forward(params, x_RD, group_sizes_E, act, limit)
+
+    def grouped(params, x_RD, group_sizes_E):
+        inputs = _project(params, x_RD, group_sizes_E, "ragged")
+        return _finish(params, inputs, group_sizes_E, moe, "ragged"), inputs
+
+    y_RD, inputs = _choose(moe, windowed, grouped, params, x_RD, group_sizes_E)
+    return y_RD, (params, x_RD, group_sizes_E, inputs)
+
+
+def _by_platform_backward(moe, residuals, dy_RD):
+    act, limit = ACTIVATIONS[moe.activation], moe.activation_limit
+
+    def windowed(params, x_RD, group_sizes_E, inputs, dy_RD):
+        return windowed_ffn.backward(params, x_RD, group_sizes_E, inputs, dy_RD, act, limit)
+
+    def grouped(params, x_RD, group_sizes_E, inputs, dy_RD):
+        # The values of both halves are not used, and XLA drops the products that compute them.
+        _, finish_pullback = jax.vjp(
+            lambda p, inputs: _finish(p, inputs, group_sizes_E, moe, "ragged"), params, inputs
+        )
+        dparams_down, dinputs = finish_pullback(dy_RD)
+        _, project_pullback = jax.vjp(
+            lambda p, x_RD: _project(p, x_RD, group_sizes_E, "ragged"), params, x_RD
+        )
+        dparams_up, dx_RD = project_pullback(dinputs)
+        # Each half has zeros for the other's parameters.
+        return jax.tree.map(jnp.add, dparams_down, dparams_up), dx_RD
+
+    dparams, dx_RD = _choose(moe, windowed, grouped, *residuals, dy_RD)
+    return dparams, dx_RD, None
+
+
+_by_platform.defvjp(_by_platform_forward, _by_platform_backward)
+
+
+def _choose(moe, windowed, grouped, *args):
+    if moe.grouped_matmul == "blocked":
+        return windowed(*args)
+    return jax.lax.platform_dependent(*args, cpu=windowed, default=grouped)
+
+
+def _project(params, x_RD, group_sizes_E, implementation):
+    """The inputs of the activation: (gate_RF, up_RF), or (up_RF,) where not gated."""
+    names = [n for n in ("gate", "up") if f"w_{n}" in params]
+    return tuple(_grouped_linear(params, n, x_RD, group_sizes_E, implementation) for n in names)
+
+
+def _finish(params, inputs, group_sizes_E, moe, implementation):
+    """From the inputs of the activation to the result."""
     act = ACTIVATIONS[moe.activation]
-    gate_RF = linear("gate", x_RD) if act.gated else None
-    hidden_RF = act.apply(gate_RF, linear("up", x_RD), moe.activation_limit)
-    return linear("down", hidden_RF)
+    gate_RF = inputs[0] if act.gated else None
+    hidden_RF = act.apply(gate_RF, inputs[-1], moe.activation_limit)
+    return _grouped_linear(params, "down", hidden_RF, group_sizes_E, implementation)
+
+
+def _grouped_linear(params, name, x, group_sizes_E, implementation):
+    w = params[f"w_{name}"].astype(x.dtype)
+    y = grouped_matmul(x, w, group_sizes_E, implementation=implementation)
+    if f"b_{name}" not in params:
+        return y
+    # A product with one-hot rows, so that the gradient is a product too and not a scatter.
+    expert_RE = _one_hot_rows(group_sizes_E, x.shape[0], x.dtype)
+    return y + expert_RE @ params[f"b_{name}"].astype(x.dtype)
 
 
 def _one_hot_rows(group_sizes_E, num_rows, dtype):

@@ -1,119 +1,65 @@
-"""The CPU path: a loop over the blocks of rows that exist, each multiplied by its one expert.
+"""The CPU path: batched products over windows of rows that exist (`windows.py`), in plain XLA.
 
-A group of n rows is cut into ceil(n / block) blocks, so no expert is ever multiplied by a row that
-did not choose it, except for the padding of each group's last block. The loop runs over real blocks
-only (a dynamic number), and dw accumulates in place. XLA:CPU's own `ragged_dot` multiplies every
-row by every expert.
+XLA:CPU's own `ragged_dot` multiplies every row by every expert. The expert FFN has a version of its
+own on top of the same windows (`moejax.moe.windowed_ffn`) that reads the rows once for all three of
+its matrices.
 """
 
-from typing import NamedTuple
+import functools
 
 import jax
 import jax.numpy as jnp
 
+from moejax.moe.grouped_matmul import windows as win
 from moejax.moe.grouped_matmul.products import Products
 from moejax.moe.varying import vary, varying_axes
 
-# Rows of a block: large enough to run a product at full speed, small against R / E.
-BLOCK = 128
 
-
-class Blocks(NamedTuple):
-    """Where each block lies. Only the first `num_blocks` of the NB entries exist."""
-
-    num_blocks: jax.Array
-    expert_NB: jax.Array
-    slice_NB: jax.Array  # first row of the slice of BLOCK rows to read; within [0, R - block]
-    start_NB: jax.Array  # first row of that slice that belongs to the block
-    end_NB: jax.Array  # one past its last row
-
-
-def make_blocks(group_sizes_E: jax.Array, num_rows: int, block: int) -> Blocks:
-    num_experts = group_sizes_E.shape[0]
-    blocks_E = (group_sizes_E + block - 1) // block
-    last_block_E = jnp.cumsum(blocks_E)
-    # sum of ceil(n / block) over groups is at most (R + E (block - 1)) / block.
-    most_blocks = (num_rows + num_experts * (block - 1)) // block
-    index_NB = jnp.arange(most_blocks)
-    # Blocks past the last one get expert E - 1 here; the loop never reaches them.
-    expert_NB = jnp.minimum(jnp.searchsorted(last_block_E, index_NB, side="right"), num_experts - 1)
-    end_E = jnp.cumsum(group_sizes_E)
-    nth_NB = index_NB - (last_block_E - blocks_E)[expert_NB]
-    start_NB = (end_E - group_sizes_E)[expert_NB] + nth_NB * block
-    return Blocks(
-        num_blocks=last_block_E[-1],
-        expert_NB=expert_NB,
-        # The slice of the last rows may not reach past R: shift it up and mask what is not ours.
-        slice_NB=jnp.minimum(start_NB, num_rows - block),
-        start_NB=start_NB,
-        end_NB=jnp.minimum(start_NB + block, end_E[expert_NB]),
+def _batched(a, b, contract_a, contract_b):
+    return jax.lax.dot_general(
+        a,
+        b,
+        (((contract_a,), (contract_b,)), ((0,), (0,))),
+        preferred_element_type=jnp.promote_types(a.dtype, jnp.float32),
     )
 
 
-def _loop(group_sizes_E, num_rows, block, out, body):
-    """out = body(out, expert, first row, mine_B1) for every block in order."""
-    blocks = make_blocks(group_sizes_E, num_rows, block)
-
-    def step(i, out):
-        start = blocks.slice_NB[i]
-        row_B = start + jnp.arange(block)
-        mine_B1 = ((row_B >= blocks.start_NB[i]) & (row_B < blocks.end_NB[i]))[:, None]
-        return body(out, blocks.expert_NB[i], start, mine_B1)
-
-    return jax.lax.fori_loop(0, blocks.num_blocks, step, out)
-
-
-def _rows_product(x_RD, w, group_sizes_E, contract, width):
-    """Rows times their expert's matrix, contracting dimension `contract` of it."""
-    num_rows = x_RD.shape[0]
-    block = min(BLOCK, num_rows)
-    out = vary(jnp.zeros((num_rows, width), x_RD.dtype), varying_axes(x_RD, w, group_sizes_E))
+def _rows_product(contract, x_RD, w_EDF, group_sizes_E):
+    """Rows times their expert's matrix, contracting dimension `contract` of it: 1 is D, 2 is F."""
+    num_rows, width = x_RD.shape[0], w_EDF.shape[3 - contract]
+    axes = varying_axes(x_RD, w_EDF, group_sizes_E)
+    y_RF = vary(jnp.zeros((num_rows, width), x_RD.dtype), axes)
     if num_rows == 0:
-        return out
+        return y_RF
 
-    def body(y_RF, e, start, mine_B1):
-        x_BD = jax.lax.dynamic_slice_in_dim(x_RD, start, block)
-        w_e = jax.lax.dynamic_index_in_dim(w, e, keepdims=False)
-        y_BF = jax.lax.dot_general(
-            x_BD,
-            w_e,
-            (((1,), (contract,)), ((), ())),
-            preferred_element_type=jnp.promote_types(x_RD.dtype, jnp.float32),
-        )
-        old_BF = jax.lax.dynamic_slice_in_dim(y_RF, start, block)
-        y_BF = jnp.where(mine_B1, y_BF.astype(y_RF.dtype), old_BF)
-        return jax.lax.dynamic_update_slice_in_dim(y_RF, y_BF, start, 0)
+    def body(y_RF, windows):
+        x_SCD = win.read_rows(x_RD, windows)
+        w_SDF = win.read_experts(w_EDF, windows, x_RD.dtype)
+        return win.write_rows(y_RF, _batched(x_SCD, w_SDF, 2, contract), windows)
 
-    return _loop(group_sizes_E, num_rows, block, out, body)
-
-
-def matmul(x_RD, w_EDF, group_sizes_E):
-    return _rows_product(x_RD, w_EDF, group_sizes_E, 0, w_EDF.shape[2])
-
-
-def matmul_transposed(y_RF, w_EDF, group_sizes_E):
-    return _rows_product(y_RF, w_EDF, group_sizes_E, 1, w_EDF.shape[1])
+    at_once = win.windows_at_once(w_EDF.shape[0], w_EDF.shape[1] * w_EDF.shape[2])
+    return win.for_each_set(group_sizes_E, num_rows, at_once, y_RF, body)
 
 
 def outer(x_RD, y_RF, group_sizes_E):
-    num_rows = x_RD.shape[0]
-    block = min(BLOCK, num_rows)
-    shape = (group_sizes_E.shape[0], x_RD.shape[1], y_RF.shape[1])
-    dtype = jnp.promote_types(x_RD.dtype, jnp.float32)
-    out = vary(jnp.zeros(shape, dtype), varying_axes(x_RD, y_RF, group_sizes_E))
+    num_rows, num_experts = x_RD.shape[0], group_sizes_E.shape[0]
+    shape = (num_experts, x_RD.shape[1], y_RF.shape[1])
+    accumulator = jnp.promote_types(x_RD.dtype, jnp.float32)
+    w_EDF = vary(jnp.zeros(shape, accumulator), varying_axes(x_RD, y_RF, group_sizes_E))
     if num_rows == 0:
-        return out.astype(x_RD.dtype)
+        return w_EDF.astype(x_RD.dtype)
 
-    def body(w_EDF, e, start, mine_B1):
-        x_BD = jnp.where(mine_B1, jax.lax.dynamic_slice_in_dim(x_RD, start, block), 0)
-        y_BF = jnp.where(mine_B1, jax.lax.dynamic_slice_in_dim(y_RF, start, block), 0)
-        w_DF = jax.lax.dot_general(
-            x_BD, y_BF, (((0,), (0,)), ((), ())), preferred_element_type=dtype
-        )
-        w_DF += jax.lax.dynamic_index_in_dim(w_EDF, e, keepdims=False)
-        return jax.lax.dynamic_update_index_in_dim(w_EDF, w_DF, e, 0)
+    def body(w_EDF, windows):
+        x_SCD = win.read_rows(x_RD, windows, mask=True)
+        y_SCF = win.read_rows(y_RF, windows, mask=True)
+        return win.add_experts(w_EDF, _batched(x_SCD, y_SCF, 1, 1), windows)
 
-    return _loop(group_sizes_E, num_rows, block, out, body).astype(x_RD.dtype)
+    at_once = win.windows_at_once(num_experts, shape[1] * shape[2])
+    return win.for_each_set(group_sizes_E, num_rows, at_once, w_EDF, body).astype(x_RD.dtype)
 
 
-PRODUCTS = Products(matmul, matmul_transposed, outer)
+PRODUCTS = Products(
+    matmul=functools.partial(_rows_product, 1),
+    matmul_transposed=functools.partial(_rows_product, 2),
+    outer=outer,
+)
