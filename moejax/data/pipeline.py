@@ -1,0 +1,236 @@
+"""Documents to batches: tokenise once, pack, shuffle, mix, batch; on grain.
+
+A document t_1..t_n becomes n + 1 tokens `bos t_1 .. t_n` with targets `t_1 .. t_n eos`: every token
+of every text is predicted exactly once, and so is its end. The documents of a domain are laid end
+to end in an order fixed by the seed and cut into rows of `seq_len`; the last row is padded. A row
+holds one domain.
+
+A document cut by the end of a row goes on in another row as a segment of its own: positions start
+at 0 and it does not see its beginning. Its first token there is the target of the last token of the
+earlier piece, so no target is lost. Targets never cross documents.
+
+Rows come in a new random order in each epoch of their domain. Which row is at position i is a
+function of (seed, corpus, i), so an iterator's state is one number and any position can be
+restored.
+"""
+
+import zlib
+from collections.abc import Iterable
+
+import grain
+import numpy as np
+from tqdm import tqdm
+
+from moejax.config import DataConfig
+from moejax.data.corpus import Corpus, Documents
+from moejax.data.sources import DataError
+from moejax.data.tokenizer import Tokenizer
+
+Batch = dict[str, np.ndarray]
+
+# Tokenise this many characters at a time: bounds the memory of the tokenizer's own records.
+_CHUNK_CHARS = 4_000_000
+
+
+class PackedRows:
+    """Rows of one domain, as a random-access source of grain: `rows[i]` is a dict of int32 arrays
+    of shape (seq_len,), see `DESIGN.md`.
+
+    Args:
+      token_lists: the ids of each document, without separators, in the order of packing.
+      domain: number of the domain.
+      tokenizer: for the separators, padding and the vocabulary's size.
+      seq_len: row length S.
+    """
+
+    def __init__(
+        self, token_lists: list[np.ndarray], domain: int, tokenizer: Tokenizer, seq_len: int
+    ):
+        self._seq_len, self._domain = seq_len, domain
+        self._eos_id, self._pad_id = tokenizer.eos_id, tokenizer.pad_id
+        lengths = np.array([len(ids) + 1 for ids in token_lists])
+        self._ends = np.cumsum(lengths)
+        self._starts = self._ends - lengths
+        bos = np.array([tokenizer.bos_id], token_lists[0].dtype)
+        self._tokens = np.concatenate([part for ids in token_lists for part in (bos, ids)])
+
+    def __len__(self) -> int:
+        return -(-len(self._tokens) // self._seq_len)
+
+    def __getitem__(self, row: int) -> Batch:
+        begin = row * self._seq_len
+        end = min(begin + self._seq_len, len(self._tokens))
+        n = end - begin
+        first = np.searchsorted(self._ends, begin, side="right")  # the document of the first token
+        last = np.searchsorted(self._starts, end)  # one past that of the last
+        segment_starts = np.maximum(self._starts[first:last] - begin, 0)
+        document_ends = self._ends[first:last]
+        document_ends = document_ends[document_ends <= end] - begin - 1
+
+        out = _empty_rows((self._seq_len,), self._pad_id, self._domain)
+        out["tokens"][:n] = self._tokens[begin:end]
+        following = self._tokens[begin + 1 : end + 1]
+        out["targets"][: len(following)] = following
+        out["targets"][document_ends] = self._eos_id
+        out["targets"][n:] = self._pad_id
+        is_start = np.zeros(n, np.int32)
+        is_start[segment_starts] = 1
+        out["segment_ids"][:n] = np.cumsum(is_start)
+        out["positions"][:n] = np.arange(n) - segment_starts[out["segment_ids"][:n] - 1]
+        out["loss_mask"][:n] = 1
+        return out
+
+
+def _empty_rows(shape: tuple[int, ...], pad_id: int, domain: int) -> Batch:
+    """Nothing but padding."""
+    fill = {"tokens": pad_id, "targets": pad_id, "segment_ids": 0, "positions": 0, "loss_mask": 0}
+    return {k: np.full(shape, v, np.int32) for k, v in fill.items()} | {
+        "domain": np.full(shape, domain, np.int32)
+    }
+
+
+def tokenize(documents: Documents, tokenizer: Tokenizer, name: str = "") -> list[np.ndarray]:
+    """Ids of every document, as uint16 or uint32; a progress bar appears if it takes over 2 s."""
+    dtype = np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32
+    out: list[np.ndarray] = []
+    total = sum(len(d.text) for d in documents)
+    with tqdm(total=total, unit="char", unit_scale=True, desc=f"tokenise {name}", delay=2) as bar:
+        for chunk in _chunked(documents):
+            out += [np.array(ids, dtype) for ids in tokenizer.encode_batch(chunk)]
+            bar.update(sum(map(len, chunk)))
+    return out
+
+
+def _chunked(documents: Documents) -> Iterable[list[str]]:
+    chunk, size = [], 0
+    for document in documents:
+        chunk.append(document.text)
+        size += len(document.text)
+        if size >= _CHUNK_CHARS:
+            yield chunk
+            chunk, size = [], 0
+    if chunk:
+        yield chunk
+
+
+def train_iterator(
+    corpus: Corpus,
+    tokenizer: Tokenizer,
+    cfg: DataConfig,
+    *,
+    process_index: int = 0,
+    process_count: int = 1,
+) -> grain.DatasetIterator:
+    """Endless training batches: dicts of int32 arrays of shape (batch_size / process_count,
+    seq_len).
+
+    The batches of all processes, concatenated in their order, are the batch of a single process.
+    Domains are mixed row by row in fixed proportions (`corpus.weights`, to within 1%); one of
+    weight 0 is left out.
+
+    The iterator's `get_state()` is JSON-serialisable; after `set_state` of it on an iterator made
+    from the same corpus, tokenizer and config, the same batches follow.
+    """
+    local = _local_batch_size(cfg, process_count)
+    datasets, weights = [], []
+    for index, (name, weight) in enumerate(zip(corpus.domains, corpus.weights)):
+        if not weight:
+            continue
+        token_lists = tokenize(corpus.train[name], tokenizer, name)
+        seed = zlib.crc32(f"{cfg.seed}/{name}".encode())
+        order = np.random.default_rng(seed).permutation(len(token_lists))
+        rows = PackedRows([token_lists[i] for i in order], index, tokenizer, cfg.seq_len)
+        datasets.append(grain.MapDataset.source(rows).shuffle(seed=seed).repeat())
+        weights.append(weight)
+    mixed = grain.MapDataset.mix(datasets, weights)
+    # Local batch j of the whole stream belongs to process j mod process_count.
+    mine = mixed.batch(local, drop_remainder=True)[process_index::process_count]
+    # One thread stays a few batches ahead; building a row takes tens of microseconds.
+    options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)
+    return iter(mine.to_iter_dataset(options))
+
+
+def _local_batch_size(cfg: DataConfig, process_count: int) -> int:
+    if cfg.batch_size % process_count:
+        near = max(cfg.batch_size // process_count, 1) * process_count
+        raise DataError(
+            f"data.batch_size={cfg.batch_size} must be a multiple of {process_count} processes: "
+            f"{near} would work"
+        )
+    return cfg.batch_size // process_count
+
+
+class _ValidationRows:
+    """The rows of all domains in one fixed order, padded to whole batches.
+
+    Row r of a domain with n rows stands at r / n of the way: any number of batches from the start
+    holds the domains in proportion, and the first rows are one of each domain.
+    """
+
+    def __init__(self, domains: list[PackedRows], batch_size: int, padding: Batch):
+        where = [(r / len(rows), d, r) for d, rows in enumerate(domains) for r in range(len(rows))]
+        self._index = [(d, r) for _, d, r in sorted(where)]
+        self._domains, self._padding = domains, padding
+        self._length = -(-len(self._index) // batch_size) * batch_size
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __getitem__(self, i: int) -> Batch:
+        if i >= len(self._index):
+            return self._padding
+        domain, row = self._index[i]
+        return self._domains[domain][row]
+
+
+def validation_batches(
+    corpus: Corpus,
+    tokenizer: Tokenizer,
+    cfg: DataConfig,
+    num_batches: int | None = None,
+    *,
+    process_index: int = 0,
+    process_count: int = 1,
+) -> grain.MapDataset:
+    """The first `num_batches` (None: all) batches of the validation documents, as a sequence.
+
+    `len`, `[i]` and iteration work, any number of times; tokenise once, keep it. The order is fixed
+    and mixes the domains by size; documents come in an order fixed by the seed. The last batch is
+    filled up with padding (`loss_mask` 0). Shapes and processes as for `train_iterator`.
+    """
+    local = _local_batch_size(cfg, process_count)
+    domains = []
+    for index, name in enumerate(corpus.domains):
+        token_lists = tokenize(corpus.validation[name], tokenizer, name)
+        order = np.random.default_rng(cfg.seed).permutation(len(token_lists))
+        domains.append(PackedRows([token_lists[i] for i in order], index, tokenizer, cfg.seq_len))
+    padding = _empty_rows((cfg.seq_len,), tokenizer.pad_id, 0)
+    rows = _ValidationRows(domains, cfg.batch_size, padding)
+    batches = grain.MapDataset.source(rows).batch(local)[process_index::process_count]
+    return batches if num_batches is None else batches[:num_batches]
+
+
+def synthetic_batch(seq_len: int, batch_size: int, vocab_size: int, seed: int = 0) -> Batch:
+    """A valid packed batch of random tokens, shapes (batch_size, seq_len), for tests and
+    benchmarks.
+
+    Each row holds documents of random length and ends in padding (up to an eighth of the row, never
+    all of it); there are three domains. Token 0 is separator and padding.
+    """
+    rng = np.random.default_rng(seed)
+    batch = _empty_rows((batch_size, seq_len), 0, 0)
+    batch["domain"] += rng.integers(0, 3, (batch_size, 1), np.int32)
+    for b in range(batch_size):
+        used = seq_len - int(rng.integers(0, seq_len // 8 + 1))
+        cuts = np.flatnonzero(rng.random(used - 1) < 4 / seq_len) + 1
+        starts = np.array([0, *cuts])
+        ends = np.array([*cuts, used])
+        ids = rng.integers(1, vocab_size, used + 1)
+        ids[starts] = 0
+        batch["tokens"][b, :used] = ids[:-1]
+        batch["targets"][b, :used] = ids[1:]
+        batch["targets"][b, ends - 1] = 0
+        batch["segment_ids"][b, :used] = np.repeat(np.arange(len(starts)) + 1, ends - starts)
+        batch["positions"][b, :used] = np.arange(used) - np.repeat(starts, ends - starts)
+        batch["loss_mask"][b, :used] = 1
+    return batch

@@ -1,0 +1,302 @@
+"""Text to ids and back: bytes, a BPE trained on the corpus, or any tokenizer.json.
+
+Every tokenizer has a separator that opens a document (`bos_id`) and is the target after its last
+token (`eos_id`); it never comes out of `encode`, also when a text spells a special token's name.
+"""
+
+import codecs
+import json
+import os
+import pathlib
+import tempfile
+from collections.abc import Iterable, Iterator
+from typing import Protocol
+
+import numpy as np
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers, trainers
+
+from moejax.config import DataConfig
+from moejax.data.corpus import Corpus
+from moejax.data.sources import DataError
+
+FILE_NAME = "tokenizer.json"
+SEPARATOR, PADDING = "<|endoftext|>", "<|pad|>"
+# BPE learns from at most this much text of the training documents: a few seconds on one core.
+BPE_TRAINING_BYTES = 6_000_000
+# Names that published tokenizers give to the start and the end of a document, and to padding.
+_BOS_NAMES = (
+    "<｜begin▁of▁sentence｜>",
+    "<|begin_of_text|>",
+    "<|startoftext|>",
+    "<s>",
+    "<bos>",
+    "[BOS]",
+)
+_EOS_NAMES = (
+    *("<｜end▁of▁sentence｜>", "<|end_of_text|>", SEPARATOR, "</s>", "<eos>", "[EOS]"),
+    *("<|return|>", "<|im_end|>"),
+)
+_PAD_NAMES = (PADDING, "<pad>", "[PAD]", "<|padding|>", "<|PAD_TOKEN|>", "<｜▁pad▁｜>")
+
+
+class Tokenizer(Protocol):
+    """What the rest of moejax knows of a tokenizer.
+
+    Attributes:
+      vocab_size: ids are in [0, vocab_size).
+      bos_id, eos_id, pad_id: separators and padding; bos and eos may be the same id.
+      pieces: the bytes each id stands for, V entries; b"" for special tokens.
+      token_bytes_V: their lengths, int32. The sum over a document's ids is its number of UTF-8
+        bytes, exactly for 'byte' and byte-level BPE, up to a leading space for SentencePiece
+        models.
+    """
+
+    vocab_size: int
+    bos_id: int
+    eos_id: int
+    pad_id: int
+    pieces: list[bytes]
+    token_bytes_V: np.ndarray
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of a text, without separators."""
+        ...
+
+    def encode_batch(self, texts: list[str]) -> list[list[int]]:
+        """`encode` of many texts, in parallel where the tokenizer can."""
+        ...
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of ids; special tokens are left out, incomplete characters become U+FFFD."""
+        ...
+
+
+class ByteTokenizer:
+    """UTF-8 bytes 0-255, then the separator and padding."""
+
+    vocab_size, bos_id, eos_id, pad_id = 258, 256, 256, 257
+
+    def __init__(self):
+        self.pieces = [bytes([b]) for b in range(256)] + [b"", b""]
+        self.token_bytes_V = _lengths(self.pieces)
+
+    def encode(self, text: str) -> list[int]:
+        return list(text.encode())
+
+    def encode_batch(self, texts: list[str]) -> list[list[int]]:
+        return [self.encode(text) for text in texts]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        return b"".join(self.pieces[i] for i in ids).decode("utf-8", "replace")
+
+
+class JsonTokenizer:
+    """A tokenizer.json of the `tokenizers` library.
+
+    Args:
+      text: the content of the file.
+      name: how error messages call it.
+    """
+
+    def __init__(self, text: str, name: str):
+        try:
+            described = json.loads(text)
+            self._tokenizer = tokenizers.Tokenizer.from_str(text)
+        except Exception as e:  # from_str raises nothing more specific
+            raise DataError(
+                f"{name}: not a tokenizer.json of the `tokenizers` library ({e})"
+            ) from e
+        # A text may spell a special token; it is text all the same.
+        self._tokenizer.encode_special_tokens = True
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+        self._byte_level = "ByteLevel" in json.dumps(described["decoder"])
+        vocab = self._tokenizer.get_vocab(with_added_tokens=True)
+        self.vocab_size = max(vocab.values()) + 1
+        self.eos_id = self._find(_EOS_NAMES, described, name)
+        self.bos_id = self._find(_BOS_NAMES, described, name, self.eos_id)
+        self.pad_id = self._find(_PAD_NAMES, described, name, self.eos_id)
+        self.pieces = _pieces(described, vocab, self.vocab_size, self._byte_level)
+        self.token_bytes_V = _lengths(self.pieces)
+
+    def _find(self, names, described, file, default: int | None = None) -> int:
+        special = {t["content"]: t["id"] for t in described["added_tokens"] if t["special"]}
+        for token in names:
+            if token in special:
+                return special[token]
+        if default is not None:
+            return default
+        raise DataError(
+            f"{file}: no token that ends a document; its special tokens are "
+            f"{', '.join(special) or 'none'}, known names are {', '.join(names)}"
+        )
+
+    def encode(self, text: str) -> list[int]:
+        return self._tokenizer.encode(text, add_special_tokens=False).ids
+
+    def encode_batch(self, texts: list[str]) -> list[list[int]]:
+        return [e.ids for e in self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        if self._byte_level:
+            return b"".join(self.pieces[i] for i in ids).decode("utf-8", "replace")
+        return self._tokenizer.decode(list(ids), skip_special_tokens=True)
+
+
+def load_tokenizer(
+    cfg: DataConfig, corpus: Corpus | None = None, workdir: str | os.PathLike | None = None
+) -> Tokenizer:
+    """The tokenizer of a run: `cfg.tokenizer` = 'byte', 'bpe', or the path of a tokenizer.json.
+
+    'bpe' and a path are kept as workdir/tokenizer.json and read from there ever after, so that a
+    run can be resumed, evaluated and moved without the corpus or the original file.
+
+    Args:
+      corpus: trains the BPE; not needed once workdir/tokenizer.json exists.
+      workdir: None to keep nothing.
+
+    Raises:
+      DataError: no such file, another tokenizer in workdir, nothing to train on.
+    """
+    if cfg.tokenizer == "byte":
+        return ByteTokenizer()
+    saved = pathlib.Path(workdir) / FILE_NAME if workdir is not None else None
+    kept = _read(saved) if saved is not None and saved.exists() else None
+    if cfg.tokenizer == "bpe":
+        text = kept or train_bpe(corpus, cfg.vocab_size)
+    else:
+        text = _external(cfg.tokenizer, saved, kept)
+    tokenizer = JsonTokenizer(text, str(saved if kept else cfg.tokenizer))
+    if cfg.tokenizer == "bpe" and tokenizer.vocab_size > cfg.vocab_size:
+        raise DataError(
+            f"{saved} has {tokenizer.vocab_size} tokens, more than data.vocab_size="
+            f"{cfg.vocab_size}: it belongs to another config; use its size, or another workdir"
+        )
+    if saved is not None and kept is None:
+        _write(saved, text)
+    return tokenizer
+
+
+def train_bpe(corpus: Corpus | None, vocab_size: int) -> str:
+    """A byte-level BPE of the training documents, as the content of a tokenizer.json.
+
+    Lossless: no normalisation, all 256 bytes in the alphabet. `vocab_size` includes the two special
+    tokens; a small corpus may yield fewer. At most `BPE_TRAINING_BYTES` of text are used, an equal
+    share of each domain, taken from documents in their order.
+    """
+    if vocab_size < 258:
+        raise DataError(
+            f"data.vocab_size={vocab_size} must be at least 258 for data.tokenizer='bpe': "
+            "256 bytes and 2 special tokens"
+        )
+    if corpus is None:
+        raise DataError(
+            f"data.tokenizer='bpe': no {FILE_NAME} in the workdir, and no corpus to train one on"
+        )
+    tokenizer = tokenizers.Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # pyright: ignore[reportAttributeAccessIssue]
+    tokenizer.decoder = decoders.ByteLevel()  # pyright: ignore[reportAttributeAccessIssue]
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,  # pyright: ignore[reportCallIssue]
+        special_tokens=[SEPARATOR, PADDING],  # pyright: ignore[reportCallIssue]
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),  # pyright: ignore[reportCallIssue]
+        show_progress=False,  # pyright: ignore[reportCallIssue]
+    )
+    tokenizer.train_from_iterator(_training_texts(corpus), trainer)
+    return tokenizer.to_str()
+
+
+def _training_texts(corpus: Corpus) -> Iterator[str]:
+    share = BPE_TRAINING_BYTES // len(corpus.train)
+    for documents in corpus.train.values():
+        left = share
+        for document in documents:
+            # Characters for bytes: never more than the share, and no byte count of a huge document.
+            yield (text := document.text[:left])
+            left -= len(text.encode())
+            if left <= 0:
+                break
+
+
+def _external(path: str, saved: pathlib.Path | None, kept: str | None) -> str:
+    """The tokenizer.json at `path`, or its copy; both must agree where both exist."""
+    source = pathlib.Path(path).expanduser()
+    source = source / FILE_NAME if source.is_dir() else source
+    if not source.exists():
+        if kept is not None:
+            return kept
+        raise DataError(
+            f"data.tokenizer={path!r}: no such file; expected 'byte', 'bpe' or the path of a "
+            f"{FILE_NAME}"
+        )
+    text = _read(source)
+    if kept is not None and kept != text:
+        raise DataError(
+            f"{saved} is not the tokenizer data.tokenizer={path!r}: the workdir belongs to "
+            "another run"
+        )
+    return text
+
+
+def _read(path: pathlib.Path) -> str:
+    try:
+        return path.read_text("utf-8")
+    except (OSError, UnicodeDecodeError) as e:
+        raise DataError(f"{path}: not a readable tokenizer.json ({e})") from e
+
+
+def _write(path: pathlib.Path, text: str) -> None:
+    """Whole or not at all: a killed run must not leave half a tokenizer."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=path.parent, delete=False) as f:
+        f.write(text)
+    os.replace(f.name, path)
+
+
+def _lengths(pieces: list[bytes]) -> np.ndarray:
+    return np.array([len(piece) for piece in pieces], np.int32)
+
+
+def _byte_alphabet() -> dict[str, int]:
+    """GPT-2's printable stand-in of each byte: itself if printable in Latin-1, else the next code
+    point from 256 on."""
+    printable = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [b for b in range(256) if b not in printable]
+    return {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}
+
+
+def _pieces(described: dict, vocab: dict[str, int], size: int, byte_level: bool) -> list[bytes]:
+    """The bytes of every id; ids without a token stand for nothing."""
+    alphabet = _byte_alphabet()
+    added = {t["content"]: t for t in described["added_tokens"]}
+    pieces = [b""] * size
+    for token, i in vocab.items():
+        if token in added:
+            pieces[i] = b"" if added[token]["special"] else token.encode()
+        elif byte_level and alphabet.keys() >= set(token):
+            pieces[i] = bytes(alphabet[c] for c in token)
+        elif len(token) == 6 and token.startswith("<0x"):  # SentencePiece's byte fallback
+            pieces[i] = bytes.fromhex(token[3:5])
+        else:
+            pieces[i] = token.replace("▁", " ").encode()
+    return pieces
+
+
+class StreamDecoder:
+    """Ids in, text out as soon as it is complete UTF-8: for printing while generating.
+
+    The concatenation of all `push` results and `flush()` is the text of all ids.
+    """
+
+    def __init__(self, tokenizer: Tokenizer):
+        self._pieces = tokenizer.pieces
+        self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def push(self, ids: Iterable[int]) -> str:
+        """The text that these ids complete; '' while a character is incomplete."""
+        return self._utf8.decode(b"".join(self._pieces[i] for i in ids))
+
+    def flush(self) -> str:
+        """What is left at the end: U+FFFD for an incomplete character, else ''."""
+        return self._utf8.decode(b"", final=True)
