@@ -1,0 +1,191 @@
+"""DeepSeek-V3.2, V4 and V4.1: architectures we count and do not run, from their config.json.
+
+Sources: V3.2 (2512.02556 section 2, the sparse-attention indexer), V4 (2606.19348 and the shapes
+of its released checkpoint), V4.1 (technical report of September 2026, no arXiv id).
+"""
+
+import dataclasses
+
+from moejax.config import ConfigError
+from moejax.cost.architecture import (
+    Architecture,
+    Attention,
+    Part,
+    dense_part,
+    expert_part,
+    of_model,
+    table_part,
+)
+from moejax.models import zoo
+from moejax.models.zoo import fields
+
+INDEX_HEAD_DIM = 128
+
+
+def of_hf(hf: dict, name: str = "model") -> Architecture:
+    """The description of any config.json we know, runnable or not.
+
+    Raises ConfigError as `config_from_hf` does.
+    """
+    kind = hf.get("model_type")
+    if kind == "deepseek_v32":
+        return _v32(hf, name)
+    if kind == "deepseek_v4":
+        return _v4(hf, name)
+    if kind == "deepseek_v41":
+        return _v41(hf, name)
+    return of_model(zoo.config_from_hf(hf), name)
+
+
+def _v32(hf: dict, name: str) -> Architecture:
+    """V3 plus, in every layer, an indexer that picks `index_topk` keys for each query."""
+    n = fields.sizes(hf, "deepseek_v32", "index_n_heads", "index_head_dim", "index_topk")
+    v3 = of_model(zoo.config_from_hf({**hf, "model_type": "deepseek_v3"}), name)
+    assert v3.attention is not None
+    heads, width = n["index_n_heads"], n["index_head_dim"]
+    d, q = v3.d_model, hf["q_lora_rank"]
+    # Query projection, one key, a weight per head; the key has a LayerNorm with bias.
+    matrix = heads * width * q + width * d + heads * d
+    attention = dataclasses.replace(
+        v3.attention[0],
+        macs=v3.attention[0].decode_macs,  # chosen latents are attended absorbed, in training too
+        topk=n["index_topk"],
+        index_macs=heads * width,
+        # FP8 latent with four float32 scales, BF16 rope key; FP8 index key with a float32 scale.
+        key_bytes=hf["kv_lora_rank"] + 16 + 2 * hf["qk_rope_head_dim"],
+        index_cache=width,
+        index_bytes=width + 4,
+    )
+    indexer = dense_part("indexer", v3.num_layers, matrix, 2 * width)
+    return dataclasses.replace(v3, parts=(*v3.parts, indexer), attention=(attention,))
+
+
+def _v4_projections(n: dict) -> tuple[int, int]:
+    """(matrices, vectors) of V4's query, key = value and grouped low-rank output projections."""
+    d, q, out = n["hidden_size"], n["q_lora_rank"], n["o_groups"] * n["o_lora_rank"]
+    wide = n["num_attention_heads"] * n["head_dim"]
+    matrix = q * d + wide * q + n["head_dim"] * d + out * (wide // n["o_groups"]) + d * out
+    return matrix, q + n["head_dim"] + n["num_attention_heads"]
+
+
+V4_SIZES = (
+    "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "head_dim",
+    "q_lora_rank", "o_groups", "o_lora_rank", "n_routed_experts", "num_experts_per_tok", "moe_intermediate_size",
+    "hc_mult", "index_n_heads", "index_topk", "max_position_embeddings", "sliding_window",
+)  # fmt: skip
+
+
+def _v4_common(n: dict, balance_biases: int) -> tuple[Part, ...]:
+    """What V4 and V4.1 share: embeddings, experts, norms, hyper-connections, plain projections."""
+    d, layers, experts = n["hidden_size"], n["num_hidden_layers"], n["n_routed_experts"]
+    ffn, streams = 3 * d * n["moe_intermediate_size"], n["hc_mult"]
+    # Each sub-layer reads (A), writes (C) and mixes (B, n x n) its streams: n(n+2) outputs of n d
+    # inputs.
+    mixes = streams * (streams + 2)
+    return (
+        table_part("embedding", n["vocab_size"] * d),
+        dense_part("attention", layers, *_v4_projections(n)),
+        dense_part("norms", layers, 0, 2 * d),
+        dense_part("hyper-connections", 2 * layers, mixes * streams * d, mixes + 3),
+        dense_part("final hyper-connection", 1, streams * streams * d, streams + 1),
+        expert_part(layers, experts, n["num_experts_per_tok"], ffn),
+        dense_part("shared experts", layers, ffn),
+        dense_part("router", layers, d * experts),
+        dense_part("balance bias", 1, 0, balance_biases),
+        dense_part("final norm", 1, 0, d),
+        dense_part("head", 1, n["vocab_size"] * d),
+    )
+
+
+def _v4(hf: dict, name: str) -> Architecture:
+    """V4: window-only, CSA (a key per 4 tokens, an indexer) and HCA (a key per 128 tokens) layers.
+
+    Multi-token prediction is left out: its shapes are not published completely.
+    """
+    n = fields.sizes(hf, "deepseek_v4", *V4_SIZES)
+    layers, hash_layers = (
+        n["num_hidden_layers"],
+        fields.size(hf, "deepseek_v4", "num_hash_layers", 0, 0),
+    )
+    ratios = list(hf.get("compress_ratios") or [])[:layers]
+    if len(ratios) != layers or not set(ratios) <= {0, 4, 128}:
+        raise ConfigError(
+            f"deepseek_v4 config: compress_ratios must hold at least {layers} of 0, 4 and 128"
+        )
+    d, width, index = n["hidden_size"], n["head_dim"], INDEX_HEAD_DIM
+    # A compressor projects values and gates; CSA's has two overlapping series.
+    csa = (
+        4 * width * d  # compressor
+        + n["index_n_heads"] * (index * n["q_lora_rank"] + d)  # index queries and head weights
+        + 4 * index * d,  # the index keys' compressor
+        4 * 2 * width + width + 4 * 2 * index + index,  # position biases and norms
+    )
+    hca = 2 * width * d, 128 * width + width
+    local = n["sliding_window"]
+    macs = n["num_attention_heads"] * 2 * width  # keys are values
+    # FP8 with 64 BF16 rope numbers and 8 bytes of scales; an FP4 index key with its scales.
+    key = (width - 64) + 2 * 64 + 8
+    index_key = index / 2 + 4
+    no_bias = hash_layers * n["n_routed_experts"]  # hash-routed layers look experts up by token
+    return Architecture(
+        name=name,
+        num_layers=layers,
+        d_model=d,
+        vocab_size=n["vocab_size"],
+        max_seq_len=n["max_position_embeddings"],
+        experts=(n["n_routed_experts"], n["num_experts_per_tok"]),
+        parts=(
+            *_v4_common(n, layers * n["n_routed_experts"] - no_bias),
+            dense_part("compressors and indexers", ratios.count(4), *csa),
+            dense_part("heavy compressors", ratios.count(128), *hca),
+        ),
+        attention=tuple(
+            a
+            for a in (
+                Attention(ratios.count(0), macs, macs, width, window=local, key_bytes=key),
+                Attention(
+                    ratios.count(4), macs, macs, width, stride=4, topk=n["index_topk"], local=local,
+                    index_macs=n["index_n_heads"] * index, index_cache=index, key_bytes=key,
+                    index_bytes=index_key,
+                ),
+                Attention(
+                    ratios.count(128), macs, macs, width, stride=128, local=local, key_bytes=key
+                ),
+            )
+            if a.layers
+        ),
+    )  # fmt: skip
+
+
+def _v41(hf: dict, name: str) -> Architecture:
+    """V4.1-Flash's text backbone. Its attention is not described well enough to count FLOPs, nor
+    are the key compressors of its four source layers (by the published total about 0.02B); both
+    stay out.
+    """
+    text = hf.get("text_config")
+    if not isinstance(text, dict):
+        raise ConfigError("deepseek_v41 config: missing text_config")
+    n = fields.sizes(text, "deepseek_v41", *V4_SIZES)
+    layers, d = n["num_hidden_layers"], n["hidden_size"]
+    indexers = len(text.get("index_source_layer_ids") or [])
+    index = n["index_n_heads"] * (INDEX_HEAD_DIM * n["q_lora_rank"] + d)
+    rows = sum(text.get("engram_num_embeddings") or [])
+    return Architecture(
+        name=name,
+        num_layers=layers,
+        d_model=d,
+        vocab_size=n["vocab_size"],
+        max_seq_len=n["max_position_embeddings"],
+        experts=(n["n_routed_experts"], n["num_experts_per_tok"]),
+        parts=(
+            *_v4_common(n, 2 * layers * n["n_routed_experts"]),  # one for text, one for images
+            dense_part("indexers", indexers, index),
+        ),
+        attention=None,
+        apart=(
+            table_part(
+                "Engram tables", rows * fields.size(text, "deepseek_v41", "engram_head_dim")
+            ),
+        ),
+        missing="key compressors of the source layers, vision tower, drafter",
+    )
