@@ -39,11 +39,13 @@ def of_hf(hf: dict, name: str = "model") -> Architecture:
 
 def _v32(hf: dict, name: str) -> Architecture:
     """V3 plus, in every layer, an indexer that picks `index_topk` keys for each query."""
-    n = fields.sizes(hf, "deepseek_v32", "index_n_heads", "index_head_dim", "index_topk")
+    n = fields.sizes(
+        hf, "deepseek_v32", "index_n_heads", "index_head_dim", "index_topk", "q_lora_rank"
+    )
     v3 = of_model(zoo.config_from_hf({**hf, "model_type": "deepseek_v3"}), name)
     assert v3.attention is not None
     heads, width = n["index_n_heads"], n["index_head_dim"]
-    d, q = v3.d_model, hf["q_lora_rank"]
+    d, q = v3.d_model, n["q_lora_rank"]
     # Query projection, one key, a weight per head; the key has a LayerNorm with bias.
     matrix = heads * width * q + width * d + heads * d
     attention = dataclasses.replace(
@@ -70,8 +72,8 @@ def _v4_projections(n: dict) -> tuple[int, int]:
 
 V4_SIZES = (
     "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "head_dim",
-    "q_lora_rank", "o_groups", "o_lora_rank", "n_routed_experts", "num_experts_per_tok", "moe_intermediate_size",
-    "hc_mult", "index_n_heads", "index_topk", "max_position_embeddings", "sliding_window",
+    "q_lora_rank", "o_groups", "o_lora_rank", "n_routed_experts", "num_experts_per_tok",
+    "moe_intermediate_size", "hc_mult", "index_n_heads", "index_topk", "max_position_embeddings", "sliding_window",
 )  # fmt: skip
 
 
@@ -79,8 +81,7 @@ def _v4_common(n: dict, balance_biases: int) -> tuple[Part, ...]:
     """What V4 and V4.1 share: embeddings, experts, norms, hyper-connections, plain projections."""
     d, layers, experts = n["hidden_size"], n["num_hidden_layers"], n["n_routed_experts"]
     ffn, streams = 3 * d * n["moe_intermediate_size"], n["hc_mult"]
-    # Each sub-layer reads (A), writes (C) and mixes (B, n x n) its streams: n(n+2) outputs of n d
-    # inputs.
+    # Each sub-layer reads, writes and mixes (n x n) its n streams: n(n+2) outputs of n d inputs.
     mixes = streams * (streams + 2)
     return (
         table_part("embedding", n["vocab_size"] * d),
@@ -103,10 +104,8 @@ def _v4(hf: dict, name: str) -> Architecture:
     Multi-token prediction is left out: its shapes are not published completely.
     """
     n = fields.sizes(hf, "deepseek_v4", *V4_SIZES)
-    layers, hash_layers = (
-        n["num_hidden_layers"],
-        fields.size(hf, "deepseek_v4", "num_hash_layers", 0, 0),
-    )
+    layers = n["num_hidden_layers"]
+    hash_layers = fields.size(hf, "deepseek_v4", "num_hash_layers", 0, 0)
     ratios = list(hf.get("compress_ratios") or [])[:layers]
     if len(ratios) != layers or not set(ratios) <= {0, 4, 128}:
         raise ConfigError(
