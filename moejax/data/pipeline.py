@@ -143,7 +143,7 @@ def train_iterator(
         datasets.append(grain.MapDataset.source(rows).shuffle(seed=seed).repeat())
         weights.append(weight)
     mixed = grain.MapDataset.mix(datasets, weights)
-    # Local batch j of the whole stream belongs to process j mod process_count.
+    # Local batch number j of the whole stream belongs to process j mod process_count.
     mine = mixed.batch(local, drop_remainder=True)[process_index::process_count]
     # One thread stays a few batches ahead; building a row takes tens of microseconds.
     options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)

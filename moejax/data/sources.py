@@ -180,8 +180,9 @@ def _read_parquet(file: str, field: str) -> Iterator[Document]:
 
 
 def _read_hugging_face(target: str, field: str) -> Iterator[Document]:
-    path, *rest = target.removeprefix("hf:").split(":")
-    if not path or len(rest) > 2:
+    # At most three parts: a split may hold colons itself, as in 'train[:10%]'.
+    path, *rest = target.removeprefix("hf:").split(":", 2)
+    if not path:
         raise DataError(f"data.sources: {target!r}: expected 'hf:path[:config[:split]]'")
     try:
         import datasets
