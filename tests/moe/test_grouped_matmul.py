@@ -2,6 +2,8 @@
 oracle."""
 
 import functools
+import sys
+import types
 
 import hypothesis
 import hypothesis.strategies as st
@@ -14,7 +16,7 @@ from jax.sharding import AxisType, PartitionSpec
 
 from moejax.moe.grouped_matmul import IMPLEMENTATIONS, grouped_matmul
 
-# tokamax is an optional extra: `test_tokamax_missing` and `test_tokamax_agrees` cover it.
+# tokamax is an optional extra for accelerators: see `test_tokamax_*` below.
 RUNNABLE = ("reference", "blocked", "ragged", "auto")
 E, D, F = 5, 8, 12
 
@@ -210,6 +212,40 @@ def test_auto_is_blocked_on_cpu():
     sizes = jnp.zeros(E, jnp.int32)
     text = jax.jit(grouped_matmul).lower(x, w, sizes).as_text()
     assert "stablehlo.while" in text and "ragged" not in text
+
+
+def test_tokamax_missing(monkeypatch):
+    monkeypatch.setitem(sys.modules, "tokamax", None)
+    x, w, sizes = jnp.zeros((4, D)), jnp.zeros((E, D, F)), jnp.zeros(E, jnp.int32)
+    with pytest.raises(ImportError, match=r"pip install 'moejax\[kernels\]'"):
+        grouped_matmul(x, w, sizes, implementation="tokamax")
+
+
+def test_tokamax_interface(monkeypatch):
+    """tokamax runs on accelerators; a stand-in with the signature of its `ragged_dot_general`
+    checks what we pass to it, and that it may leave rubbish in the rows past the sum."""
+
+    def ragged_dot_general(
+        lhs, rhs, group_sizes, ragged_dot_dimension_numbers, *, preferred_element_type
+    ):
+        out = jax.lax.ragged_dot_general(
+            lhs,
+            rhs,
+            group_sizes,
+            ragged_dot_dimension_numbers,
+            preferred_element_type=preferred_element_type,
+        )
+        if out.ndim == 2:
+            past = jnp.arange(out.shape[0])[:, None] >= group_sizes.sum()
+            out = jnp.where(past, jnp.nan, out)
+        return out
+
+    module = types.ModuleType("tokamax")
+    module.ragged_dot_general = ragged_dot_general  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "tokamax", module)
+    x, w, dy, sizes = _inputs(*GROUPS["rows past the sum"], "float32")
+    got = _value_and_gradients(*(jnp.asarray(a, jnp.float32) for a in (x, w, dy)), sizes, "tokamax")
+    _compare(got, _oracle(x, w, dy, sizes), jnp.dtype("float32"), sizes)
 
 
 def test_bad_input():
