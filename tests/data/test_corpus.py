@@ -173,12 +173,28 @@ def test_builtin_leaks_nothing(builtin_corpus):
     for side in (builtin_corpus.train, builtin_corpus.validation):
         documents = [d for documents in side.values() for d in documents]
         sides.append(({d.file for d in documents}, {d.text for d in documents}))
+        assert len(sides[-1][1]) == len(documents)
     assert sides[0][0].isdisjoint(sides[1][0]) and sides[0][1].isdisjoint(sides[1][1])
     files = [d.file for d in builtin_corpus.train["code"]]
     assert not any("moejax" in f or "/test/" in f or "site-packages" in f for f in files)
 
 
-def test_builtin_reads_docstrings_once_and_drops_licences(tmp_path):
+def test_builtin_uses_a_docstring_once(tmp_path, monkeypatch):
+    shared = "shared by two files " * 20
+    for name in ("one", "two"):
+        own = f"only in {name} " * 20
+        source = f'"""{own}"""\ndef f():\n    """{shared}"""\n'
+        (tmp_path / f"{name}.py").write_text(source)
+    monkeypatch.setattr(builtin, "_DOCSTRING_PACKAGES", ("package",))
+    monkeypatch.setattr(builtin, "_package_folder", lambda package: str(tmp_path))
+    monkeypatch.setattr(builtin, "_DESCRIBED", ())
+    monkeypatch.setattr(builtin, "_help_topics", dict)
+    first, second = texts(builtin._prose())
+    assert shared.strip() in first and shared.strip() not in second
+    assert "only in" in first and "only in" in second
+
+
+def test_builtin_reads_docstrings_and_drops_licences(tmp_path):
     source = '"""Module."""\nclass A:\n    """Class."""\n    def f(self):\n        """Method."""\n'
     (tmp_path / "m.py").write_text(source + 'x = "not a docstring"\ndef g(): pass\n')
     assert builtin._docstrings(str(tmp_path / "m.py")) == ["Module.", "Class.", "Method."]

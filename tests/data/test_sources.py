@@ -64,6 +64,7 @@ def test_text_files_are_documents_in_sorted_order(tmp_path):
         (".gz", lambda b: gzip.compress(b[:20]) + gzip.compress(b[20:])),
         (".zst", lambda b: zstandard.compress(b[:20]) + zstandard.compress(b[20:])),
     ],
+    ids=["plain", "gz", "zst", "gz-members", "zst-frames"],
 )
 def test_jsonl(tmp_path, suffix, compress):
     file = tmp_path / f"x.jsonl{suffix}"
@@ -133,6 +134,7 @@ def test_bad_jsonl_lines(tmp_path, line, message):
         ("x.jsonl.zst", b""),
         ("x.txt.gz", gzip.compress(JSONL)[:15] + b"\0\0\0\0" + gzip.compress(JSONL)[19:]),
     ],
+    ids=["plain-gz", "plain-zst", "cut-gz", "cut-zst", "empty-zst", "damaged-gz"],
 )
 def test_broken_compression_names_the_file(tmp_path, name, data):
     (tmp_path / name).write_bytes(data)
