@@ -79,6 +79,7 @@ class Architecture:
     mtp: parameters of multi-token prediction, which publishers count apart.
     mtp_attention: its attention.
     apart: other parameters counted apart (V4.1's Engram tables).
+    prefill_share: part of the layers a prompt runs through (V4.1: its encoder half).
     missing: what the parts leave out because its shape is unknown; empty if nothing.
     """
 
@@ -93,6 +94,7 @@ class Architecture:
     mtp: tuple[Part, ...] = ()
     mtp_attention: tuple[Attention, ...] = ()
     apart: tuple[Part, ...] = ()
+    prefill_share: float = 1.0
     missing: str = ""
 
     def part(self, name: str) -> Part | None:

@@ -73,7 +73,8 @@ def _v4_projections(n: dict) -> tuple[int, int]:
 V4_SIZES = (
     "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "head_dim",
     "q_lora_rank", "o_groups", "o_lora_rank", "n_routed_experts", "num_experts_per_tok",
-    "moe_intermediate_size", "hc_mult", "index_n_heads", "index_topk", "max_position_embeddings", "sliding_window",
+    "moe_intermediate_size", "hc_mult", "index_n_heads", "index_topk", "max_position_embeddings",
+    "sliding_window",
 )  # fmt: skip
 
 
@@ -186,5 +187,7 @@ def _v41(hf: dict, name: str) -> Architecture:
                 "Engram tables", rows * fields.size(text, "deepseek_v41", "engram_head_dim")
             ),
         ),
+        # The decoder's keys are projected from the encoder's output: a prompt needs no decoder.
+        prefill_share=0.5,
         missing="key compressors of the source layers, vision tower, drafter",
     )

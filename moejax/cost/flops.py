@@ -18,7 +18,7 @@ class Flops:
     """FLOPs per token. `attention` (and `total`) is None where the architecture leaves it
     unknown."""
 
-    matmul: int
+    matmul: float
     attention: float | None
 
     @property
@@ -89,7 +89,8 @@ def flops_per_token(
         depths = arch.mtp_attention[0].layers
         parts += [*arch.mtp, *([head] * depths if head else [])]
         attention = None if attention is None else (*attention, *arch.mtp_attention)
-    factor = 6 if phase == "train" else 2
+    share = arch.prefill_share if phase == "prefill" else 1
+    factor = share * (6 if phase == "train" else 2)
     matmul = factor * sum(p.active_matrix for p in parts)
     if attention is None:
         return Flops(matmul, None)

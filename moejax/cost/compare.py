@@ -1,0 +1,243 @@
+"""`moejax compare`: models side by side, computed from their configs beside what was published."""
+
+import dataclasses
+import json
+import pathlib
+import textwrap
+from typing import Any
+
+from moejax.config import ConfigError
+from moejax.cost import memory, params
+from moejax.cost.architecture import Architecture
+from moejax.cost.counted import of_hf
+from moejax.cost.flops import flops_per_token
+from moejax.cost.hardware import Device, load_device, names
+from moejax.cost.roofline import smallest_devices
+from moejax.cost.tables import UNKNOWN, Table, bytes_text, count_text, flops_text, usd_text
+from moejax.models import zoo
+
+UNDISCLOSED = "undisclosed"
+PUBLISHED = pathlib.Path(__file__).with_name("published.json")
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One model. A number is None where it is unknown and 'undisclosed' where the publisher keeps
+    it.
+
+    Attributes:
+      name, kind, weights: what it is; weights are 'open', 'closed' or 'paper only'.
+      total, active: parameters with embeddings.
+      flops: training FLOPs per token; relative: the same over the baseline's.
+      cache: bytes per token of context, at the context compared.
+      cache_context: bytes of one sequence at that context.
+      size: bytes of the weights in BF16.
+      device: smallest single device that holds the weights and one such sequence.
+      tokens, gpu_hours, gpu, cost, published, source: as published.
+    """
+
+    name: str
+    kind: str
+    weights: str
+    total: Any
+    active: Any
+    flops: Any
+    relative: Any
+    cache: Any
+    cache_context: Any
+    size: Any
+    device: str
+    tokens: Any
+    gpu_hours: Any
+    gpu: str
+    cost: Any
+    published: str
+    source: str
+
+
+def published() -> dict[str, dict]:
+    """What was published, by model name."""
+    return {k: v for k, v in json.loads(PUBLISHED.read_text()).items() if not k.startswith("_")}
+
+
+def known_names() -> list[str]:
+    """Every model that can be compared or planned by name, closed ones included."""
+    return sorted({**zoo.PRESETS, **zoo.COUNTED_PRESETS, **published()})
+
+
+def load_architecture(name: str) -> Architecture | None:
+    """A model by name or by the path of a config.json (or its directory); None if undisclosed.
+
+    Raises ConfigError for a name that is neither, with the nearest names.
+    """
+    if name in zoo.PRESETS or name in zoo.COUNTED_PRESETS:
+        return of_hf(zoo.load_hf(name), name)
+    if name in published():
+        return None
+    path = pathlib.Path(name)
+    if path.exists():
+        return of_hf(read_hf(path), path.stem if path.is_file() else path.name)
+    raise ConfigError(zoo.unknown_name(name, known_names()))
+
+
+def read_hf(path: pathlib.Path) -> dict:
+    """A parsed config.json, given as the file or its directory; ConfigError names the path."""
+    file = path / "config.json" if path.is_dir() else path
+    if not file.is_file():
+        raise ConfigError(
+            f"{file} does not exist: give a config.json or the directory that holds it"
+        )
+    try:
+        hf = json.loads(file.read_text())
+    except ValueError as e:
+        raise ConfigError(f"{file} is not JSON: {e}") from e
+    if not isinstance(hf, dict):
+        raise ConfigError(f"{file} must hold an object, not {type(hf).__name__}")
+    return hf
+
+
+def compare(models: list[str], baseline: str = "", context: int = 4096) -> list[Row]:
+    """A row for each model.
+
+    Args:
+      models: names, or paths of config.json files.
+      baseline: the model FLOPs are relative to; the first if empty.
+      context: tokens; a model with a shorter maximum is computed at its maximum.
+    """
+    if not models:
+        raise ConfigError(f"compare needs model names; known: {', '.join(known_names())}")
+    if context < 1:
+        raise ConfigError(f"context={context} must be at least 1")
+    base = load_architecture(baseline or models[0])
+    unit = _training_flops(base, context) if base else None
+    devices = [load_device(n) for n in names()]
+    return [_row(name, unit, context, devices) for name in models]
+
+
+def _training_flops(arch: Architecture, context: int) -> float | None:
+    return flops_per_token(arch, "train", min(context, arch.max_seq_len)).total
+
+
+def _row(name: str, unit: float | None, context: int, devices: list[Device]) -> Row:
+    arch = load_architecture(name)
+    facts = _facts(name)
+    stated = {
+        "weights": facts.get("open", UNKNOWN),
+        "tokens": facts.get("tokens"),
+        "gpu_hours": facts.get("gpu_hours"),
+        "gpu": facts.get("gpu", ""),
+        "cost": facts.get("cost"),
+        "published": " / ".join(dict.fromkeys(facts[k] for k in ("total", "active") if k in facts)),
+        "source": facts.get("source", ""),
+    }
+    if arch is None:
+        keys = ("total", "active", "flops", "relative", "cache", "cache_context", "size")
+        hidden: dict[str, Any] = dict.fromkeys(keys, UNDISCLOSED)
+        return Row(name=name, kind=UNDISCLOSED, device=UNDISCLOSED, **hidden, **stated)
+    length = min(context, arch.max_seq_len)
+    flops = _training_flops(arch, context)
+    cache_context = memory.cache_bytes(arch, length)
+    if cache_context is None and "kv_bytes_per_token" in facts:
+        cache_context = facts["kv_bytes_per_token"] * length
+    size = memory.weight_bytes(arch)
+    device = smallest_devices(size + (cache_context or 0), devices)
+    return Row(
+        name=name,
+        kind="MoE" if arch.experts else "dense",
+        total=params.total(arch) + sum(p.total for p in arch.apart),
+        active=params.active(arch),
+        flops=flops,
+        relative=flops / unit if flops and unit else None,
+        cache=None if cache_context is None else cache_context / length,
+        cache_context=cache_context,
+        size=size,
+        device=device.name if device else "none",
+        **stated,
+    )
+
+
+def _facts(name: str) -> dict:
+    """Published facts of a model, or of another name of the same file."""
+    files, facts = zoo.PRESETS | zoo.COUNTED_PRESETS, published()
+    same = [n for n in files if files[n] == files.get(name)]
+    return next((facts[n] for n in [name, *same] if n in facts), {})
+
+
+# --------------------------------------------------------------------------------------------------
+# Tables.
+
+
+def _show(value: Any, text) -> str:
+    return value if isinstance(value, str) else text(value)
+
+
+def _relative(value: float | None) -> str:
+    return UNKNOWN if value is None else f"{value:.3g}"
+
+
+def _money(row: Row) -> str:
+    if row.cost is not None:
+        return _show(row.cost, lambda v: usd_text(v))
+    if row.gpu_hours is not None:
+        return _show(row.gpu_hours, lambda v: f"{count_text(v)} {row.gpu} h")
+    return UNKNOWN
+
+
+def columns(rows: list[Row]) -> dict[str, list[str]]:
+    """Column name -> the text of each row."""
+    return {
+        "model": [r.name for r in rows],
+        "kind": [r.kind for r in rows],
+        "weights": [r.weights for r in rows],
+        "total": [_show(r.total, count_text) for r in rows],
+        "active": [_show(r.active, count_text) for r in rows],
+        "published": [r.published or UNKNOWN for r in rows],
+        "FLOPs/token": [_show(r.flops, flops_text) for r in rows],
+        "relative": [_show(r.relative, _relative) for r in rows],
+        "KV/token": [_show(r.cache, bytes_text) for r in rows],
+        "KV cache": [_show(r.cache_context, bytes_text) for r in rows],
+        "BF16": [_show(r.size, bytes_text) for r in rows],
+        "fits one": [r.device for r in rows],
+        "trained on": [_show(r.tokens, count_text) for r in rows],
+        "cost": [_money(r) for r in rows],
+        "source": [r.source or UNKNOWN for r in rows],
+    }
+
+
+def note(baseline: str, context: int) -> str:
+    text = (
+        f"Parameters with embeddings. FLOPs of training (relative: to {baseline}) and KV cache at "
+        f"{context} tokens or the model's maximum; the cache in BF16, or as published where "
+        "quantised. BF16: the weights. Fits one: smallest device that holds weights and one such "
+        "sequence in 90% of its memory."
+    )
+    return textwrap.fill(text, 98)
+
+
+def text_tables(rows: list[Row], baseline: str, context: int) -> list[Table]:
+    """Three tables narrow enough for a terminal: what models are, what they need, who says so."""
+    c = columns(rows)
+
+    def table(names, text=""):
+        return Table("", names, list(zip(*[c[n] for n in names])), text)
+
+    what = ["model", "kind", "weights", "total", "active", "published"]
+    need = ["model", "FLOPs/token", "relative", "KV/token", "KV cache", "BF16", "fits one"]
+    return [
+        table(what),
+        table(need, note(baseline, context)),
+        table(["model", "trained on", "cost", "source"]),
+    ]
+
+
+def wide_table(rows: list[Row], baseline: str, context: int) -> Table:
+    """All columns in one table, for Markdown."""
+    c = columns(rows)
+    return Table("", list(c), list(zip(*c.values())), note(baseline, context).replace("\n", " "))
+
+
+def csv_table(rows: list[Row]) -> Table:
+    """Plain numbers (parameters, FLOPs, bytes, USD); unknown is empty."""
+    header = [f.name for f in dataclasses.fields(Row)]
+    values = [["" if v is None else str(v) for v in dataclasses.astuple(r)] for r in rows]
+    return Table("", header, values)

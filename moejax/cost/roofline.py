@@ -1,0 +1,278 @@
+"""How long and how dear: roofline estimates of training and inference, and what fits.
+
+A step takes as long as the slowest of three things that overlap: arithmetic, memory traffic, and
+traffic between devices. Arithmetic runs at `efficiency` of the peak; the other two at their peaks,
+so the result is what a well-tuned implementation could reach, not a promise.
+"""
+
+import dataclasses
+from collections.abc import Iterator
+
+from moejax.config import ModelConfig
+from moejax.cost import memory
+from moejax.cost.architecture import Architecture, of_model
+from moejax.cost.flops import flops_per_token
+from moejax.cost.hardware import Device
+from moejax.cost.memory import BYTES, MeshSizes
+
+# DeepSeek-V3's pre-training reached 39% of the H800's dense BF16 peak: 250.4 GFLOPs per token,
+# 14.8T tokens, 2.664M H800 hours (2412.19437 Table 1).
+EFFICIENCY = 0.4
+
+# Part of a device's memory that the runtime, fragmentation and collectives leave.
+USABLE = 0.9
+
+
+@dataclasses.dataclass(frozen=True)
+class Estimate:
+    """Seconds that each limit alone would take.
+
+    Attributes:
+      compute, memory, network: seconds.
+      tokens: tokens processed in that time, over all devices.
+      flops, bytes: per device.
+    """
+
+    compute: float
+    memory: float
+    network: float
+    tokens: float
+    flops: float
+    bytes: float
+
+    @property
+    def seconds(self) -> float:
+        return max(self.compute, self.memory, self.network)
+
+    @property
+    def limit(self) -> str:
+        """Which of them binds."""
+        return max(("compute", "memory", "network"), key=lambda k: getattr(self, k))
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.tokens / self.seconds
+
+    @property
+    def intensity(self) -> float:
+        """FLOPs per byte of memory traffic."""
+        return self.flops / self.bytes
+
+
+def gpu_hours(tokens: float, tokens_per_second: float, devices: int) -> float:
+    """Device hours to process `tokens`."""
+    return tokens / tokens_per_second * devices / 3600
+
+
+def money(hours: float, price: float | None) -> float | None:
+    """USD for that many device hours; None where the price is unknown."""
+    return None if price is None else hours * price
+
+
+def training_step(
+    cfg: ModelConfig,
+    device: Device,
+    mesh: MeshSizes,
+    batch: int,
+    seq_len: int,
+    *,
+    accumulation: int = 1,
+    efficiency: float = EFFICIENCY,
+) -> Estimate:
+    """One optimiser step of `batch` sequences over all devices, in `accumulation` micro-batches."""
+    arch = of_model(cfg)
+    tokens = batch * seq_len
+    # Attention computes every score and masks half.
+    model = flops_per_token(arch, "train", seq_len, causal=False, mtp=cfg.mtp_depth > 0)
+    assert model.total is not None
+    # Recomputation: everything once more, or attention's products (batched, so not kept by 'dots').
+    again = {"none": 0.0, "dots": (model.attention or 0) / 3, "full": model.total / 3}[cfg.remat]
+    flops = tokens * (model.total + again) / mesh.devices
+    b = BYTES[cfg.dtype]
+    parts = (*arch.parts, *arch.mtp)
+    local = sum(p.total / mesh.shards(p) for p in parts)
+    used = local * mesh.fsdp  # fsdp gathers the weights it uses
+    passes = 2 + (cfg.remat == "full")
+    held = memory.training(cfg, mesh, batch, seq_len)
+    # Weights in every pass; master weights and both moments read and written, gradients too;
+    # activations written and read.
+    traffic = (
+        accumulation * passes * b * used + 8 * 4 * local + 2 * (held.activations + held.logits)
+    )
+    return Estimate(
+        compute=flops / (device.peak(cfg.dtype) * efficiency),
+        memory=traffic / device.bandwidth,
+        network=_network(cfg, arch, mesh, tokens, accumulation) / device.link
+        if device.link
+        else 0.0,
+        tokens=tokens,
+        flops=flops,
+        bytes=traffic,
+    )
+
+
+def _network(
+    cfg: ModelConfig, arch: Architecture, mesh: MeshSizes, tokens: float, accumulation: int
+) -> float:
+    """Bytes one device sends in a training step."""
+    b, d = BYTES[cfg.dtype], cfg.d_model
+    passes = 2 + (cfg.remat == "full")
+    parts = (*arch.parts, *arch.mtp)
+    gathered = sum(p.total / mesh.shards(p) for p in parts) * mesh.fsdp
+    per_device = tokens / mesh.batch
+    fsdp = (mesh.fsdp - 1) / mesh.fsdp * gathered * (passes * b + 4) * accumulation
+    # All-reduce of float32 gradients: over replicas, and over the expert axis for what it
+    # replicates.
+    data = 2 * (mesh.data - 1) / mesh.data * 4 * gathered / mesh.fsdp
+    dense = sum(p.total / mesh.shards(p) for p in parts if not p.experts)
+    replicas = 2 * (mesh.expert - 1) / mesh.expert * 4 * dense
+    experts = 0.0
+    if mesh.expert > 1 and cfg.num_moe_layers:
+        e = mesh.expert
+        ring = cfg.moe.expert_parallel == "ring"
+        rows = per_device * (e - 1 if ring else cfg.moe.experts_per_token * (e - 1) / e)
+        experts = 2 * passes * rows * d * b * cfg.num_moe_layers  # there and back
+    tensor = 0.0
+    if mesh.tensor > 1:
+        share = 2 * (mesh.tensor - 1) / mesh.tensor
+        tensor = 2 * passes * share * per_device * d * b * cfg.num_layers
+    return fsdp + data + replicas + experts + tensor
+
+
+def decode_step(
+    arch: Architecture,
+    device: Device,
+    mesh: MeshSizes,
+    batch: int,
+    context: int,
+    *,
+    bytes_per: float = 2,
+) -> Estimate | None:
+    """One token for each of `batch` sequences that hold `context`; None where attention is unknown.
+
+    Every weight that some token of the batch uses is read once: E (1 - (1 - K/E)^batch) experts if
+    routes are spread evenly.
+    """
+    flops = flops_per_token(arch, "decode", context).total
+    cache = memory.cache_bytes(arch, context, bytes_per)
+    if flops is None or cache is None:
+        return None
+    read = 0.0
+    for p in arch.parts:
+        if p.name == "embedding":
+            continue
+        share = 1.0
+        if p.experts and arch.experts:
+            experts, chosen = arch.experts
+            share = 1 - (1 - chosen / experts) ** batch
+        read += bytes_per * p.total * share / mesh.shards(p)
+    rows = batch / mesh.batch
+    work = rows * flops / mesh.tensor
+    traffic = read + rows * cache
+    return Estimate(
+        compute=work / device.peak("bfloat16" if bytes_per == 2 else "float32"),
+        memory=traffic / device.bandwidth,
+        network=0.0,
+        tokens=batch,
+        flops=work,
+        bytes=traffic,
+    )
+
+
+def prefill_seconds(
+    arch: Architecture,
+    device: Device,
+    mesh: MeshSizes,
+    prompt: int,
+    *,
+    efficiency: float = EFFICIENCY,
+) -> float | None:
+    """Seconds to read one prompt of `prompt` tokens on one replica, compute-bound."""
+    flops = flops_per_token(arch, "prefill", prompt).total
+    if flops is None:
+        return None
+    devices = mesh.tensor * mesh.expert
+    return prompt * flops / (device.peak("bfloat16") * efficiency * devices)
+
+
+# --------------------------------------------------------------------------------------------------
+# What fits.
+
+
+def smallest_devices(bytes_needed: float, devices: list[Device]) -> Device | None:
+    """The device with the least memory that holds so many bytes; None if none does."""
+    able = [d for d in devices if d.memory * USABLE >= bytes_needed]
+    return min(able, key=lambda d: d.memory, default=None)
+
+
+@dataclasses.dataclass(frozen=True)
+class Fit:
+    """A way to train that fits: mesh, sequences per micro-batch, remat, bytes on each device."""
+
+    mesh: MeshSizes
+    micro_batch: int
+    remat: str
+    bytes: float
+
+
+def meshes(cfg: ModelConfig, devices: int) -> Iterator[MeshSizes]:
+    """Meshes of so many devices that divide the model, from plain data parallelism on."""
+    m = cfg.moe if cfg.num_moe_layers else None
+    heads = cfg.attention.num_heads
+    for tensor in (1, 2, 4, 8):
+        if devices % tensor or heads % tensor or cfg.vocab_size % tensor:
+            continue
+        if cfg.attention.kind == "mha" and cfg.attention.num_kv_heads % tensor:
+            continue
+        widths = [m.d_expert, m.shared_width] if m else []
+        if any(w % tensor for w in [*widths, cfg.d_ff if cfg.num_dense_layers or not m else 0]):
+            continue
+        rest = devices // tensor
+        for expert in (e for e in range(1, rest + 1) if rest % e == 0):
+            if expert > 1 and (m is None or m.num_experts % expert):
+                continue
+            left = rest // expert
+            for fsdp in (f for f in range(1, left + 1) if left % f == 0):
+                if cfg.d_model % fsdp == 0:
+                    yield MeshSizes(left // fsdp, fsdp, expert, tensor)
+
+
+def nearest_fit(
+    cfg: ModelConfig,
+    device: Device,
+    mesh: MeshSizes,
+    batch: int,
+    seq_len: int,
+    *,
+    max_devices: int = 4096,
+) -> Fit | None:
+    """The nearest way that fits, changing as little as possible, or None.
+
+    In this order: smaller micro-batches on the same mesh, full rematerialisation, another mesh of
+    the same devices, then twice the devices, and so on up to `max_devices`.
+    """
+    limit = device.memory * USABLE
+    devices = mesh.devices
+    while devices <= max_devices:
+        options = list(meshes(cfg, devices))
+        if devices == mesh.devices:
+            options = [mesh, *(m for m in options if m != mesh)]
+        for option in options:
+            for remat in dict.fromkeys((cfg.remat, "full")):
+                changed = dataclasses.replace(cfg, remat=remat)
+                for micro in _micro_batches(batch, option.batch):
+                    held = memory.training(
+                        changed, option, micro, seq_len, accumulate=micro < batch
+                    )
+                    if held.total <= limit:
+                        return Fit(option, micro, remat, held.total)
+        devices *= 2
+    return None
+
+
+def _micro_batches(batch: int, ways: int) -> list[int]:
+    """Divisors of the batch that spread over so many devices, largest first; a batch that is too
+    small for them grows to a sequence on each."""
+    if batch < ways:
+        return [ways]
+    return [batch // n for n in range(1, batch + 1) if batch % n == 0 and batch // n % ways == 0]

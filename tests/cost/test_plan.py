@@ -1,0 +1,430 @@
+"""Memory, roofline, hardware and the two commands."""
+
+import csv
+import dataclasses
+import io
+import json
+import sys
+import time
+
+import pytest
+
+from moejax.config import (
+    AttentionConfig,
+    ConfigError,
+    DataConfig,
+    ExperimentConfig,
+    MeshConfig,
+    ModelConfig,
+    MoEConfig,
+    TrainConfig,
+)
+from moejax.cost import compare, hardware, memory, roofline
+from moejax.cost.architecture import of_model
+from moejax.cost.commands import compare_main, parse_mesh, plan_main
+from moejax.cost.memory import MeshSizes
+from moejax.cost.plan import Run, check_run, of_experiment, plan
+from moejax.cost.tables import FORMATS, Table, bytes_text, count_text, render, seconds_text
+from moejax.models import zoo
+
+H100 = hardware.load_device("h100")
+MOE = ModelConfig(
+    vocab_size=256, d_model=64, num_layers=3, num_dense_layers=1, d_ff=128,
+    attention=AttentionConfig(num_heads=4, num_kv_heads=4, head_dim=16),
+    moe=MoEConfig(num_experts=8, experts_per_token=2, d_expert=32),
+)  # fmt: skip
+
+
+# --------------------------------------------------------------------------------------------------
+# Hardware and money.
+
+
+def test_v3_cost():
+    """2412.19437 Table 1: 2664K + 119K + 5K H800 hours at $2 are $5.576M; 180K hours per
+    trillion."""
+    hours = 2_664_000 + 119_000 + 5_000
+    price = hardware.load_device("h800").price
+    assert roofline.money(hours, price) == 5_576_000
+    assert compare.published()["deepseek-v3"]["gpu_hours"] == hours
+    assert compare.published()["deepseek-v3"]["cost"] == 5_576_000
+    # 2048 devices; a trillion tokens in 180K device hours, 3.7 days.
+    rate = 1e12 / (180_000 / 2048 * 3600)
+    assert roofline.gpu_hours(14.8e12, rate, 2048) == pytest.approx(2_664_000)
+
+
+def test_published_gpu_hours():
+    """2405.04434 section 3.2.3: per trillion tokens 172.8K (V2) against 300.6K (67B): 42.5%
+    less."""
+    facts = compare.published()
+    per = {
+        n: facts[n]["gpu_hours"] / facts[n]["tokens"] for n in ("deepseek-v2", "deepseek-llm-67b")
+    }
+    assert f"{1 - per['deepseek-v2'] / per['deepseek-llm-67b']:.3f}" == "0.425"
+
+
+def test_every_published_model_but_closed_ones_is_in_the_zoo():
+    closed = {n for n, f in compare.published().items() if f["open"] == "closed"}
+    assert closed == {"gpt-4"}
+    assert set(compare.published()) - closed <= set(zoo.PRESETS | zoo.COUNTED_PRESETS)
+
+
+def test_devices():
+    for name in hardware.names():
+        d = hardware.load_device(name)
+        # No accelerator does under 50 or over 1000 FLOPs per byte; a wrong unit would.
+        assert 50 < d.peak("bfloat16") / d.bandwidth < 1000, name
+        assert d.memory > 1e10 and d.source
+    assert hardware.load_device("h100", price=3.5).price == 3.5
+    with pytest.raises(ConfigError, match="did you mean h100"):
+        hardware.load_device("h10")
+    with pytest.raises(ConfigError, match="price=-1"):
+        hardware.load_device("h100", price=-1)
+
+
+def test_cpu_is_measured():
+    d = hardware.measure_cpu(size=128, repeats=1)
+    assert d.flops["float32"] > 1e8 and d.bandwidth > 1e8 and d.memory > 1e8
+    assert d.price is None
+
+
+# --------------------------------------------------------------------------------------------------
+# Memory and roofline.
+
+
+def test_training_memory_of_one_device():
+    held = memory.training(MOE, MeshSizes(), 4, 32)
+    parameters = sum(p.total for p in of_model(MOE).parts)
+    assert (held.weights, held.gradients, held.optimizer) == (4 * parameters,) * 2 + (
+        8 * parameters,
+    )
+    assert held.cast == held.buffers == 0
+    assert held.total > 16 * parameters
+
+
+def test_sharding_divides_weights():
+    experts = of_model(MOE).part("routed experts")
+    assert experts is not None
+    one, many = (memory.training(MOE, m, 8, 32) for m in (MeshSizes(), MeshSizes(data=2, expert=4)))
+    assert one.weights - many.weights == 4 * experts.total * 3 / 4
+    fsdp = memory.training(MOE, MeshSizes(fsdp=8), 8, 32)
+    assert fsdp.weights == one.weights / 8
+    assert fsdp.activations == pytest.approx(one.activations / 8)
+
+
+def test_remat_and_accumulation_and_dtype():
+    kept = {
+        r: memory.training(dataclasses.replace(MOE, remat=r), MeshSizes(), 8, 32).activations
+        for r in ("none", "dots", "full")
+    }
+    assert kept["full"] < kept["dots"] < kept["none"]
+    plain = memory.training(MOE, MeshSizes(), 8, 32)
+    assert (
+        memory.training(MOE, MeshSizes(), 8, 32, accumulate=True).gradients == 2 * plain.gradients
+    )
+    half = memory.training(dataclasses.replace(MOE, dtype="bfloat16"), MeshSizes(), 8, 32)
+    assert half.cast == plain.weights / 2 and half.weights == plain.weights
+
+
+def test_expert_parallel_buffers():
+    mesh = MeshSizes(expert=4)
+    sizes = {}
+    for way, factor in (("ring", 0.0), ("all_to_all", 0.0), ("all_to_all", 1.0)):
+        moe = dataclasses.replace(MOE.moe, expert_parallel=way, buffer_factor=factor)
+        cfg = dataclasses.replace(MOE, moe=moe)
+        sizes[way, factor] = memory.training(cfg, mesh, 8, 32).buffers
+    one = 8 * 32 / 4 * 64 * 4  # a device's tokens, float32
+    assert sizes["ring", 0.0] == 2 * 4 * one
+    assert sizes["all_to_all", 1.0] == 2 * 2 * one
+    assert sizes["all_to_all", 0.0] == 4 * sizes["all_to_all", 1.0]
+
+
+def test_deepseek_moe_16b_fits_a_40gb_device():
+    """2401.06066 abstract: the 16B model is deployed on a single GPU with 40GB."""
+    a = of_model(zoo.load_preset("deepseek-moe-16b"))
+    held = memory.inference(a, MeshSizes(), 1, 4096)
+    total = sum(v for v in held.values() if v is not None)
+    assert total < 0.9 * hardware.load_device("a100-40gb").memory
+    row = compare.compare(["deepseek-moe-16b"])[0]
+    assert row.device == "a100-40gb"
+
+
+def test_training_estimate_by_hand():
+    cfg = dataclasses.replace(MOE, dtype="bfloat16")
+    e = roofline.training_step(cfg, H100, MeshSizes(), 4, 32, efficiency=0.5)
+    from moejax.cost.flops import flops_per_token
+
+    model = flops_per_token(of_model(cfg), "train", 32, causal=False).total or 0
+    assert e.compute == pytest.approx(128 * model / (0.5 * 989e12))
+    assert e.network == 0 and e.limit == "memory" and e.seconds == e.memory
+    assert e.tokens_per_second == 128 / e.seconds
+    assert e.intensity == e.flops / e.bytes
+    again = roofline.training_step(
+        dataclasses.replace(cfg, remat="full"), H100, MeshSizes(), 4, 32, efficiency=0.5
+    )
+    assert again.compute == pytest.approx(e.compute * 4 / 3)
+
+
+def test_large_batches_are_bound_by_arithmetic():
+    cfg = dataclasses.replace(zoo.load_preset("llama-2-7b"), dtype="bfloat16")
+    assert roofline.training_step(cfg, H100, MeshSizes(), 64, 4096).limit == "compute"
+    arch = of_model(cfg)
+    small = roofline.decode_step(arch, H100, MeshSizes(), 1, 128)
+    large = roofline.decode_step(arch, H100, MeshSizes(), 4096, 1)
+    assert small and small.limit == "memory"
+    assert large and large.limit == "compute"
+
+
+def test_network_binds_without_a_batch_to_hide_it():
+    cfg = dataclasses.replace(zoo.load_preset("llama-2-7b"), dtype="bfloat16")
+    assert roofline.training_step(cfg, H100, MeshSizes(fsdp=64), 64, 128).limit == "network"
+
+
+def test_decoding_reads_only_the_experts_in_use():
+    arch = of_model(zoo.load_preset("mixtral-8x7b"))
+    one, two = (roofline.decode_step(arch, H100, MeshSizes(), b, 1) for b in (1, 1000))
+    experts, embedding = arch.part("routed experts"), arch.part("embedding")
+    assert one and two and experts and embedding
+    rest = sum(p.total for p in arch.parts) - experts.total - embedding.total
+    cache = memory.cache_bytes(arch, 1) or 0
+    assert one.bytes == pytest.approx(2 * (rest + experts.total * 2 / 8) + cache)
+    assert two.bytes == pytest.approx(2 * (rest + experts.total) + 1000 * cache)
+
+
+def test_nearest_fit_changes_as_little_as_it_can():
+    cfg = dataclasses.replace(zoo.load_preset("llama-2-7b"), dtype="bfloat16", remat="dots")
+    tight = dataclasses.replace(H100, memory=200e9)
+    fit = roofline.nearest_fit(cfg, tight, MeshSizes(), 64, 4096)
+    # Alone, 7B takes 16 + 4 (accumulated gradients) + 2 bytes a parameter: 148 GB, and room for
+    # some.
+    assert fit is not None and fit.mesh == MeshSizes() and fit.micro_batch < 64
+    fit = roofline.nearest_fit(cfg, H100, MeshSizes(), 64, 4096)
+    assert fit is not None and fit.mesh.devices in (2, 4) and fit.bytes < 0.9 * H100.memory
+    held = memory.training(
+        dataclasses.replace(cfg, remat=fit.remat), fit.mesh, fit.micro_batch, 4096, accumulate=True
+    )
+    assert held.total == fit.bytes
+    check_run(cfg, Run(H100, fit.mesh, 64, fit.micro_batch))  # the mesh it names is a legal one
+    assert (
+        roofline.nearest_fit(cfg, dataclasses.replace(H100, memory=1e6), MeshSizes(), 64, 4096)
+        is None
+    )
+
+
+def test_meshes_are_legal():
+    for mesh in roofline.meshes(MOE, 8):
+        check_run(MOE, Run(H100, mesh, batch=8, micro_batch=8, context=32))
+        assert mesh.devices == 8
+
+
+# --------------------------------------------------------------------------------------------------
+# Plans of experiments.
+
+
+def test_of_experiment():
+    cfg = ExperimentConfig(
+        model=MOE,
+        data=DataConfig(batch_size=16, seq_len=32),
+        train=TrainConfig(steps=10, accumulation=2),
+        mesh=MeshConfig(data=-1, expert=4),
+    )
+    arch, run = of_experiment(cfg, H100, 8)
+    assert run.mesh == MeshSizes(data=2, expert=4)
+    assert (run.batch, run.micro_batch, run.context, run.tokens) == (16, 8, 32, 10 * 16 * 32)
+    assert plan(arch, MOE, run)
+    with pytest.raises(ConfigError, match="multiple of 4"):
+        of_experiment(cfg, H100, 6)
+
+
+@pytest.mark.parametrize(
+    "change, text",
+    [
+        ({"batch": 0}, "batch=0"),
+        ({"batch": 9, "micro_batch": 2}, "multiple of micro_batch=2"),
+        ({"efficiency": 1.5}, "efficiency=1.5"),
+        ({"tokens": -1.0}, "tokens=-1.0"),
+        ({"mesh": MeshSizes(expert=3), "batch": 3, "micro_batch": 3}, "num_experts=8"),
+        ({"mesh": MeshSizes(fsdp=2)}, "micro_batch=1 does not divide"),
+    ],
+)
+def test_impossible_runs(change, text):
+    with pytest.raises(ConfigError) as e:
+        check_run(MOE, Run(H100, **change))
+    assert text in str(e.value)
+
+
+# --------------------------------------------------------------------------------------------------
+# Tables and commands.
+
+
+def test_texts():
+    assert [count_text(n) for n in (16.3757e9, 124.44e6, 5, None)] == [
+        "16.38B", "124.4M", "5", "unknown",
+    ]  # fmt: skip
+    assert bytes_text(896 * 2**20) == "896 MiB" and bytes_text(1023.9 * 2**30) == "1024 GiB"
+    assert [seconds_text(s) for s in (2e-6, 0.05, 3.0, 7200, 1e6)] == [
+        "2 us", "50 ms", "3 s", "2 h", "11.57 days",
+    ]  # fmt: skip
+
+
+def test_tables_line_up():
+    text = render([Table("T", ["name", "n"], [["a", "1"], ["long", "100"]], "note")])
+    assert text.split("\n")[:5] == ["T", "name    n", "----  ---", "a       1", "long  100"]
+    assert "| a | 1 |" in render([Table("", ["x", "n"], [["a", "1"]])], "markdown")
+    assert render([Table("", ["x", "n"], [["a,b", "1"]])], "csv") == 'x,n\n"a,b",1\n'
+    with pytest.raises(ValueError, match="expected one of table"):
+        render([], "html")
+
+
+ISSUE = ["deepseek-moe-16b", "llama-2-7b", "llama-1-65b", "gpt-2-xl", "gpt-4"] + [
+    "deepseek-v3",
+    "deepseek-v4.1-flash",
+]
+
+
+def test_compare_command(capsys):
+    assert compare_main(ISSUE) == 0
+    out = capsys.readouterr().out
+    assert max(map(len, out.split("\n"))) <= 100
+    gpt4 = [line for line in out.split("\n") if line.startswith("gpt-4")]
+    assert len(gpt4) == 3 and all("undisclosed" in line for line in gpt4)
+    assert not any(c.isdigit() for c in gpt4[1].replace("gpt-4", ""))
+    v3 = " ".join(line for line in out.split("\n") if line.startswith("deepseek-v3"))
+    assert "671B" in v3 and "$5.576M" in v3 and "274.5 MiB" in v3
+
+
+def test_compare_csv_has_plain_numbers(capsys):
+    compare_main(["gpt-4", "deepseek-v3", "--baseline=deepseek-v3", "--format=csv"])
+    rows = list(csv.DictReader(io.StringIO(capsys.readouterr().out)))
+    assert rows[0]["total"] == rows[0]["flops"] == "undisclosed"
+    assert int(rows[1]["total"]) == 671_026_419_200 and float(rows[1]["relative"]) == 1.0
+    assert int(rows[1]["cost"]) == 5_576_000
+
+
+def test_compare_markdown_is_one_table(capsys):
+    compare_main(["gpt-2", "--format=markdown"])
+    lines = [s for s in capsys.readouterr().out.split("\n") if s.startswith("|")]
+    assert len(lines) == 3 and len({s.count("|") for s in lines}) == 1
+
+
+def test_compare_a_config_of_ones_own(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(zoo.load_hf("gpt-2")))
+    own, known = compare.compare([str(tmp_path), "gpt-2"])
+    assert own.total == known.total and own.source == "" and own.tokens is None
+    assert own.relative == 1.0
+
+
+def test_undisclosed_baseline_gives_no_ratio():
+    row = compare.compare(["gpt-2"], baseline="gpt-4")[0]
+    assert row.relative is None and row.flops
+
+
+def test_compare_plot(tmp_path):
+    target = tmp_path / "out.png"
+    compare_main([*ISSUE, f"--plot={target}", "--format=csv"])
+    assert target.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n" and target.stat().st_size > 10_000
+    with pytest.raises(FileNotFoundError, match="does not exist"):
+        compare_main(["gpt-2", f"--plot={tmp_path}/none/x.png"])
+
+
+@pytest.mark.parametrize("name", ["deepseek-moe-16b", "deepseek-v4-pro", "kimi-k2"])
+@pytest.mark.parametrize("style", FORMATS)
+def test_plan_command(name, style, capsys):
+    assert (
+        plan_main([name, "--device=h200", "--batch=8", "--tokens=1e12", f"--format={style}"]) == 0
+    )
+    out = capsys.readouterr().out
+    assert "routed experts" in out and "decode" in out
+    if style == "table":
+        assert max(map(len, out.split("\n"))) <= 100
+
+
+def test_plan_says_what_binds_and_what_fits(capsys):
+    plan_main(["llama-2-7b", "--batch=8", "--price=2", "--tokens=2e12"])
+    out = capsys.readouterr().out
+    assert "does not fit; nearest that does" in out and "devices (data=" in out
+    assert "limit" in out and "compute (compute" in out
+    assert "$" in out.split("money")[1]
+    plan_main(["llama-2-7b", "--batch=8", "--mesh=fsdp=8", "--tokens=2e12"])
+    out = capsys.readouterr().out
+    assert "does not fit" not in out
+    assert "no price for h100; pass --price" in out
+
+
+# ml_collections loads the file in a way Python calls deprecated.
+@pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
+def test_plan_of_a_directory_and_of_an_experiment(tmp_path, capsys):
+    (tmp_path / "config.json").write_text(json.dumps(zoo.load_hf("deepseek-v3.2")))
+    plan_main([f"--hf_config={tmp_path}"])
+    assert "indexer" in capsys.readouterr().out
+    experiment = tmp_path / "tiny.py"
+    experiment.write_text(
+        "from moejax.config import ExperimentConfig, to_config_dict\n"
+        "def get_config():\n    return to_config_dict(ExperimentConfig(name='tiny'))\n"
+    )
+    plan_main([f"--config={experiment}", "--config.model.d_model=64", "--device=h100"])
+    out = capsys.readouterr().out
+    assert "tiny: 4 layers of width 64, dense" in out and "float32, remat none" in out
+
+
+BAD = {
+    "unknown model": (["deepseek-v33"], "did you mean deepseek-v3"),
+    "undisclosed": (["gpt-4"], "gpt-4 is undisclosed"),
+    "no model": ([], "one model, not 0"),
+    "two models": (["gpt-2", "gpt-2-xl"], "one model, not 2"),
+    "unknown flag": (["gpt-2", "--foo=1"], "foo"),
+    "device": (["gpt-2", "--device=h10"], "did you mean h100"),
+    "mesh axis": (["gpt-2", "--mesh=pipeline=2"], "one of data, fsdp, expert, tensor"),
+    "mesh size": (["gpt-2", "--mesh=fsdp=0"], "size at least 1"),
+    "mesh does not divide": (["gpt-2", "--mesh=fsdp=7"], "fsdp may be 1, 2, 3, 4, 6"),
+    "no file": (["--hf_config=/nowhere"], "/nowhere does not exist"),
+    "context": (["gpt-2", "--context=5000"], "maximum of 1024"),
+    "remat": (["gpt-2", "--remat=ful"], "did you mean 'full'"),
+    "verify": (["gpt-2", "--verify"], "needs --config"),
+}
+
+
+@pytest.mark.parametrize("argv, text", BAD.values(), ids=BAD)
+def test_plan_refuses(argv, text):
+    with pytest.raises(ConfigError) as e:
+        plan_main(argv)
+    assert text in str(e.value)
+
+
+def test_compare_refuses(tmp_path):
+    for argv, text in (
+        ([], "needs model names"),
+        (["gpt-5"], "did you mean gpt-4 or gpt-2"),
+        (["gpt-2", "--baseline=x"], "unknown model 'x'"),
+        (["gpt-2", "--context=0"], "context=0"),
+    ):
+        with pytest.raises(ConfigError) as e:
+            compare_main(argv)
+        assert text in str(e.value)
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(ConfigError, match="is not JSON"):
+        compare_main([str(tmp_path)])
+
+
+def test_help(capsys):
+    assert plan_main(["--help"]) == 0 and compare_main(["--help"]) == 0
+    out = capsys.readouterr().out
+    assert "usage: moejax plan" in out and "--baseline" in out
+
+
+def test_parse_mesh():
+    assert parse_mesh("fsdp=8,expert=4") == MeshSizes(fsdp=8, expert=4)
+    assert parse_mesh("") == MeshSizes()
+
+
+def test_answers_in_time_and_without_jax():
+    """The slowest case, a new process, the largest models: under 3 seconds, and no jax."""
+    import subprocess
+
+    code = (
+        "import sys\nfrom moejax.cost.commands import compare_main, plan_main\n"
+        "compare_main(['deepseek-v4-pro', 'kimi-k2', 'deepseek-v3'])\nplan_main(['kimi-k2'])\n"
+        "assert 'jax' not in sys.modules and 'matplotlib' not in sys.modules\n"
+    )
+    start = time.perf_counter()
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+    assert time.perf_counter() - start < 3
