@@ -140,7 +140,9 @@ class ModelConfig:
     vocab_size: int = 256
     d_model: int = 128
     num_layers: int = 4
-    num_dense_layers: int = 1  # leading layers with a dense FFN; the rest are MoE if num_experts > 0
+    num_dense_layers: int = (
+        1  # leading layers with a dense FFN; the rest are MoE if num_experts > 0
+    )
     d_ff: int = 512  # width of a dense FFN
     activation: str = "swiglu"  # of dense and shared FFNs; 'gelu_tanh' for GPT-2
     ffn_bias: bool = False
@@ -177,7 +179,9 @@ class DataConfig:
     weights: tuple[float, ...] = ()
     text_field: str = "text"  # field of JSONL, Parquet and Hugging Face records
     max_bytes: int = 0  # read at most this much of each domain; 0 = all
-    tokenizer: str = "bpe"  # 'byte', 'bpe' (trained on the corpus, saved with the run), or a tokenizer.json
+    tokenizer: str = (
+        "bpe"  # 'byte', 'bpe' (trained on the corpus, saved with the run), or a tokenizer.json
+    )
     vocab_size: int = 4096  # of the trained BPE
     seq_len: int = 256
     batch_size: int = 16  # sequences per optimiser step, over all devices
@@ -329,7 +333,7 @@ CHOICES = {
     "remat": ("none", "full", "dots"),
     "attention.kind": ("mha", "mla"),
     "attention.qk_norm": ("none", "head", "full"),
-    "moe.router": ("token_choice", "hash", "expert_choice"),
+    "moe.router": ("token_choice", "expert_choice"),
     "moe.score": ("softmax", "sigmoid", "sqrt_softplus"),
     "moe.group_score": ("max", "top2_sum"),
     "moe.bias_update": ("none", "sign", "sign_centered", "proportional", "frozen"),
@@ -388,7 +392,10 @@ def model_problems(cfg: ModelConfig, prefix: str = "model.") -> list[str]:
         )
     elif a.kind == "mla":
         for key in ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"):
-            need(getattr(a, key) > 0, f"{p}attention.{key}={getattr(a, key)} must be positive for 'mla'")
+            need(
+                getattr(a, key) > 0,
+                f"{p}attention.{key}={getattr(a, key)} must be positive for 'mla'",
+            )
         need(
             a.qk_rope_head_dim % 2 == 0,
             f"{p}attention.qk_rope_head_dim={a.qk_rope_head_dim} must be even",
@@ -505,7 +512,14 @@ def experiment_problems(cfg: ExperimentConfig) -> list[str]:
         all(0 < x <= 1 for x in o.decay_at) and (o.schedule != "wsd" or len(o.decay_at) > 0),
         f"optimizer.decay_at={o.decay_at} must be fractions of the run, in (0, 1]",
     )
-    for key in ("steps", "accumulation", "log_every", "eval_every", "checkpoint_every", "keep_last"):
+    for key in (
+        "steps",
+        "accumulation",
+        "log_every",
+        "eval_every",
+        "checkpoint_every",
+        "keep_last",
+    ):
         need(getattr(t, key) >= 1, f"train.{key}={getattr(t, key)} must be at least 1")
     need(
         t.accumulation < 1 or d.batch_size % t.accumulation == 0,

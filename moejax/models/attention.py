@@ -1,0 +1,233 @@
+"""Attention: multi-head, grouped-query, sliding windows, sinks, and multi-head latent attention.
+
+Every variant is projections around one `attend`. With a cache, `prefill=True` (static) says that the
+cache was empty: the new tokens attend among themselves and are written; otherwise they are written first
+and attend to the cache. MLA decodes with absorbed projections, so its cache per token is only
+kv_lora + rope numbers (DeepSeek-V2, 2405.04434 section 2.1).
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from moejax import axes
+from moejax.config import AttentionConfig, ModelConfig
+from moejax.models import cache as kv_cache
+from moejax.models.norm import norm, norm_specs
+from moejax.models.rope import rotate, softmax_scale
+from moejax.params import ParamSpec
+
+
+class Where(NamedTuple):
+    """Where the tokens stand.
+
+    Attributes:
+      positions_BS: position of each token within its document.
+      segment_ids_BS: document number within the row, or None for one document per row.
+      cos_sin: rotation for these positions, or None without rotary positions.
+    """
+
+    positions_BS: jax.Array
+    segment_ids_BS: jax.Array | None
+    cos_sin: tuple[jax.Array, jax.Array] | None
+
+
+def param_specs(cfg: ModelConfig) -> dict:
+    a, d, std = cfg.attention, cfg.d_model, cfg.init_std
+
+    def matrix(rows, cols, row_axis, col_axis):
+        return ParamSpec((rows, cols), (row_axis, col_axis), std=std)
+
+    n, heads, kv_heads = a.num_heads, axes.HEADS, axes.KV_HEADS
+    specs: dict = {}
+    if a.kind == "mla":
+        if a.q_lora_rank:
+            specs["w_q_a"] = matrix(d, a.q_lora_rank, axes.EMBED, axes.LATENT)
+            specs["q_norm"] = norm_specs(a.q_lora_rank)
+            specs["w_q_b"] = matrix(a.q_lora_rank, n * a.qk_head_dim, axes.LATENT, heads)
+        else:
+            specs["w_q"] = matrix(d, n * a.qk_head_dim, axes.EMBED, heads)
+        specs["w_kv_a"] = matrix(d, a.kv_lora_rank + a.qk_rope_head_dim, axes.EMBED, axes.LATENT)
+        specs["kv_norm"] = norm_specs(a.kv_lora_rank)
+        width = n * (a.qk_nope_head_dim + a.v_head_dim)
+        specs["w_kv_b"] = matrix(a.kv_lora_rank, width, axes.LATENT, heads)
+        specs["w_o"] = matrix(n * a.v_head_dim, d, heads, axes.EMBED)
+    else:
+        q_width, kv_width = n * a.head_dim, a.num_kv_heads * a.head_dim
+        specs["w_q"] = matrix(d, q_width, axes.EMBED, heads)
+        specs["w_k"] = matrix(d, kv_width, axes.EMBED, kv_heads)
+        specs["w_v"] = matrix(d, kv_width, axes.EMBED, kv_heads)
+        specs["w_o"] = matrix(q_width, d, heads, axes.EMBED)
+        if a.qkv_bias:
+            specs["b_q"] = ParamSpec((q_width,), (heads,), init="zeros")
+            specs["b_k"] = ParamSpec((kv_width,), (kv_heads,), init="zeros")
+            specs["b_v"] = ParamSpec((kv_width,), (kv_heads,), init="zeros")
+        if a.qk_norm != "none":
+            full = a.qk_norm == "full"
+            specs["q_norm"] = norm_specs(q_width if full else a.head_dim)
+            specs["k_norm"] = norm_specs(kv_width if full else a.head_dim)
+        if a.sinks:
+            specs["sinks"] = ParamSpec((n,), (heads,), init="zeros")
+    if a.out_bias:
+        specs["b_o"] = ParamSpec((d,), (axes.EMBED,), init="zeros")
+    return specs
+
+
+def visible(q_pos_BS, k_pos_BT, q_segment=None, k_segment=None, window=None) -> jax.Array:
+    """Mask [B,S,T]: same document, not in the future, inside the window (None or 0 = no window)."""
+    distance = q_pos_BS[:, :, None] - k_pos_BT[:, None, :]
+    ok = distance >= 0
+    if q_segment is not None:
+        ok &= q_segment[:, :, None] == k_segment[:, None, :]
+    if window is not None:
+        ok &= (window == 0) | (distance < window)
+    return ok
+
+
+def attend(q_BSNH, k_BTMH, v_BTMH, mask_BST, scale: float, sinks_N=None) -> jax.Array:
+    """softmax(q k^T scale) v with grouped heads, softmax in float32. Returns [B,S,N,H of v].
+
+    `sinks_N` adds exp(sink) to each head's denominator (gpt-oss, 2508.10925).
+    """
+    b, s, n, h = q_BSNH.shape
+    m = k_BTMH.shape[2]
+    q = (q_BSNH * scale).reshape(b, s, m, n // m, h)
+    logits = jnp.einsum(
+        "BSMGH,BTMH->BMGST",
+        q,
+        k_BTMH,
+        preferred_element_type=jnp.promote_types(q.dtype, jnp.float32),
+    )
+    p = _softmax(logits, mask_BST, sinks_N)
+    out = jnp.einsum("BMGST,BTMH->BSMGH", p.astype(v_BTMH.dtype), v_BTMH)
+    return out.reshape(b, s, n, -1)
+
+
+def _softmax(logits_BMGST, mask_BST, sinks_N):
+    logits = jnp.where(mask_BST[:, None, None], logits_BMGST, jnp.finfo(logits_BMGST.dtype).min)
+    if sinks_N is None:
+        return jax.nn.softmax(logits, axis=-1)
+    m, g = logits.shape[1:3]
+    sink = sinks_N.reshape(1, m, g, 1, 1).astype(logits.dtype)
+    top = jax.lax.stop_gradient(jnp.maximum(logits.max(axis=-1, keepdims=True), sink))
+    weight = jnp.exp(logits - top)
+    return weight / (weight.sum(axis=-1, keepdims=True) + jnp.exp(sink - top))
+
+
+def attention(
+    params: dict,
+    x_BSD: jax.Array,
+    cfg: ModelConfig,
+    where: Where,
+    *,
+    window=None,
+    cache=None,
+    layer=0,
+    prefill: bool = False,
+):
+    """One attention sub-layer.
+
+    Args:
+      params: values of `param_specs(cfg)`.
+      x_BSD: normalised hidden states.
+      cfg: the model's config.
+      where: positions, documents, rotation.
+      window: sliding window of this layer; None or 0 = full.
+      cache: the model's cache (all layers), or None.
+      layer: index of this layer in the cache.
+      prefill: static; the cache is empty, attend among the new tokens only.
+
+    Returns:
+      y_BSD and the cache.
+    """
+    project = _project_mla if cfg.attention.kind == "mla" else _project_mha
+    core = _core_mla if cfg.attention.kind == "mla" else _core_mha
+    q, new = project(params, x_BSD, cfg, where)
+    if cache is not None:
+        cache = kv_cache.write(cache, layer, where.positions_BS, new)
+    if cache is None or prefill:
+        keys = new
+        mask = visible(
+            where.positions_BS,
+            where.positions_BS,
+            where.segment_ids_BS,
+            where.segment_ids_BS,
+            window,
+        )
+    else:
+        keys = kv_cache.read(cache, layer)
+        slots = jnp.arange(next(iter(keys.values())).shape[1])[None]
+        mask = visible(where.positions_BS, slots, window=window)
+    absorbed = cache is not None and not prefill
+    out_BSNH = core(params, q, keys, mask, cfg.attention, absorbed)
+    y_BSD = jnp.dot(out_BSNH.reshape(*x_BSD.shape[:2], -1), params["w_o"].astype(x_BSD.dtype))
+    if "b_o" in params:
+        y_BSD = y_BSD + params["b_o"].astype(x_BSD.dtype)[None, None]
+    return y_BSD, cache
+
+
+def _linear(params, x, name):
+    y = jnp.dot(x, params[f"w_{name}"].astype(x.dtype))
+    bias = params.get(f"b_{name}")
+    return y if bias is None else y + bias.astype(x.dtype)[None, None]
+
+
+def _project_mha(params, x_BSD, cfg: ModelConfig, where: Where):
+    a = cfg.attention
+    b, s = x_BSD.shape[:2]
+    q, k, v = (_linear(params, x_BSD, name) for name in "qkv")
+    if a.qk_norm == "full":
+        q, k = norm(params["q_norm"], q, cfg.norm_eps), norm(params["k_norm"], k, cfg.norm_eps)
+    q, k, v = (t.reshape(b, s, -1, a.head_dim) for t in (q, k, v))
+    if a.qk_norm == "head":
+        q, k = norm(params["q_norm"], q, cfg.norm_eps), norm(params["k_norm"], k, cfg.norm_eps)
+    if where.cos_sin is not None:
+        q = rotate(q, where.cos_sin, a.rope.interleaved)
+        k = rotate(k, where.cos_sin, a.rope.interleaved)
+    return q, {"k": k, "v": v}
+
+
+def _core_mha(params, q, keys, mask, a: AttentionConfig, absorbed):
+    del absorbed
+    k, v = keys["k"].astype(q.dtype), keys["v"].astype(q.dtype)
+    return attend(q, k, v, mask, softmax_scale(a), params.get("sinks"))
+
+
+def _project_mla(params, x_BSD, cfg: ModelConfig, where: Where):
+    """Queries (nope, rope) and the compressed key/value: 2405.04434 eq. 9-15, 37-47."""
+    a = cfg.attention
+    b, s = x_BSD.shape[:2]
+    if a.q_lora_rank:
+        latent = norm(params["q_norm"], _linear(params, x_BSD, "q_a"), cfg.norm_eps)
+        q = _linear(params, latent, "q_b")
+    else:
+        q = _linear(params, x_BSD, "q")
+    q = q.reshape(b, s, a.num_heads, a.qk_head_dim)
+    q_nope, q_rope = jnp.split(q, [a.qk_nope_head_dim], axis=-1)
+    latent, rope_key = jnp.split(_linear(params, x_BSD, "kv_a"), [a.kv_lora_rank], axis=-1)
+    latent = norm(params["kv_norm"], latent, cfg.norm_eps)
+    q_rope = rotate(q_rope, where.cos_sin, a.rope.interleaved)
+    rope_key = rotate(rope_key[:, :, None], where.cos_sin, a.rope.interleaved)[:, :, 0]
+    return (q_nope, q_rope), {"latent": latent, "rope_key": rope_key}
+
+
+def _core_mla(params, q, keys, mask, a: AttentionConfig, absorbed):
+    q_nope, q_rope = q
+    latent, rope_key = keys["latent"].astype(q_nope.dtype), keys["rope_key"].astype(q_nope.dtype)
+    w_kv_b = params["w_kv_b"].astype(q_nope.dtype)
+    w = w_kv_b.reshape(a.kv_lora_rank, a.num_heads, a.qk_nope_head_dim + a.v_head_dim)
+    w_k, w_v = w[..., : a.qk_nope_head_dim], w[..., a.qk_nope_head_dim :]
+    scale = softmax_scale(a)
+    if absorbed:
+        # q^T (W_k c) = (W_k^T q)^T c: attend in the latent space, one key "head" for all queries.
+        query = jnp.concatenate([jnp.einsum("BSNH,CNH->BSNC", q_nope, w_k), q_rope], axis=-1)
+        key = jnp.concatenate([latent, rope_key], axis=-1)[:, :, None]
+        out = attend(query, key, latent[:, :, None], mask, scale)
+        return jnp.einsum("BSNC,CNH->BSNH", out, w_v)
+    k_nope = jnp.einsum("BTC,CNH->BTNH", latent, w_k)
+    v = jnp.einsum("BTC,CNH->BTNH", latent, w_v)
+    rope_key = jnp.broadcast_to(rope_key[:, :, None], (*k_nope.shape[:3], a.qk_rope_head_dim))
+    query = jnp.concatenate([q_nope, q_rope], axis=-1)
+    key = jnp.concatenate([k_nope, rope_key], axis=-1)
+    return attend(query, key, v, mask, scale)

@@ -1,0 +1,216 @@
+"""The training loss of a batch, or of one micro-batch as its exact share of the batch.
+
+loss = cross-entropy + lambda * mean over depths of the MTP cross-entropy + mean over MoE layers of the
+balance losses. Every mean is over the *global* batch: `StepTotals` carries the denominators, so that the
+shares of the micro-batches add up to the whole, whatever their number.
+"""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from moejax.config import ModelConfig
+from moejax.models import transformer
+from moejax.models.mtp import mtp_forward, mtp_targets
+from moejax.moe.layer import MoEAux
+from moejax.moe.routing import BatchTotals, count_totals
+
+
+class StepTotals(NamedTuple):
+    """Denominators over the global batch.
+
+    Attributes:
+      targets: positions that count in the cross-entropy.
+      mtp_targets: the same for each MTP depth.
+      tokens: `BatchTotals` without loads.
+      loads: name of a stack of MoE layers -> (load_LE, group_load_LG), or None to count here.
+    """
+
+    targets: jax.Array
+    mtp_targets: tuple[jax.Array, ...]
+    tokens: BatchTotals
+    loads: dict | None = None
+
+    def of(self, name: str) -> BatchTotals:
+        load = (None, None) if self.loads is None else self.loads[name]
+        return BatchTotals(self.tokens.num_tokens, self.tokens.num_sequences, *load)
+
+
+class LossParts(NamedTuple):
+    """What a loss is made of, and what was counted on the way.
+
+    Attributes:
+      cross_entropy: share of the mean, in nats per target.
+      mtp: the same of the MTP depths (mean over depths), 0 without.
+      balance: balance losses by name, mean over layers, coefficients applied.
+      nll_BS: each position's negative log-likelihood, 0 where it does not count; no gradient.
+      aux: name -> MoEAux stacked over layers.
+    """
+
+    cross_entropy: jax.Array
+    mtp: jax.Array
+    balance: dict[str, jax.Array]
+    nll_BS: jax.Array
+    aux: dict[str, MoEAux]
+
+
+def batch_totals(batch: dict, cfg: ModelConfig) -> StepTotals:
+    count = lambda mask: (mask > 0).astype(jnp.float32).sum()  # noqa: E731
+    return StepTotals(
+        count(batch["loss_mask"]),
+        tuple(count(mtp_targets(batch, k + 1)[2]) for k in range(cfg.mtp_depth)),
+        count_totals(batch["segment_ids"]),
+    )
+
+
+def loss_fn(
+    params: dict,
+    router_state: dict,
+    batch: dict,
+    cfg: ModelConfig,
+    *,
+    totals: StepTotals | None = None,
+    layout=None,
+    key: jax.Array | None = None,
+) -> tuple[jax.Array, LossParts]:
+    """Loss of a batch (see DESIGN.md for its fields) and its parts. `totals`: None if it is whole."""
+    totals = batch_totals(batch, cfg) if totals is None else totals
+    args = dict(layout=layout, key=key)
+    out = transformer.forward(
+        params,
+        router_state,
+        batch["tokens"],
+        cfg,
+        positions_BS=batch["positions"],
+        segment_ids_BS=batch["segment_ids"],
+        totals=totals.of("moe_blocks") if cfg.num_moe_layers else None,
+        **args,
+    )
+    w_DV = transformer.head_weights(params)
+    mask = batch["loss_mask"]
+    total, nll_BS = cross_entropy(out.hidden_BSD, w_DV, batch["targets"], mask, cfg)
+    ce = total / jnp.maximum(totals.targets, 1.0)
+
+    mtp, aux = jnp.zeros_like(ce), dict(out.aux)
+    if cfg.mtp_depth:
+        where = transformer.locate(batch["tokens"], cfg, batch["positions"], batch["segment_ids"])
+        mtp_totals = totals.of("mtp") if cfg.num_moe_layers else None
+        valid = batch["segment_ids"] > 0
+        extra = dict(args, mask_BS=valid, token_ids_BS=batch["tokens"]) if mtp_totals else args
+        depths = []
+        for i, (hidden, targets, depth_mask, depth_aux) in enumerate(
+            mtp_forward(
+                params, router_state, out.hidden_BSD, batch, cfg, where, mtp_totals, **extra
+            )
+        ):
+            total, _ = cross_entropy(hidden, w_DV, targets, depth_mask, cfg)
+            mtp = mtp + total / jnp.maximum(totals.mtp_targets[i], 1.0) / cfg.mtp_depth
+            depths.append(depth_aux)
+        if mtp_totals:
+            aux["mtp"] = jax.tree.map(lambda *a: jnp.stack(a), *depths)
+
+    balance = mean_over_layers(aux)
+    loss = ce + cfg.mtp_loss_weight * mtp + sum(balance.values(), jnp.zeros_like(ce))
+    return loss, LossParts(ce, mtp, balance, nll_BS, aux)
+
+
+def mean_over_layers(aux: dict[str, MoEAux]) -> dict[str, jax.Array]:
+    """Each balance loss, computed per layer, averaged over all MoE layers."""
+    names = {n for a in aux.values() for n in a.losses}
+    return {
+        n: jnp.concatenate([a.losses[n].reshape(-1) for a in aux.values()]).mean()
+        for n in sorted(names)
+    }
+
+
+# ---------------------------------------------------------------------------------------------------
+# Cross-entropy that never holds all logits.
+
+LOGITS_BUDGET = 2**25  # elements of logits at a time
+
+
+def chunk_length(batch: int, seq_len: int, cfg: ModelConfig) -> int:
+    """Positions per row at a time: a divisor of the sequence length within the budget."""
+    want = cfg.loss_chunk or max(1, LOGITS_BUDGET // cfg.vocab_size)
+    per_row = max(1, want // batch)
+    return max(c for c in range(1, seq_len + 1) if seq_len % c == 0 and (c <= per_row or c == 1))
+
+
+def cross_entropy(hidden_BSD, w_DV, targets_BS, mask_BS, cfg: ModelConfig):
+    """Sum over counted positions of -log p(target), and nll_BS (without gradient).
+
+    The sequence is cut into chunks; each chunk's logits exist only while the chunk is worked on. Since
+    the result is a sum, the gradients are computed with it in the same pass: no logits are kept and
+    none are computed twice.
+    """
+    chunk = chunk_length(*targets_BS.shape, cfg)
+    mask_BS = (mask_BS > 0).astype(jnp.promote_types(hidden_BSD.dtype, jnp.float32))
+    total, nll_BS = _cross_entropy(hidden_BSD, w_DV, targets_BS, mask_BS, chunk)
+    return total, jax.lax.stop_gradient(nll_BS)
+
+
+def _chunks(a, chunk):
+    """[B, S, ..] -> [S/chunk, B, chunk, ..]"""
+    b, s = a.shape[:2]
+    return jnp.moveaxis(a.reshape(b, s // chunk, chunk, *a.shape[2:]), 1, 0)
+
+
+def _unchunk(a):
+    n, b, c = a.shape[:3]
+    return jnp.moveaxis(a, 0, 1).reshape(b, n * c, *a.shape[3:])
+
+
+def _chunk_nll(h, w, targets, mask):
+    """(nll, logits - logsumexp in float32 or wider) of one chunk."""
+    logits = jnp.einsum("BCD,DV->BCV", h, w, preferred_element_type=mask.dtype)
+    log_p = logits - jax.nn.logsumexp(logits, axis=-1, keepdims=True)
+    nll = -jnp.take_along_axis(log_p, targets[..., None], axis=-1)[..., 0] * mask
+    return nll, log_p
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _cross_entropy(hidden_BSD, w_DV, targets_BS, mask_BS, chunk):
+    w = w_DV.astype(hidden_BSD.dtype)
+    nll_BS = _unchunk(
+        jax.lax.map(
+            lambda a: _chunk_nll(a[0], w, a[1], a[2])[0],
+            tuple(_chunks(a, chunk) for a in (hidden_BSD, targets_BS, mask_BS)),
+        )
+    )
+    return nll_BS.sum(), nll_BS
+
+
+def _cross_entropy_fwd(hidden_BSD, w_DV, targets_BS, mask_BS, chunk):
+    w = w_DV.astype(hidden_BSD.dtype)
+
+    def one(dw_DV, inputs):
+        h, targets, mask = inputs
+        nll, log_p = _chunk_nll(h, w, targets, mask)
+        one_hot = jax.nn.one_hot(targets, w.shape[1], dtype=log_p.dtype)
+        d_logits = ((jnp.exp(log_p) - one_hot) * mask[..., None]).astype(h.dtype)
+        dh = jnp.einsum("BCV,DV->BCD", d_logits, w)
+        dw = jnp.einsum("BCD,BCV->DV", h, d_logits, preferred_element_type=dw_DV.dtype)
+        return dw_DV + dw, (nll, dh)
+
+    xs = tuple(_chunks(a, chunk) for a in (hidden_BSD, targets_BS, mask_BS))
+    if xs[0].shape[0] == 1:
+        dw_DV, (nll, dh) = one(
+            jnp.zeros((), mask_BS.dtype)[None, None], jax.tree.map(lambda a: a[0], xs)
+        )
+        nll_BS, dh_BSD = nll, dh
+    else:
+        dw_DV, (nll, dh) = jax.lax.scan(one, jnp.zeros(w.shape, mask_BS.dtype), xs)
+        nll_BS, dh_BSD = _unchunk(nll), _unchunk(dh)
+    return (nll_BS.sum(), nll_BS), (dh_BSD, dw_DV.astype(w_DV.dtype))
+
+
+def _cross_entropy_bwd(chunk, residuals, cotangents):
+    del chunk
+    dh_BSD, dw_DV = residuals
+    g = cotangents[0]  # nll_BS carries no gradient
+    return dh_BSD * g.astype(dh_BSD.dtype), dw_DV * g.astype(dw_DV.dtype), None, None
+
+
+_cross_entropy.defvjp(_cross_entropy_fwd, _cross_entropy_bwd)

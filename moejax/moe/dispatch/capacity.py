@@ -1,0 +1,59 @@
+"""Capacity: every expert has C slots; a route that finds no free slot is dropped, and counted.
+
+Slots go to routes in order of their rank k and then of their token (GShard, 2006.16668 algorithm 1): no
+token loses its first choice to another's second.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+
+from moejax.config import MoEConfig
+from moejax.moe.experts import expert_ffn_slots
+from moejax.moe.routing import Routing, SlotRouting
+
+
+def slots_per_expert(num_tokens: int, cfg: MoEConfig) -> int:
+    """C = ceil(capacity_factor * T * K / E), at most T."""
+    wanted = cfg.capacity_factor * num_tokens * cfg.experts_per_token / cfg.num_experts
+    return min(num_tokens, math.ceil(wanted))
+
+
+def fill_slots(routing: Routing, num_experts: int, capacity: int):
+    """Token choice in slot form under a capacity. Returns (SlotRouting, number of dropped routes)."""
+    num_tokens, k = routing.expert_index_TK.shape
+    expert_R = routing.expert_index_TK.T.reshape(-1)  # rank-major: all first choices come first
+    weight_R = routing.combine_weights_TK.T.reshape(-1)
+    token_R = jnp.tile(jnp.arange(num_tokens, dtype=jnp.int32), k)
+    chosen_RE = jax.nn.one_hot(expert_R, num_experts, dtype=jnp.int32)
+    place_R = ((jnp.cumsum(chosen_RE, axis=0) - 1) * chosen_RE).sum(axis=1)
+    fits_R = (expert_R >= 0) & (place_R < capacity)
+    # Routes without a slot are written to one slot past the end and cut off.
+    slot_R = jnp.where(fits_R, expert_R * capacity + place_R, num_experts * capacity)
+    size = num_experts * capacity + 1
+    token_EC = jnp.full((size,), -1, jnp.int32).at[slot_R].set(token_R)[:-1]
+    weight_EC = jnp.zeros((size,), weight_R.dtype).at[slot_R].add(jnp.where(fits_R, weight_R, 0))
+    dropped = ((expert_R >= 0) & ~fits_R).sum().astype(jnp.float32)
+    shape = (num_experts, capacity)
+    return SlotRouting(token_EC.reshape(shape), weight_EC[:-1].reshape(shape)), dropped
+
+
+def slots(params: dict, x_TD: jax.Array, routing: SlotRouting, cfg: MoEConfig) -> jax.Array:
+    """Gather each slot's token, run the experts, add the weighted results back to their tokens."""
+    index_EC, weight_EC = routing
+    taken_EC = index_EC >= 0
+    x_ECD = jnp.where(taken_EC[..., None], x_TD[jnp.maximum(index_EC, 0)], 0)
+    y_ECD = expert_ffn_slots(params, x_ECD, cfg).astype(weight_EC.dtype) * weight_EC[..., None]
+    y_TD = jnp.zeros(x_TD.shape, weight_EC.dtype)
+    y_TD = y_TD.at[jnp.maximum(index_EC, 0)].add(jnp.where(taken_EC[..., None], y_ECD, 0))
+    return y_TD.astype(x_TD.dtype)
+
+
+def capacity(params: dict, x_TD: jax.Array, routing, cfg: MoEConfig):
+    """Returns (y_TD, dropped). Slot-form routing arrives with its slots filled and drops nothing."""
+    if isinstance(routing, SlotRouting):
+        return slots(params, x_TD, routing, cfg), jnp.zeros((), jnp.float32)
+    num_experts = params["w_down"].shape[0]
+    filled, dropped = fill_slots(routing, num_experts, slots_per_expert(x_TD.shape[0], cfg))
+    return slots(params, x_TD, filled, cfg), dropped

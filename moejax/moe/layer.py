@@ -1,0 +1,121 @@
+"""The Mixture-of-Experts layer: route -> dispatch -> experts -> combine, plus the shared experts.
+
+DeepSeekMoE (2401.06066) eq. 9: y = shared(x) + sum_k w_k E_k(x); the residual is the block's.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from moejax import axes
+from moejax.config import ModelConfig
+from moejax.moe.dispatch import DISPATCHERS
+from moejax.moe.experts import expert_param_specs, ffn, ffn_param_specs
+from moejax.moe.routers import ROUTERS
+from moejax.moe.routing import BatchTotals
+from moejax.params import ParamSpec
+
+
+class MoEAux(NamedTuple):
+    """What one layer reports. Unused fields cost nothing under jit.
+
+    Attributes:
+      losses: balance losses by name, coefficients applied.
+      load_E: routes per expert.
+      group_load_G: tokens that reach each balance group.
+      dropped: routes that found no slot.
+      routing: the router's `Routing` or `SlotRouting`, over T = B*S tokens.
+      score_entropy: mean over tokens of the entropy of the normalised scores, in nats.
+    """
+
+    losses: dict[str, jax.Array]
+    load_E: jax.Array
+    group_load_G: jax.Array
+    dropped: jax.Array
+    routing: Any
+    score_entropy: jax.Array
+
+
+def param_specs(cfg: ModelConfig) -> dict:
+    moe, d, std = cfg.moe, cfg.d_model, cfg.init_std
+    specs = {
+        "router": ROUTERS[moe.router].param_specs(moe, d, std),
+        "experts": expert_param_specs(moe, d, std),
+    }
+    if moe.shared_width:
+        specs["shared"] = ffn_param_specs(d, moe.shared_width, moe.activation, moe.ffn_bias, std)
+        if moe.shared_gate:
+            specs["shared_gate"] = ParamSpec((d, 1), (axes.EMBED, None), std=std)
+    return specs
+
+
+def moe(
+    params: dict,
+    state: dict,
+    x_BSD: jax.Array,
+    cfg: ModelConfig,
+    *,
+    mask_BS: jax.Array | None = None,
+    token_ids_BS: jax.Array | None = None,
+    replay_TK: jax.Array | None = None,
+    totals: BatchTotals | None = None,
+    layout=None,
+    key: jax.Array | None = None,
+) -> tuple[jax.Array, MoEAux]:
+    """One MoE layer.
+
+    Args:
+      params: values of `param_specs(cfg)`.
+      state: router state of this layer.
+      x_BSD: normalised hidden states.
+      cfg: the model's config.
+      mask_BS: 1 = token, 0 = padding: neither computed by routed experts nor counted.
+      token_ids_BS: for routers that look at them.
+      replay_TK: expert indices to force; weights are still computed.
+      totals: totals of the global batch when this is one micro-batch of it.
+      layout: `moejax.sharding.Layout`, None on one device.
+      key: for routers that draw random numbers.
+
+    Returns:
+      y_BSD and `MoEAux`.
+    """
+    b, s, d = x_BSD.shape
+    x_TD = x_BSD.reshape(b * s, d)
+    flat = lambda a: None if a is None else a.reshape(b * s)  # noqa: E731
+    out = ROUTERS[cfg.moe.router].route(
+        params["router"],
+        state,
+        x_TD,
+        cfg.moe,
+        seq_len=s,
+        key=key,
+        mask_T=flat(mask_BS),
+        token_ids_T=flat(token_ids_BS),
+        replay_TK=replay_TK,
+        totals=totals,
+    )
+    if layout is None:
+        y_TD, dropped = DISPATCHERS[cfg.moe.dispatcher](
+            params["experts"], x_TD, out.routing, cfg.moe
+        )
+    else:
+        from moejax.moe.dispatch.expert_parallel import sharded_dispatch
+
+        y_TD, dropped = sharded_dispatch(params["experts"], x_TD, out.routing, cfg.moe, layout)
+    y_BSD = y_TD.reshape(b, s, d)
+    if "shared" in params:
+        shared_BSD = ffn(params["shared"], x_BSD, cfg.moe.activation, cfg.moe.activation_limit)
+        if "shared_gate" in params:
+            gate = jax.nn.sigmoid(jnp.dot(x_BSD, params["shared_gate"].astype(x_BSD.dtype)))
+            shared_BSD = gate * shared_BSD
+        y_BSD = y_BSD + shared_BSD
+    entropy = _score_entropy(out.scores_TE, flat(mask_BS))
+    return y_BSD, MoEAux(out.losses, out.load_E, out.group_load_G, dropped, out.routing, entropy)
+
+
+def _score_entropy(scores_TE, mask_T):
+    p_TE = scores_TE / (scores_TE.sum(axis=-1, keepdims=True) + 1e-20)
+    entropy_T = -(p_TE * jnp.log(p_TE + 1e-20)).sum(axis=-1)
+    mask_T = jnp.ones_like(entropy_T) if mask_T is None else (mask_T > 0).astype(entropy_T.dtype)
+    return jax.lax.stop_gradient((entropy_T * mask_T).sum() / jnp.maximum(mask_T.sum(), 1.0))

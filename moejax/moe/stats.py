@@ -1,0 +1,32 @@
+"""What the load says: pure functions from loads to the numbers that people watch."""
+
+import jax
+import jax.numpy as jnp
+
+
+def max_violation(load_E: jax.Array) -> jax.Array:
+    """MaxVio = max(load)/mean(load) - 1 (2408.15664 section 4.1); 0 is perfect balance. Last axis: E."""
+    mean = jnp.maximum(load_E.mean(axis=-1), 1e-9)
+    return load_E.max(axis=-1) / mean - 1.0
+
+
+def load_entropy(load_E: jax.Array) -> jax.Array:
+    """Entropy of the load over experts divided by log E: 1 is uniform, 0 a single expert."""
+    p_E = load_E / jnp.maximum(load_E.sum(axis=-1, keepdims=True), 1e-9)
+    plogp = jnp.where(p_E > 0, p_E * jnp.log(jnp.maximum(p_E, 1e-30)), 0.0)
+    return -plogp.sum(axis=-1) / jnp.log(float(load_E.shape[-1]))
+
+
+def dead_experts(load_E: jax.Array) -> jax.Array:
+    """Number of experts that received no token."""
+    return (load_E == 0).sum(axis=-1)
+
+
+def summarize(load_LE: jax.Array, dropped_L: jax.Array) -> dict[str, jax.Array]:
+    """Scalars for logging from one step's loads, each computed per layer and then averaged."""
+    return {
+        "max_vio": max_violation(load_LE).mean(),
+        "load_entropy": load_entropy(load_LE).mean(),
+        "dead_experts": dead_experts(load_LE).astype(jnp.float32).mean(),
+        "drop_fraction": dropped_L.sum() / jnp.maximum(load_LE.sum(), 1.0),
+    }

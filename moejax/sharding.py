@@ -1,0 +1,176 @@
+"""The mesh, and the one table from logical axes to mesh axes.
+
+Mesh axes: `data` (replicas), `fsdp` (batch and weights split over the same devices), `expert` (experts
+split, and batch too), `tensor` (heads, FFN width and vocabulary split). The batch is split over the first
+three. A config may replace rows of the table, e.g. `--config.mesh.rules="('expert=data',)"` lays the experts
+over the devices that hold the batch.
+"""
+
+import dataclasses
+import math
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from moejax import axes
+from moejax.config import ConfigError, ExperimentConfig, MeshConfig, divisors_text
+from moejax.params import Tree, map_specs
+
+# Logical axis -> mesh axes. Two dimensions of one array must not meet on one mesh axis.
+RULES: dict[str, tuple[str, ...]] = {
+    axes.LAYERS: (),
+    axes.EMBED: (axes.FSDP,),
+    axes.VOCAB: (axes.TENSOR,),
+    axes.HEADS: (axes.TENSOR,),
+    axes.KV_HEADS: (axes.TENSOR,),
+    axes.LATENT: (),
+    axes.MLP: (axes.TENSOR,),
+    axes.EXPERT: (axes.EXPERT_AXIS,),
+    axes.EXPERT_EMBED: (axes.FSDP,),
+    axes.EXPERT_MLP: (axes.TENSOR,),
+    axes.BATCH: (axes.DATA, axes.FSDP, axes.EXPERT_AXIS),
+    axes.SEQ: (),
+    axes.ACT_EMBED: (),
+    axes.ACT_HEADS: (axes.TENSOR,),
+    axes.ACT_MLP: (axes.TENSOR,),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """A mesh and the table that maps logical axes onto it; passed as an argument, never global."""
+
+    mesh: Mesh
+    rules: tuple[tuple[str, tuple[str, ...]], ...]
+
+    def mesh_axes(self, logical: str | None) -> tuple[str, ...]:
+        """Mesh axes of one logical axis."""
+        return () if logical is None else dict(self.rules)[logical]
+
+    def size(self, logical: str) -> int:
+        """Number of shards of one logical axis."""
+        return math.prod(self.mesh.shape[a] for a in self.mesh_axes(logical))
+
+    def spec(self, *logical: str | None) -> PartitionSpec:
+        """PartitionSpec of an array with these logical axes; raises if two claim one mesh axis."""
+        owner: dict[str, str | None] = {}
+        for name in logical:
+            for axis in self.mesh_axes(name):
+                if axis in owner:
+                    raise ConfigError(
+                        f"logical axes {owner[axis]!r} and {name!r} of one array both map to mesh axis "
+                        f"{axis!r}: change one of the rows in mesh.rules"
+                    )
+                owner[axis] = name
+        parts = [self.mesh_axes(name) for name in logical]
+        return PartitionSpec(*(p if len(p) > 1 else (p[0] if p else None) for p in parts))
+
+    def sharding(self, *logical: str | None) -> NamedSharding:
+        return NamedSharding(self.mesh, self.spec(*logical))
+
+    def constrain(self, x: jax.Array, *logical: str | None) -> jax.Array:
+        return jax.lax.with_sharding_constraint(x, self.sharding(*logical))
+
+    def of_specs(self, specs: Tree) -> Tree:
+        """Shardings of a tree of ParamSpec."""
+        return map_specs(lambda s: self.sharding(*s.axes), specs)
+
+    @property
+    def replicated(self) -> NamedSharding:
+        return NamedSharding(self.mesh, PartitionSpec())
+
+
+def parse_rules(overrides: tuple[str, ...]) -> dict[str, tuple[str, ...]]:
+    """RULES with the rows of MeshConfig.rules replaced; ConfigError names a bad row."""
+    rules = dict(RULES)
+    for row in overrides:
+        logical, sep, target = row.partition("=")
+        mesh_axes = tuple(a for a in target.split("+") if a)
+        if not sep or logical not in RULES:
+            raise ConfigError(
+                f"mesh.rules: {row!r} is not 'logical=mesh[+mesh]'; logical axes: {', '.join(RULES)}"
+            )
+        for a in mesh_axes:
+            if a not in axes.MESH_AXES:
+                raise ConfigError(
+                    f"mesh.rules: {row!r} names mesh axis {a!r}; known: {', '.join(axes.MESH_AXES)}"
+                )
+        rules[logical] = mesh_axes
+    return rules
+
+
+def make_mesh(cfg: MeshConfig, devices=None) -> Mesh:
+    """The mesh of a config over `devices` (default: all); an axis of -1 takes what is left.
+
+    Raises ConfigError, before anything is compiled, if the sizes do not match the devices.
+    """
+    devices = jax.devices() if devices is None else devices
+    sizes = {a: getattr(cfg, a) for a in axes.MESH_AXES}
+    fixed = math.prod(s for s in sizes.values() if s != -1)
+    free = [a for a, s in sizes.items() if s == -1]
+    text = ", ".join(f"{a}={s}" for a, s in sizes.items())
+    if free:
+        if len(devices) % fixed:
+            raise ConfigError(
+                f"mesh ({text}): the fixed axes need a multiple of {fixed} devices, there are "
+                f"{len(devices)}; their product may be {divisors_text(len(devices))}"
+            )
+        sizes[free[0]] = len(devices) // fixed
+    elif fixed > len(devices):
+        raise ConfigError(
+            f"mesh ({text}) needs {fixed} devices, there are {len(devices)}; "
+            f"the product may be {divisors_text(len(devices))}, or leave one axis at -1"
+        )
+    need = math.prod(sizes.values())
+    grid = np.asarray(devices[:need]).reshape(tuple(sizes.values()))
+    # Auto axes: the compiler propagates shardings; collectives are explicit only inside shard_map.
+    return Mesh(grid, axes.MESH_AXES, axis_types=(AxisType.Auto,) * len(axes.MESH_AXES))
+
+
+def make_layout(cfg: ExperimentConfig, devices=None) -> Layout | None:
+    """The layout of an experiment, checked; None on a single device.
+
+    Raises ConfigError naming the axis, both numbers and what would work, before compilation.
+    """
+    devices = jax.devices() if devices is None else devices
+    mesh = make_mesh(cfg.mesh, devices)
+    layout = Layout(mesh, tuple(parse_rules(cfg.mesh.rules).items()))
+    problems = layout_problems(cfg, layout)
+    if problems:
+        raise ConfigError(
+            "the mesh does not fit the model:\n" + "\n".join(f"  - {p}" for p in problems)
+        )
+    return None if mesh.size == 1 else layout
+
+
+def layout_problems(cfg: ExperimentConfig, layout: Layout) -> list[str]:
+    """Every size that does not divide over its mesh axes, as sentences."""
+    m, a, moe = cfg.model, cfg.model.attention, cfg.model.moe
+    micro = cfg.data.batch_size // cfg.train.accumulation
+    sized = [
+        (axes.BATCH, "data.batch_size / train.accumulation", micro),
+        (axes.VOCAB, "model.vocab_size", m.vocab_size),
+        (axes.EMBED, "model.d_model", m.d_model),
+        (axes.HEADS, "model.attention.num_heads", a.num_heads),
+    ]
+    if a.kind == "mha":
+        sized.append((axes.KV_HEADS, "model.attention.num_kv_heads", a.num_kv_heads))
+    if m.num_moe_layers < m.num_layers:
+        sized.append((axes.MLP, "model.d_ff", m.d_ff))
+    if m.num_moe_layers:
+        sized.append((axes.EXPERT, "model.moe.num_experts", moe.num_experts))
+        sized.append((axes.EXPERT_MLP, "model.moe.d_expert", moe.d_expert))
+        sized.append((axes.EXPERT_EMBED, "model.d_model", m.d_model))
+        if moe.shared_width:
+            sized.append((axes.MLP, "the shared experts' width", moe.shared_width))
+    problems = []
+    for logical, key, value in sized:
+        shards = layout.size(logical)
+        if value % shards:
+            where = "+".join(layout.mesh_axes(logical))
+            problems.append(
+                f"{key}={value} does not divide over mesh axes {where} of size {shards}; "
+                f"{where} may be {divisors_text(value)}"
+            )
+    return problems

@@ -1,0 +1,67 @@
+"""The training state: everything that a run is, as one pytree, created sharded."""
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from moejax.config import ExperimentConfig
+from moejax.models import transformer
+from moejax.params import init_params, path_name
+from moejax.sharding import Layout
+from moejax.train.optimizer import make_optimizer
+
+
+@struct.dataclass
+class TrainState:
+    """Attributes:
+    step: optimiser steps begun, int32 (skipped ones included: it is the position in the data).
+    params: float32 master weights.
+    opt_state: optax's.
+    router_state: what rules learn; no gradient, no decay.
+    skipped: steps whose update was not finite and left out.
+    bad_in_a_row: of those, how many came last without a good one between.
+    """
+
+    step: jax.Array
+    params: dict
+    opt_state: tuple
+    router_state: dict
+    skipped: jax.Array
+    bad_in_a_row: jax.Array
+
+
+def init_state(cfg: ExperimentConfig, key: jax.Array) -> TrainState:
+    """A fresh state. Pure: jit it with `state_shardings` as out_shardings to create it sharded."""
+    params = init_params(transformer.param_specs(cfg.model), key)
+    opt_state = make_optimizer(cfg.optimizer, cfg.train.steps).init(params)
+    router_state = transformer.init_router_state(cfg.model)
+    zero = lambda: jnp.zeros((), jnp.int32)  # noqa: E731  (distinct buffers: the state is donated)
+    return TrainState(zero(), params, opt_state, router_state, zero(), zero())
+
+
+def abstract_state(cfg: ExperimentConfig) -> TrainState:
+    return jax.eval_shape(lambda: init_state(cfg, jax.random.key(0)))
+
+
+def state_shardings(cfg: ExperimentConfig, layout: Layout) -> TrainState:
+    """A sharding for every array of the state: parameters by their logical axes, the optimiser's moments
+    like the parameter they belong to (their paths end the same), everything else replicated."""
+    abstract = abstract_state(cfg)
+    of_params = layout.of_specs(transformer.param_specs(cfg.model))
+    by_path = {path_name(p): s for p, s in jax.tree_util.tree_flatten_with_path(of_params)[0]}
+
+    def one(path, leaf):
+        name = path_name(path)
+        while name:
+            if name in by_path:
+                return by_path[name]
+            name = name.partition("/")[2]
+        return layout.replicated
+
+    return jax.tree_util.tree_map_with_path(one, abstract)
+
+
+def create_state(cfg: ExperimentConfig, key: jax.Array, layout: Layout | None) -> TrainState:
+    """A fresh state on its devices; no device ever holds more than its shard."""
+    shardings = None if layout is None else state_shardings(cfg, layout)
+    return jax.jit(lambda k: init_state(cfg, k), out_shardings=shardings)(key)
