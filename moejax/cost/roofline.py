@@ -97,7 +97,7 @@ def training_step(
     # Weights in every pass; master weights and both moments read and written, gradients too;
     # activations written and read.
     traffic = (
-        accumulation * passes * b * used + 8 * 4 * local + 2 * (held.activations + held.logits)
+        accumulation * passes * b * used + 8 * 4 * local + 2 * (held.activations + held.in_flight)
     )
     return Estimate(
         compute=flops / (device.peak(cfg.dtype) * efficiency),

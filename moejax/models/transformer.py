@@ -144,7 +144,7 @@ def block(
     x_BSD, layer: LayerInput, cfg: ModelConfig, where, *, cache=None, prefill=False, **moe_args
 ):
     """One pre-norm block. Returns (x_BSD, cache, MoEAux or None)."""
-    p, layout = layer.params, moe_args.get("layout")
+    p, layout = layer.params, moe_args.pop("layout", None)
     h = norm(p["attn_norm"], x_BSD, cfg.norm_eps)
     y, cache = attn.attention(
         p["attn"],

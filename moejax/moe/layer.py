@@ -60,7 +60,6 @@ def moe(
     token_ids_BS: jax.Array | None = None,
     replay_TK: jax.Array | None = None,
     totals: BatchTotals | None = None,
-    layout=None,
     key: jax.Array | None = None,
 ) -> tuple[jax.Array, MoEAux]:
     """One MoE layer.
@@ -74,7 +73,6 @@ def moe(
       token_ids_BS: for routers that look at them.
       replay_TK: expert indices to force; weights are still computed.
       totals: totals of the global batch when this is one micro-batch of it.
-      layout: `moejax.sharding.Layout`, None on one device.
       key: for routers that draw random numbers.
 
     Returns:
@@ -95,14 +93,8 @@ def moe(
         replay_TK=replay_TK,
         totals=totals,
     )
-    if layout is None:
-        y_TD, dropped = DISPATCHERS[cfg.moe.dispatcher](
-            params["experts"], x_TD, out.routing, cfg.moe
-        )
-    else:
-        from moejax.moe.dispatch.expert_parallel import sharded_dispatch
-
-        y_TD, dropped = sharded_dispatch(params["experts"], x_TD, out.routing, cfg.moe, layout)
+    # On several devices the compiler partitions the dispatcher: global semantics, one program.
+    y_TD, dropped = DISPATCHERS[cfg.moe.dispatcher](params["experts"], x_TD, out.routing, cfg.moe)
     y_BSD = y_TD.reshape(b, s, d)
     if "shared" in params:
         shared_BSD = ffn(params["shared"], x_BSD, cfg.moe.activation, cfg.moe.activation_limit)

@@ -1,0 +1,50 @@
+"""Does a small DeepSeek-style MoE learn real text on two CPU cores?
+
+    moejax train --config=experiments/quickstart.py --workdir=runs/quickstart
+
+The text is what a Python installation carries: source code, English documentation, C headers. The layout is
+DeepSeekMoE's: fine-grained routed experts, one shared expert, a first dense layer; V3's sigmoid scores with
+a selection bias learned by rule.
+"""
+
+from moejax.config import (
+    AttentionConfig,
+    DataConfig,
+    ExperimentConfig,
+    ModelConfig,
+    MoEConfig,
+    OptimizerConfig,
+    TrainConfig,
+    to_config_dict,
+)
+
+
+def get_config():
+    moe = MoEConfig(
+        num_experts=32,
+        experts_per_token=4,
+        d_expert=96,
+        shared_experts=1,
+        score="sigmoid",
+        normalize_weights=True,
+        bias_update="sign",
+        sequence_loss=1e-4,
+    )
+    model = ModelConfig(
+        vocab_size=4096,
+        d_model=192,
+        num_layers=4,
+        num_dense_layers=1,
+        d_ff=480,
+        init_std=0.02,
+        attention=AttentionConfig(num_heads=6, num_kv_heads=6, head_dim=32),
+        moe=moe,
+    )
+    cfg = ExperimentConfig(
+        name="quickstart",
+        model=model,
+        data=DataConfig(seq_len=256, batch_size=8, validation_fraction=0.05),
+        optimizer=OptimizerConfig(learning_rate=2e-3, warmup_steps=40),
+        train=TrainConfig(steps=300, eval_every=100, checkpoint_every=100),
+    )
+    return to_config_dict(cfg)

@@ -1,0 +1,220 @@
+"""`moejax plan --verify`: the plan's predictions against XLA's analysis and a short real run."""
+
+import dataclasses
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from moejax.config import ExperimentConfig
+from moejax.cost import memory
+from moejax.cost.architecture import of_model
+from moejax.cost.flops import flops_per_token
+from moejax.cost.memory import MeshSizes
+from moejax.cost.tables import Table, bytes_text, flops_text, seconds_text
+from moejax.models import transformer
+from moejax.models.loss import loss_fn
+from moejax.params import abstract_params
+from moejax.sharding import make_layout
+from moejax.train.state import abstract_state, create_state, state_shardings
+from moejax.train.step import compile_step
+
+FIELDS = ("tokens", "targets", "segment_ids", "positions", "loss_mask", "domain")
+
+
+def verify(cfg: ExperimentConfig, *, steps: int = 3) -> list[Table]:
+    """Compiles the real step of `cfg` on this machine's devices, runs it `steps` times on random
+    tokens, and compares FLOPs, memory and speed with the plan."""
+    layout = make_layout(cfg)
+    mesh = MeshSizes(**dict(layout.mesh.shape)) if layout else MeshSizes()
+    compiled = _compile(cfg, layout)
+    flops_rows = compare_flops(cfg)
+    memory_rows = compare_memory(cfg, mesh, compiled.memory_analysis())
+    seconds = measure(cfg, compiled, layout, steps)
+    tokens = cfg.data.batch_size * cfg.data.seq_len
+    dtype = jnp.dtype(cfg.model.dtype)
+    peak = matmul_peak(dtype) * mesh.devices
+    return [
+        Table("XLA's FLOPs of loss and gradient", ["", "plan", "XLA", "error"], flops_rows),
+        Table("XLA's bytes per device", ["", "plan", "XLA", "error"], memory_rows),
+        receipt(cfg, tokens / seconds, peak),
+    ]
+
+
+def receipt(cfg: ExperimentConfig, tokens_per_second: float, peak: float) -> Table:
+    """What a run achieved, beside a measured matmul peak (FLOP/s over all its devices).
+
+    Model FLOPs are the useful ones: recomputation is not counted, masked scores are not either.
+    """
+    f = flops_per_token(
+        of_model(cfg.model), "train", cfg.data.seq_len, mtp=cfg.model.mtp_depth > 0
+    ).total
+    assert f is not None
+    step = cfg.data.batch_size * cfg.data.seq_len / tokens_per_second
+    rows = [
+        ["tokens/s", f"{tokens_per_second:,.0f}"],
+        ["seconds a step", seconds_text(step)],
+        ["model FLOP/s", flops_text(f * tokens_per_second)],
+        ["matmul peak, measured", flops_text(peak)],
+        ["achieved", f"{f * tokens_per_second / peak:.1%}"],
+    ]
+    return Table("Measured", ["", "value"], rows)
+
+
+def _error(predicted: float, real: float) -> str:
+    return f"{predicted / real - 1:+.1%}" if real else "-"
+
+
+# --------------------------------------------------------------------------------------------------
+# FLOPs.
+
+
+def countable(cfg: ExperimentConfig) -> ExperimentConfig:
+    """The same mathematics in a form whose FLOPs XLA can count.
+
+    XLA counts the body of a loop once, so layers are unrolled and the loss is one chunk; grouped
+    matmuls, which differ by platform, become the capacity dispatcher's batched ones, with exactly
+    T K rows. Recomputation is left out: it is not part of the plan's model FLOPs.
+    """
+    model = cfg.model
+    tokens = cfg.data.batch_size * cfg.data.seq_len
+    moe = model.moe
+    if model.num_moe_layers and moe.router == "token_choice":
+        moe = dataclasses.replace(moe, dispatcher="capacity", capacity_factor=1.0)
+    model = dataclasses.replace(
+        model, scan_layers=False, remat="none", loss_chunk=tokens, dtype="float32", moe=moe
+    )
+    return dataclasses.replace(
+        cfg, model=model, train=dataclasses.replace(cfg.train, accumulation=1)
+    )
+
+
+def xla_flops(cfg: ExperimentConfig, *, gradient: bool = True) -> float:
+    """XLA's count for one batch's loss (and gradient) on one device."""
+    cfg = countable(cfg)
+    model = cfg.model
+    params = abstract_params(transformer.param_specs(model))
+    state = jax.eval_shape(lambda: transformer.init_router_state(model))
+
+    def loss(p, s, b):
+        return loss_fn(p, s, b, model)[0]
+
+    f = jax.grad(loss) if gradient else loss
+    compiled = jax.jit(f).lower(params, state, _abstract_batch(cfg)).compile()
+    analysis: Any = compiled.cost_analysis()
+    return analysis["flops"]
+
+
+def compare_flops(cfg: ExperimentConfig) -> list[list[str]]:
+    planned = predicted_flops(cfg)
+    counted = xla_flops(cfg)
+    return [
+        ["FLOPs of a batch", flops_text(planned), flops_text(counted), _error(planned, counted)]
+    ]
+
+
+def predicted_flops(cfg: ExperimentConfig, phase: str = "train") -> float:
+    """The plan's count for one batch, every attention score computed, as our code does."""
+    model, seq_len = cfg.model, cfg.data.seq_len
+    f = flops_per_token(of_model(model), phase, seq_len, causal=False, mtp=model.mtp_depth > 0)
+    assert f.total is not None
+    return f.total * cfg.data.batch_size * seq_len
+
+
+# --------------------------------------------------------------------------------------------------
+# Memory.
+
+
+def _abstract_batch(cfg: ExperimentConfig) -> dict:
+    shape = jax.ShapeDtypeStruct((cfg.data.batch_size, cfg.data.seq_len), jnp.int32)
+    return dict.fromkeys(FIELDS, shape)
+
+
+def _compile(cfg: ExperimentConfig, layout):
+    """The real training step, compiled for abstract arguments."""
+    state, batch = abstract_state(cfg), _abstract_batch(cfg)
+    shardings = None
+    if layout is not None:
+        shardings = state_shardings(cfg, layout)
+        state = jax.tree.map(
+            lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), state, shardings
+        )
+        rows = _batch_sharding(layout)
+        batch = {k: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=rows) for k, a in batch.items()}
+    step = compile_step(cfg, layout=layout, shardings=shardings)
+    return step.lower(state, batch).compile()
+
+
+def _batch_sharding(layout):
+    from moejax import axes
+
+    return layout.sharding(axes.BATCH, axes.SEQ)
+
+
+def compare_memory(cfg: ExperimentConfig, mesh: MeshSizes, xla: Any) -> list[list[str]]:
+    """State (weights and moments, which live across steps) and what a step needs besides."""
+    held = planned_memory(cfg, mesh)
+    state = held.weights + held.optimizer
+    rows = [("state", state, xla.argument_size_in_bytes)]
+    rows.append(("working memory", held.total - state, xla.temp_size_in_bytes))
+    rows.append(("both", held.total, xla.argument_size_in_bytes + xla.temp_size_in_bytes))
+    return [[n, bytes_text(p), bytes_text(r), _error(p, r)] for n, p, r in rows]
+
+
+def planned_memory(cfg: ExperimentConfig, mesh: MeshSizes) -> memory.TrainingMemory:
+    n = cfg.train.accumulation
+    return memory.training(
+        cfg.model, mesh, cfg.data.batch_size // n, cfg.data.seq_len, accumulate=n > 1
+    )
+
+
+# --------------------------------------------------------------------------------------------------
+# Speed.
+
+
+def measure(cfg: ExperimentConfig, compiled, layout, steps: int) -> float:
+    """Seconds of one step: the fastest of `steps`, after one to warm up."""
+    state = create_state(cfg, jax.random.key(0), layout)
+    batch = random_batch(cfg)
+    if layout is not None:
+        batch = jax.device_put(batch, _batch_sharding(layout))
+    state, metrics = compiled(state, batch)
+    jax.block_until_ready(metrics["loss"])
+    times = []
+    for _ in range(steps):
+        start = time.perf_counter()
+        state, metrics = compiled(state, batch)
+        jax.block_until_ready(state)
+        times.append(time.perf_counter() - start)
+    return min(times)
+
+
+def random_batch(cfg: ExperimentConfig) -> dict:
+    """Uniform tokens, one document per row."""
+    b, s = cfg.data.batch_size, cfg.data.seq_len
+    text = np.random.default_rng(0).integers(0, cfg.model.vocab_size, (b, s + 1), np.int32)
+    ones = np.ones((b, s), np.int32)
+    return {
+        "tokens": jnp.asarray(text[:, :-1]),
+        "targets": jnp.asarray(text[:, 1:]),
+        "segment_ids": jnp.asarray(ones),
+        "positions": jnp.asarray(np.arange(s, dtype=np.int32)[None].repeat(b, axis=0)),
+        "loss_mask": jnp.asarray(ones),
+        "domain": jnp.asarray(0 * ones),
+    }
+
+
+def matmul_peak(dtype, size: int | None = None, repeats: int = 5) -> float:
+    """FLOP/s of the best of a few square matmuls on one device."""
+    size = size or (1024 if jax.default_backend() == "cpu" else 8192)
+    a = jnp.ones((size, size), dtype)
+    multiply = jax.jit(jnp.dot)
+    jax.block_until_ready(multiply(a, a))
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        jax.block_until_ready(multiply(a, a))
+        times.append(time.perf_counter() - start)
+    return 2 * size**3 / min(times)
