@@ -344,7 +344,7 @@ CHOICES = {
 }
 
 
-def _get(cfg, dotted):
+def _get(cfg: Any, dotted: str) -> Any:
     for part in dotted.split("."):
         cfg = getattr(cfg, part)
     return cfg

@@ -32,7 +32,8 @@ def _parse(name: str, usage: str, fv: flags.FlagValues, argv: list[str]) -> list
         return None
     try:
         return fv([name, *argv])[1:]
-    except flags.Error as e:
+    # ml_collections reports a missing file or a bad override by these.
+    except (flags.Error, AttributeError, KeyError, OSError, TypeError, ValueError) as e:
         raise ConfigError(f"{e}\n{usage}") from e
 
 

@@ -133,7 +133,7 @@ def training_table(cfg: ModelConfig, run: Run) -> Table:
     accumulate = run.micro_batch < run.batch
     held = memory.training(cfg, mesh, run.micro_batch, run.context, accumulate=accumulate)
     rows = [
-        [f.name, bytes_text(getattr(held, f.name))]
+        [f.name.replace("_", " "), bytes_text(getattr(held, f.name))]
         for f in dataclasses.fields(held)
         if getattr(held, f.name)
     ]
@@ -157,7 +157,7 @@ def training_table(cfg: ModelConfig, run: Run) -> Table:
         rows.append(
             [f"{count_text(run.tokens)} tokens take", seconds_text(hours / mesh.devices * 3600)]
         )
-        rows.append(["device hours", f"{hours:,.0f}"])
+        rows.append(["device hours", f"{hours:,.0f}" if hours >= 100 else f"{hours:.3g}"])
         rows.append(["money", _money(roofline.money(hours, d.price), d)])
     title = (
         f"Training on {mesh.devices} x {d.name} ({mesh})\n"
@@ -261,4 +261,34 @@ def of_experiment(cfg: ExperimentConfig, device: Device, devices: int) -> tuple[
         micro_batch=cfg.data.batch_size // cfg.train.accumulation,
         context=cfg.data.seq_len,
         tokens=float(steps),
+    )
+
+
+def headline(cfg: ExperimentConfig, device: Device, devices: int) -> str:
+    """The plan of an experiment in two lines, for the head of a training log."""
+    arch, run = of_experiment(cfg, device, devices)
+    c = counts(arch)["with embeddings"]
+    held = memory.training(
+        cfg.model, run.mesh, run.micro_batch, run.context, accumulate=run.micro_batch < run.batch
+    )
+    e = experiment_step(cfg, run)
+    return (
+        f"plan: {count_text(c.total)} parameters ({count_text(c.active)} active), "
+        f"{bytes_text(held.total)} per device of {bytes_text(device.memory)}\n"
+        f"plan: about {e.tokens_per_second:,.0f} tokens/s on {devices} x {device.name}, bound by "
+        f"{e.limit}; {count_text(run.tokens)} tokens in "
+        f"{seconds_text((run.tokens or 0) / e.tokens_per_second)}"
+    )
+
+
+def experiment_step(cfg: ExperimentConfig, run: Run) -> roofline.Estimate:
+    """The estimate of one optimiser step of an experiment."""
+    return roofline.training_step(
+        cfg.model,
+        run.device,
+        run.mesh,
+        run.batch,
+        run.context,
+        accumulation=run.batch // run.micro_batch,
+        efficiency=run.efficiency,
     )

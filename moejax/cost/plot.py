@@ -2,6 +2,7 @@
 
 import pathlib
 
+from moejax.config import ConfigError
 from moejax.cost.compare import Row
 
 BLUE, LIGHT, ORANGE, GREEN = "#1f5fa8", "#a9c9ea", "#d9822b", "#3a8f5c"
@@ -9,13 +10,14 @@ BLUE, LIGHT, ORANGE, GREEN = "#1f5fa8", "#a9c9ea", "#d9822b", "#3a8f5c"
 
 def plot(rows: list[Row], path: str, context: int) -> None:
     """Writes a PNG (or what the suffix says) to `path`; its directory must exist."""
+    if not pathlib.Path(path).parent.is_dir():
+        raise ConfigError(f"--plot: {pathlib.Path(path).parent} does not exist: cannot write
+        {path}")
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    if not pathlib.Path(path).parent.is_dir():
-        raise FileNotFoundError(f"{pathlib.Path(path).parent} does not exist: cannot write {path}")
     height = 1.6 + 0.42 * len(rows)
     figure, axes = plt.subplots(
         1, 3, figsize=(12, height), sharey=True, layout="constrained", width_ratios=(1.3, 1, 1)

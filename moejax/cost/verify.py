@@ -43,8 +43,11 @@ def verify(cfg: ExperimentConfig, *, steps: int = 3) -> list[Table]:
     ]
 
 
-def receipt(cfg: ExperimentConfig, tokens_per_second: float, peak: float) -> Table:
-    """What a run achieved, beside a measured matmul peak (FLOP/s over all its devices).
+def receipt(
+    cfg: ExperimentConfig, tokens_per_second: float, peak: float, planned: float | None = None
+) -> Table:
+    """What a run achieved, beside a measured matmul peak (FLOP/s over all its devices) and the
+    tokens/s that were planned.
 
     Model FLOPs are the useful ones: recomputation is not counted, masked scores are not either.
     """
@@ -60,6 +63,9 @@ def receipt(cfg: ExperimentConfig, tokens_per_second: float, peak: float) -> Tab
         ["matmul peak, measured", flops_text(peak)],
         ["achieved", f"{f * tokens_per_second / peak:.1%}"],
     ]
+    if planned is not None:
+        error = _error(planned, tokens_per_second)
+        rows.append(["planned tokens/s", f"{planned:,.0f} ({error})"])
     return Table("Measured", ["", "value"], rows)
 
 

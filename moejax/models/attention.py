@@ -78,7 +78,7 @@ def visible(q_pos_BS, k_pos_BT, q_segment=None, k_segment=None, window=None) -> 
     """Mask [B,S,T]: same document, not in the future, inside the window (None or 0 = no window)."""
     distance = q_pos_BS[:, :, None] - k_pos_BT[:, None, :]
     ok = distance >= 0
-    if q_segment is not None:
+    if q_segment is not None and k_segment is not None:
         ok &= q_segment[:, :, None] == k_segment[:, None, :]
     if window is not None:
         ok &= (window == 0) | (distance < window)

@@ -77,7 +77,7 @@ def loss_fn(
 ) -> tuple[jax.Array, LossParts]:
     """Loss of a batch (see DESIGN.md for its fields) and its parts. `totals`: None if it is whole."""
     totals = batch_totals(batch, cfg) if totals is None else totals
-    args = dict(layout=layout, key=key)
+    args: dict = dict(layout=layout, key=key)
     out = transformer.forward(
         params,
         router_state,
@@ -145,7 +145,7 @@ def cross_entropy(hidden_BSD, w_DV, targets_BS, mask_BS, cfg: ModelConfig):
     the result is a sum, the gradients are computed with it in the same pass: no logits are kept and
     none are computed twice.
     """
-    chunk = chunk_length(*targets_BS.shape, cfg)
+    chunk = chunk_length(targets_BS.shape[0], targets_BS.shape[1], cfg)
     mask_BS = (mask_BS > 0).astype(jnp.promote_types(hidden_BSD.dtype, jnp.float32))
     total, nll_BS = _cross_entropy(hidden_BSD, w_DV, targets_BS, mask_BS, chunk)
     return total, jax.lax.stop_gradient(nll_BS)

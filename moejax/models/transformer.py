@@ -84,7 +84,9 @@ def init_router_state(cfg: ModelConfig) -> dict:
 
 def update_router_state(state: dict, loads: dict, cfg: ModelConfig) -> dict:
     """Every layer's state after one optimiser step, from the step's global loads (name -> load_LE)."""
-    update = ROUTERS[cfg.moe.router].update_state if cfg.moe.num_experts else None
+    if not cfg.moe.num_experts:
+        return state
+    update = ROUTERS[cfg.moe.router].update_state
     return {
         name: jax.vmap(lambda s, load_E: update(s, load_E, cfg.moe))(s, loads[name]) if s else s
         for name, s in state.items()

@@ -1,8 +1,9 @@
 """The training state: everything that a run is, as one pytree, created sharded."""
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
-from flax import struct
 
 from moejax.config import ExperimentConfig
 from moejax.models import transformer
@@ -11,8 +12,7 @@ from moejax.sharding import Layout
 from moejax.train.optimizer import make_optimizer
 
 
-@struct.dataclass
-class TrainState:
+class TrainState(NamedTuple):
     """Attributes:
     step: optimiser steps begun, int32 (skipped ones included: it is the position in the data).
     params: float32 master weights.

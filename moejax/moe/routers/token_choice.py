@@ -84,9 +84,7 @@ def route(
     if "bias" in params:
         logits_TE = logits_TE + params["bias"].astype(dtype)[None]
     scores_TE = score(logits_TE, cfg.score)
-    if mask_T is None:
-        mask_T = jnp.ones(x_TD.shape[:1], dtype)
-    mask_T = (mask_T > 0).astype(dtype)
+    real_T = jnp.ones(x_TD.shape[:1], dtype) if mask_T is None else (mask_T > 0).astype(dtype)
 
     if replay_TK is None:
         choice_TE = jax.lax.stop_gradient(scores_TE)
@@ -95,7 +93,7 @@ def route(
         _, index_TK = jax.lax.top_k(limit_groups(choice_TE, cfg), cfg.experts_per_token)
     else:
         index_TK = replay_TK
-    index_TK = jnp.where(mask_T[:, None] > 0, index_TK, -1).astype(jnp.int32)
+    index_TK = jnp.where(real_T[:, None] > 0, index_TK, -1).astype(jnp.int32)
 
     # one_hot(-1) is all zeros. A product with it, not a gather: its gradient is not a scatter.
     chosen_TKE = jax.nn.one_hot(index_TK, cfg.num_experts, dtype=dtype)
@@ -111,7 +109,7 @@ def route(
     reached_TG = routes_TE.reshape(-1, cfg.balance_groups, cfg.num_experts // cfg.balance_groups)
     group_load_G = (reached_TG.sum(axis=-1) > 0).astype(dtype).sum(axis=0)
     losses = _losses(
-        logits_TE, scores_TE, routes_TE, load_E, group_load_G, mask_T, totals, seq_len, cfg
+        logits_TE, scores_TE, routes_TE, load_E, group_load_G, real_T, totals, seq_len, cfg
     )
     return RouterOutput(Routing(index_TK, weights_TK), scores_TE, losses, load_E, group_load_G)
 

@@ -1,0 +1,93 @@
+"""The commands from outside: a run really killed and resumed, and bad input answered clearly."""
+
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+ROOT = pathlib.Path(__file__).parent.parent
+TINY = [
+    "--config.model.d_model=16",
+    "--config.model.num_layers=2",
+    "--config.model.d_ff=32",
+    "--config.model.attention.num_heads=2",
+    "--config.model.attention.num_kv_heads=2",
+    "--config.model.attention.head_dim=8",
+    "--config.model.moe.num_experts=4",
+    "--config.model.moe.experts_per_token=2",
+    "--config.model.moe.d_expert=8",
+    "--config.data.tokenizer=byte",
+    "--config.data.max_bytes=100000",
+    "--config.data.seq_len=32",
+    "--config.data.batch_size=4",
+    "--config.train.log_every=1",
+    "--config.train.eval_every=100",
+    "--config.train.eval_batches=1",
+    "--config.train.checkpoint_every=5",
+]
+
+
+def command(workdir, *flags):
+    return [
+        *(sys.executable, "-m", "moejax", "train"),
+        f"--config={ROOT / 'experiments/quickstart.py'}",
+        f"--workdir={workdir}",
+        *TINY,
+        *flags,
+    ]
+
+
+def environment():
+    env = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+    return env | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
+
+
+def run(workdir, *flags):
+    return subprocess.run(
+        command(workdir, *flags), env=environment(), capture_output=True, text=True, timeout=300
+    )
+
+
+def losses(workdir):
+    """The last loss written for each step."""
+    lines = (workdir / "metrics.jsonl").read_text().splitlines()
+    rows = [json.loads(line) for line in lines if line.endswith("}")]
+    return {r["step"]: r["loss"] for r in rows if r["kind"] == "train"}
+
+
+def test_killed_run_resumes_to_the_same_losses(tmp_path):
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    flags = ["--config.train.steps=60"]
+    done = run(whole, *flags)
+    assert done.returncode == 0, done.stderr
+    process = subprocess.Popen(
+        command(killed, *flags),
+        env=environment(),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    deadline = time.monotonic() + 200
+    while not (killed / "metrics.jsonl").exists() or len(losses(killed)) < 12:
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert max(losses(killed)) < 60  # it really was cut off
+    resumed = run(killed, *flags)
+    assert resumed.returncode == 0, resumed.stderr
+    assert "resuming" in resumed.stdout
+    assert losses(killed) == losses(whole)  # bit for bit: the same floats
+
+    other = run(killed, "--config.train.steps=60", "--config.optimizer.learning_rate=0.5")
+    assert other.returncode == 2
+    assert "optimizer.learning_rate: 0.002 there, 0.5 now" in other.stderr
+
+
+def test_bad_input_is_named_before_any_compute(tmp_path):
+    out = run(tmp_path / "a", "--config.model.moe.experts_per_token=9")
+    assert out.returncode == 2
+    assert "model.moe.experts_per_token=9" in out.stderr
+    assert not (tmp_path / "a").exists()
