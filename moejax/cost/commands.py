@@ -32,8 +32,8 @@ def _parse(name: str, usage: str, fv: flags.FlagValues, argv: list[str]) -> list
         return None
     try:
         return fv([name, *argv])[1:]
-    # ml_collections reports a missing file or a bad override by these.
-    except (flags.Error, AttributeError, KeyError, OSError, TypeError, ValueError) as e:
+    # ml_collections reports a bad override by these.
+    except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as e:
         raise ConfigError(f"{e}\n{usage}") from e
 
 
@@ -81,7 +81,7 @@ def plan_main(argv: list[str]) -> int:
         raise ConfigError(f"plan takes one model, not {given}\n{PLAN_USAGE}")
     device = load_device(fv.device, fv.price)
     if fv.config is not None:
-        experiment: ExperimentConfig = from_config_dict(fv.config)
+        experiment = _experiment(fv.config)
         arch, run = of_experiment(experiment, device, fv.devices)
         cfg: ModelConfig | None = experiment.model
     else:
@@ -101,6 +101,14 @@ def plan_main(argv: list[str]) -> int:
 
         print(render(verify(experiment), fv.format))
     return 0
+
+
+def _experiment(config) -> ExperimentConfig:
+    """The frozen config; a file that ml_collections could not load is reported when first used."""
+    try:
+        return from_config_dict(config)
+    except OSError as e:
+        raise ConfigError(f"--config: {e}") from e
 
 
 def _load(name: str | None, hf_config: str | None):

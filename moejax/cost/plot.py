@@ -11,8 +11,7 @@ BLUE, LIGHT, ORANGE, GREEN = "#1f5fa8", "#a9c9ea", "#d9822b", "#3a8f5c"
 def plot(rows: list[Row], path: str, context: int) -> None:
     """Writes a PNG (or what the suffix says) to `path`; its directory must exist."""
     if not pathlib.Path(path).parent.is_dir():
-        raise ConfigError(f"--plot: {pathlib.Path(path).parent} does not exist: cannot write
-        {path}")
+        raise ConfigError(f"--plot={path}: {pathlib.Path(path).parent} does not exist")
     import matplotlib
 
     matplotlib.use("Agg")

@@ -23,7 +23,7 @@ from moejax.cost import compare, hardware, memory, roofline
 from moejax.cost.architecture import of_model
 from moejax.cost.commands import compare_main, parse_mesh, plan_main
 from moejax.cost.memory import MeshSizes
-from moejax.cost.plan import Run, check_run, of_experiment, plan
+from moejax.cost.plan import Run, check_run, headline, of_experiment, plan
 from moejax.cost.tables import FORMATS, Table, bytes_text, count_text, render, seconds_text
 from moejax.models import zoo
 
@@ -231,6 +231,8 @@ def test_of_experiment():
     assert run.mesh == MeshSizes(data=2, expert=4)
     assert (run.batch, run.micro_batch, run.context, run.tokens) == (16, 8, 32, 10 * 16 * 32)
     assert plan(arch, MOE, run)
+    text = headline(cfg, H100, 8)
+    assert "active" in text and "on 8 x h100, bound by" in text and "5.12K tokens" in text
     with pytest.raises(ConfigError, match="multiple of 4"):
         of_experiment(cfg, H100, 6)
 
@@ -322,7 +324,7 @@ def test_compare_plot(tmp_path):
     target = tmp_path / "out.png"
     compare_main([*ISSUE, f"--plot={target}", "--format=csv"])
     assert target.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n" and target.stat().st_size > 10_000
-    with pytest.raises(FileNotFoundError, match="does not exist"):
+    with pytest.raises(ConfigError, match="does not exist"):
         compare_main(["gpt-2", f"--plot={tmp_path}/none/x.png"])
 
 
@@ -363,6 +365,8 @@ def test_plan_of_a_directory_and_of_an_experiment(tmp_path, capsys):
     )
     plan_main([f"--config={experiment}", "--config.model.d_model=64", "--device=h100"])
     out = capsys.readouterr().out
+    with pytest.raises(ConfigError, match="d_modl"):
+        plan_main([f"--config={experiment}", "--config.model.d_modl=64"])
     assert "tiny: 4 layers of width 64, dense" in out and "float32, remat none" in out
 
 
@@ -380,9 +384,11 @@ BAD = {
     "context": (["gpt-2", "--context=5000"], "maximum of 1024"),
     "remat": (["gpt-2", "--remat=ful"], "did you mean 'full'"),
     "verify": (["gpt-2", "--verify"], "needs --config"),
+    "no experiment": (["--config=/nowhere.py"], "/nowhere.py"),
 }
 
 
+@pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
 @pytest.mark.parametrize("argv, text", BAD.values(), ids=BAD)
 def test_plan_refuses(argv, text):
     with pytest.raises(ConfigError) as e:
