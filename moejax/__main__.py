@@ -12,6 +12,7 @@ USAGE = """\
 usage: moejax COMMAND [flags]      (moejax COMMAND --help explains each)
 
   train     --config=experiments/quickstart.py --workdir=runs/quickstart   train or resume a run
+  generate  --workdir=runs/quickstart --prompt="def "                      text from a trained run
   plan      MODEL | --config=.. | --hf_config=..                           what a model costs, before it runs
   compare   MODEL MODEL ..                                                 models side by side"""
 
@@ -48,6 +49,52 @@ def train_main(argv: list[str]) -> int:
     return 0
 
 
+def generate_main(argv: list[str]) -> int:
+    """`moejax generate`: continue a prompt with a trained run, streaming to the terminal."""
+    fv = flags.FlagValues()
+    flags.DEFINE_string("workdir", None, "Folder of a run.", flag_values=fv)
+    flags.DEFINE_string("prompt", "", "Text to continue.", flag_values=fv)
+    flags.DEFINE_integer("max_new", 200, "Tokens to write.", flag_values=fv)
+    flags.DEFINE_float("temperature", 0.8, "0 = greedy.", flag_values=fv)
+    flags.DEFINE_integer("top_k", 0, "Sample among the k likeliest; 0 = all.", flag_values=fv)
+    flags.DEFINE_float("top_p", 0.95, "Sample within this probability mass.", flag_values=fv)
+    flags.DEFINE_integer("seed", 0, "The same seed gives the same text.", flag_values=fv)
+    usage = 'usage: moejax generate --workdir=runs/quickstart --prompt="def "'
+    if any(a in ("--help", "-h") for a in argv):
+        print(f"{usage}\n\nFlags:\n{fv.get_help()}")
+        return 0
+    try:
+        fv(["generate", *argv])
+    except flags.Error as e:
+        raise ConfigError(f"{e}\n{usage}") from e
+    if not fv.workdir:
+        raise ConfigError(f"generate needs --workdir\n{usage}")
+    from moejax.data import StreamDecoder
+    from moejax.evals.generate import generate
+    from moejax.train.loop import load_run
+
+    cfg, state, tokenizer = load_run(pathlib.Path(fv.workdir))
+    decoder = StreamDecoder(tokenizer)
+    prompt = [tokenizer.bos_id, *tokenizer.encode(fv.prompt)]
+    print(fv.prompt, end="", flush=True)
+    for token in generate(
+        state.params,
+        state.router_state,
+        cfg.model,
+        [prompt],
+        fv.max_new,
+        temperature=fv.temperature,
+        top_k=fv.top_k,
+        top_p=fv.top_p,
+        seed=fv.seed,
+        stop_ids=(tokenizer.eos_id,),
+    ):
+        if token[0] != tokenizer.eos_id:
+            print(decoder.push([int(token[0])]), end="", flush=True)
+    print(decoder.flush())
+    return 0
+
+
 def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     command, rest = (argv[0], argv[1:]) if argv else ("--help", [])
@@ -57,7 +104,12 @@ def main(argv: list[str] | None = None) -> int:
     from moejax.cost.commands import compare_main, plan_main
     from moejax.data import DataError
 
-    commands = {"train": train_main, "plan": plan_main, "compare": compare_main}
+    commands = {
+        "train": train_main,
+        "generate": generate_main,
+        "plan": plan_main,
+        "compare": compare_main,
+    }
     if command not in commands:
         print(f"moejax: unknown command {command!r}\n{USAGE}", file=sys.stderr)
         return 2

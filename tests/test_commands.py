@@ -81,6 +81,24 @@ def test_killed_run_resumes_to_the_same_losses(tmp_path):
     assert "resuming" in resumed.stdout
     assert losses(killed) == losses(whole)  # bit for bit: the same floats
 
+    # Damage the newest checkpoint: the run goes on from the one before, and says so.
+    for file in (killed / "checkpoints" / "60").rglob("*"):
+        if file.is_file():
+            file.write_bytes(b"")
+    text = [
+        subprocess.run(
+            [sys.executable, "-m", "moejax", "generate", f"--workdir={killed}", "--max_new=8"],
+            env=environment(),
+            capture_output=True,
+            text=True,
+            timeout=200,
+        )
+        for _ in range(2)
+    ]
+    assert text[0].returncode == 0, text[0].stderr
+    assert text[0].stdout == text[1].stdout
+    assert "falling back to step 55" in text[0].stderr
+
     other = run(killed, "--config.train.steps=60", "--config.optimizer.learning_rate=0.5")
     assert other.returncode == 2
     assert "optimizer.learning_rate: 0.002 there, 0.5 now" in other.stderr

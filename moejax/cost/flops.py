@@ -40,24 +40,20 @@ def mean_keys(seq_len: int, limit: int, causal: bool) -> float:
     return limit - limit * limit / (2 * seq_len)
 
 
-def _macs_at(a: Attention, keys: float, seen: float, local: float, macs: int) -> float:
-    return macs * (seen + local) + a.index_macs * keys
-
-
 def _attention_macs(a: Attention, seq_len: int, causal: bool) -> float:
     """Multiply-adds per token of one layer, averaged over a sequence."""
     entries = seq_len // a.stride
     keys = mean_keys(entries, 0, causal)
     seen = mean_keys(entries, a.window or a.topk, causal)
     local = mean_keys(seq_len, a.local, causal) if a.local else 0
-    return _macs_at(a, keys, seen, local, a.macs)
+    return a.macs * (seen + local) + a.index_macs * keys
 
 
 def _decode_macs(a: Attention, context: int) -> float:
     """Multiply-adds of one new token that sees `context` tokens."""
     keys = context // a.stride
     seen = min(keys, a.window or a.topk or keys)
-    return _macs_at(a, keys, seen, min(context, a.local), a.decode_macs)
+    return a.decode_macs * (seen + min(context, a.local)) + a.index_macs * keys
 
 
 def flops_per_token(

@@ -35,8 +35,7 @@ class Device:
     source: str
 
     def peak(self, dtype: str) -> float:
-        """FLOP/s in `dtype`; a dtype without units of its own runs at bfloat16's peak or below
-        it."""
+        """FLOP/s in `dtype`; where the table has no figure for it, bfloat16's, an upper bound."""
         if dtype in self.flops:
             return self.flops[dtype]
         return self.flops["bfloat16"] if "bfloat16" in self.flops else max(self.flops.values())

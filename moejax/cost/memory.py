@@ -235,8 +235,7 @@ def _buffers(cfg: ModelConfig, tokens: float, mesh: MeshSizes) -> float:
 def inference(
     arch: Architecture, mesh: MeshSizes, batch: int, length: int, bytes_per: float = 2
 ) -> dict[str, float | None]:
-    """Bytes per device to serve `batch` sequences of `length` tokens: weights, cache, working
-    set."""
+    """Bytes per device to serve `batch` sequences of `length` tokens; None where unknown."""
     weights = bytes_per * sum(p.total / mesh.shards(p) for p in (*arch.parts, *arch.apart))
     rows = math.ceil(batch / mesh.batch)
     one = cache_bytes(arch, length, bytes_per)

@@ -4,7 +4,7 @@ import dataclasses
 import types
 from typing import Any, cast
 
-from moejax.config import ConfigError, DataConfig, ExperimentConfig, ModelConfig
+from moejax.config import ConfigError, DataConfig, ExperimentConfig, ModelConfig, divisors_text
 from moejax.cost import memory, roofline
 from moejax.cost.architecture import Architecture, of_model
 from moejax.cost.flops import flops_per_token, paper_flops
@@ -68,9 +68,23 @@ def check_run(cfg: ModelConfig | None, run: Run) -> None:
         raise ConfigError("this run does not work:\n" + "\n".join(f"  - {p}" for p in problems))
 
 
+def check_counted(arch: Architecture, mesh: MeshSizes) -> None:
+    """What `check_run` checks of a mesh, as far as it is known of a model that is only counted."""
+    sizes = {"fsdp": arch.d_model, "tensor": arch.vocab_size}
+    sizes |= {"expert": arch.experts[0]} if arch.experts else {}
+    for axis, size in sizes.items():
+        if size % getattr(mesh, axis):
+            raise ConfigError(
+                f"{arch.name}: {size} does not divide over mesh axis {axis} of size "
+                f"{getattr(mesh, axis)}; {axis} may be {divisors_text(size)}"
+            )
+
+
 def plan(arch: Architecture, cfg: ModelConfig | None, run: Run) -> list[Table]:
     """All tables: the model, and (for a model that can run) training, and inference."""
     check_run(cfg, run)
+    if cfg is None:
+        check_counted(arch, run.mesh)
     out = [parameters_table(arch), flops_table(arch, cfg, run.context), cache_table(arch, run)]
     if cfg is not None:
         out.append(training_table(cfg, run))
@@ -95,15 +109,16 @@ def parameters_table(arch: Architecture) -> Table:
 
 
 def flops_table(arch: Architecture, cfg: ModelConfig | None, context: int) -> Table:
-    phases = {
-        "training": ("train", True),
-        "training, no score masked out": ("train", False),
-        "prefill": ("prefill", True),
-        "decode": ("decode", True),
-    }
+    phases = [
+        ("training", "train", True, False),
+        ("training, no score left out", "train", False, False),
+        *([("training, with multi-token prediction", "train", True, True)] if arch.mtp else []),
+        ("prefill", "prefill", True, False),
+        ("decode", "decode", True, False),
+    ]
     rows = []
-    for name, (phase, causal) in phases.items():
-        f = flops_per_token(arch, phase, context, causal=causal)
+    for name, phase, causal, mtp in phases:
+        f = flops_per_token(arch, phase, context, causal=causal, mtp=mtp)
         rows.append([name, flops_text(f.matmul), flops_text(f.attention), flops_text(f.total)])
     note = ""
     paper = paper_flops(cfg, context) if cfg is not None else None

@@ -75,7 +75,7 @@ def count_text(n: float | None) -> str:
 
 
 def flops_text(n: float | None) -> str:
-    return _scaled(n, ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M")))
+    return _scaled(n, ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "K")))
 
 
 def bytes_text(n: float | None) -> str:

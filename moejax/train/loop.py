@@ -11,7 +11,7 @@ import numpy as np
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
-from moejax.config import ConfigError, ExperimentConfig
+from moejax.config import ConfigError, ExperimentConfig, from_json
 from moejax.data import load_corpus, load_tokenizer, train_iterator, validation_batches
 from moejax.params import count
 from moejax.sharding import make_layout
@@ -27,6 +27,20 @@ class Diverged(RuntimeError):
 def with_vocabulary(cfg: ExperimentConfig, vocab_size: int) -> ExperimentConfig:
     """The config with the model's vocabulary taken from the tokenizer."""
     return dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, vocab_size=vocab_size))
+
+
+def load_run(workdir: pathlib.Path):
+    """(config, state, tokenizer) of a trained run, from its newest checkpoint that can be read."""
+    path = workdir / "config.json"
+    if not path.exists():
+        raise ConfigError(f"{workdir} is not the folder of a run: it has no config.json")
+    cfg = from_json(path.read_text())
+    checkpoints = Checkpoints(workdir, cfg)
+    restored = checkpoints.restore(abstract_state(cfg))
+    checkpoints.close()
+    if restored is None:
+        raise ConfigError(f"{workdir} has no checkpoint yet; moejax train writes one")
+    return cfg, restored[0], load_tokenizer(cfg.data, None, workdir)
 
 
 def train(cfg: ExperimentConfig, workdir: pathlib.Path) -> dict:
