@@ -24,7 +24,15 @@ from moejax.cost.architecture import of_model
 from moejax.cost.commands import compare_main, parse_mesh, plan_main
 from moejax.cost.memory import MeshSizes
 from moejax.cost.plan import Run, check_run, headline, of_experiment, plan
-from moejax.cost.tables import FORMATS, Table, bytes_text, count_text, render, seconds_text
+from moejax.cost.tables import (
+    FORMATS,
+    Table,
+    bytes_text,
+    count_text,
+    flops_text,
+    render,
+    seconds_text,
+)
 from moejax.models import zoo
 
 H100 = hardware.load_device("h100")
@@ -263,6 +271,7 @@ def test_texts():
         "16.38B", "124.4M", "5", "unknown",
     ]  # fmt: skip
     assert bytes_text(896 * 2**20) == "896 MiB" and bytes_text(1023.9 * 2**30) == "1024 GiB"
+    assert flops_text(393_200) == "393.2K"
     assert [seconds_text(s) for s in (2e-6, 0.05, 3.0, 7200, 1e6)] == [
         "2 us", "50 ms", "3 s", "2 h", "11.57 days",
     ]  # fmt: skip
@@ -340,6 +349,13 @@ def test_plan_command(name, style, capsys):
         assert max(map(len, out.split("\n"))) <= 100
 
 
+def test_plan_of_v3_counts_multi_token_prediction_apart(capsys):
+    plan_main(["deepseek-v3"])
+    rows = [r.split("  ") for r in capsys.readouterr().out.split("\n") if r.startswith("training")]
+    plain, _, with_mtp = (r[-1] for r in rows)
+    assert plain == "250.4G" and with_mtp > plain
+
+
 def test_plan_says_what_binds_and_what_fits(capsys):
     plan_main(["llama-2-7b", "--batch=8", "--price=2", "--tokens=2e12"])
     out = capsys.readouterr().out
@@ -380,6 +396,7 @@ BAD = {
     "mesh axis": (["gpt-2", "--mesh=pipeline=2"], "one of data, fsdp, expert, tensor"),
     "mesh size": (["gpt-2", "--mesh=fsdp=0"], "size at least 1"),
     "mesh does not divide": (["gpt-2", "--mesh=fsdp=7"], "fsdp may be 1, 2, 3, 4, 6"),
+    "counted mesh": (["deepseek-v4-pro", "--mesh=expert=7"], "expert may be 1, 2, 3, 4, 6, 8"),
     "no file": (["--hf_config=/nowhere"], "/nowhere does not exist"),
     "context": (["gpt-2", "--context=5000"], "maximum of 1024"),
     "remat": (["gpt-2", "--remat=ful"], "did you mean 'full'"),
