@@ -15,8 +15,7 @@ PHASES = ("train", "forward", "prefill", "decode")
 
 @dataclasses.dataclass(frozen=True)
 class Flops:
-    """FLOPs per token. `attention` (and `total`) is None where the architecture leaves it
-    unknown."""
+    """FLOPs per token; `attention` and `total` are None where unpublished."""
 
     matmul: float
     attention: float | None

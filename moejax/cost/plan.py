@@ -254,8 +254,7 @@ def _money(usd: float | None, d: Device) -> str:
 
 
 def of_experiment(cfg: ExperimentConfig, device: Device, devices: int) -> tuple[Architecture, Run]:
-    """The architecture and run of an experiment on so many devices; ConfigError if the mesh
-    differs."""
+    """The architecture and run of an experiment; ConfigError if its mesh does not fit `devices`."""
     m = cfg.mesh
     sizes = {k: getattr(m, k) for k in ("data", "fsdp", "expert", "tensor")}
     fixed = 1
