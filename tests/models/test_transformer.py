@@ -1,0 +1,89 @@
+"""The decoder: causal, blind across documents, the same with a cache; the chunked cross-entropy."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from moejax.config import AttentionConfig, ModelConfig, MoEConfig
+from moejax.models import transformer
+from moejax.models.cache import init_cache
+from moejax.models.loss import cross_entropy
+from moejax.params import init_params
+
+MHA = AttentionConfig(num_heads=2, num_kv_heads=2, head_dim=8)
+GQA = dataclasses.replace(MHA, num_kv_heads=1)
+ATTENTION = {
+    "mha": MHA,
+    "gqa": GQA,
+    "windowed": dataclasses.replace(GQA, windows=(3, 0)),
+    "mla": AttentionConfig(
+        kind="mla", num_heads=2, q_lora_rank=8, kv_lora_rank=8, qk_nope_head_dim=8,
+        qk_rope_head_dim=4, v_head_dim=6,
+    ),
+}  # fmt: skip
+MODEL = ModelConfig(
+    vocab_size=32, d_model=16, num_layers=2, d_ff=16, init_std=0.2, attention=MHA,
+    moe=MoEConfig(num_experts=4, experts_per_token=2, d_expert=8, dispatcher="dense"),
+)  # fmt: skip
+TOKENS = jax.random.randint(jax.random.key(2), (2, 8), 0, 32)
+
+
+def setup(attention):
+    cfg = dataclasses.replace(MODEL, attention=attention)
+    params = init_params(transformer.param_specs(cfg), jax.random.key(1))
+    return cfg, params, transformer.init_router_state(cfg)
+
+
+@pytest.mark.parametrize("name", sorted(ATTENTION))
+def test_cached_equals_full(name):
+    cfg, params, state = setup(ATTENTION[name])
+    want = jax.jit(lambda t: transformer.forward(params, state, t, cfg).hidden_BSD)(TOKENS)
+    cache = init_cache(cfg, 2, 10)
+    out = transformer.forward(params, state, TOKENS[:, :5], cfg, cache=cache, prefill=True)
+    got = [out.hidden_BSD]
+    decode = jax.jit(
+        lambda t, c, p: transformer.forward(params, state, t, cfg, cache=c, positions_BS=p)
+    )
+    for i in range(5, 8):
+        out = decode(TOKENS[:, i : i + 1], out.cache, jnp.full((2, 1), i))
+        got.append(out.hidden_BSD)
+    # float32, values of order 1; MLA decodes in another order of products.
+    np.testing.assert_allclose(jnp.concatenate(got, axis=1), want, rtol=1e-4, atol=1e-4)
+
+
+def test_causal_and_documents_are_apart():
+    cfg, params, state = setup(MHA)
+    segments = jnp.tile(jnp.array([1, 1, 1, 1, 2, 2, 2, 2]), (2, 1))
+    run = jax.jit(
+        lambda t: transformer.forward(params, state, t, cfg, segment_ids_BS=segments).hidden_BSD
+    )
+    base = run(TOKENS)
+    for position, end in ((1, 4), (5, 8)):  # a change reaches the rest of its document, no more
+        moved = jnp.abs(run(TOKENS.at[:, position].add(1) % 32) - base).max(axis=-1)
+        assert (moved[:, position:end] > 1e-4).all()
+        np.testing.assert_array_equal(moved[:, :position], 0.0)
+        np.testing.assert_array_equal(moved[:, end:], 0.0)
+
+
+@pytest.mark.parametrize("chunk", [0, 4])  # 4 tokens over 2 rows: four chunks
+def test_chunked_cross_entropy(chunk):
+    cfg = dataclasses.replace(MODEL, loss_chunk=chunk)
+    hidden = jax.random.normal(jax.random.key(3), (2, 8, 16))
+    w = jax.random.normal(jax.random.key(4), (16, 32))
+    mask = jnp.ones((2, 8)).at[1, 5:].set(0)
+
+    def plain(h, w):
+        log_p = jax.nn.log_softmax(h @ w)
+        return -(jnp.take_along_axis(log_p, TOKENS[..., None], -1)[..., 0] * mask).sum()
+
+    got = jax.value_and_grad(lambda h, w: cross_entropy(h, w, TOKENS, mask, cfg)[0], (0, 1))
+    want = jax.value_and_grad(plain, (0, 1))
+    # float32 sums of a few hundred terms of order 1.
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4),
+        got(hidden, w),
+        want(hidden, w),
+    )
