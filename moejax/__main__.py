@@ -36,11 +36,12 @@ def train_main(argv: list[str]) -> int:
         return 0
     try:
         fv(["train", *argv])
-    except (flags.Error, AttributeError, TypeError, ValueError) as e:
+        config = fv.config
+    except (flags.Error, AttributeError, TypeError, ValueError, OSError) as e:
         raise ConfigError(f"{e}\n{usage}") from e
-    if fv.config is None or not fv.workdir:
+    if config is None or not fv.workdir:
         raise ConfigError(f"train needs --config and --workdir\n{usage}")
-    cfg = from_config_dict(fv.config)
+    cfg = from_config_dict(config)
     from moejax.train.loop import train
 
     results = train(cfg, pathlib.Path(fv.workdir))

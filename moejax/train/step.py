@@ -140,7 +140,7 @@ def train_step(
     """
     key = None if seed_key is None else jax.random.fold_in(seed_key, state.step)
     loss, parts, grads = loss_and_grads(state.params, state.router_state, batch, cfg, layout, key)
-    grad_norm = optax.global_norm(grads)
+    grad_norm = optax.tree.norm(grads)
     finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
     optimizer = make_optimizer(cfg.optimizer, cfg.train.steps)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
