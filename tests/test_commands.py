@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import re
 import signal
 import subprocess
 import sys
@@ -69,16 +70,29 @@ def test_killed_run_resumes_to_the_same_losses(tmp_path):
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )
-    deadline = time.monotonic() + 200
+    deadline = time.monotonic() + 300
     while not (killed / "metrics.jsonl").exists() or len(losses(killed)) < 12:
         assert time.monotonic() < deadline and process.poll() is None
         time.sleep(0.02)
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert max(losses(killed)) < 60  # it really was cut off
+    # Resume, ask it politely to stop, and resume again.
+    before = max(losses(killed))
+    process = subprocess.Popen(
+        command(killed, *flags), env=environment(), stdout=subprocess.PIPE, text=True
+    )
+    while max(losses(killed)) <= before:
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.02)
+    process.send_signal(signal.SIGTERM)
+    out, _ = process.communicate(timeout=120)
+    assert process.returncode == 0
+    saved = re.search(r"saved step (\d+)", out)
+    assert "resuming" in out and saved, out
     resumed = run(killed, *flags)
     assert resumed.returncode == 0, resumed.stderr
-    assert "resuming" in resumed.stdout
+    assert f"at step {saved[1]}" in resumed.stdout
     assert losses(killed) == losses(whole)  # bit for bit: the same floats
 
     # Damage the newest checkpoint: the run goes on from the one before, and says so.

@@ -94,7 +94,8 @@ def _run(cfg, state, data, held_out, tokenizer, domains, checkpoints, workdir, k
         state, metrics = step_fn(state, next(data))
         tokens += cfg.data.batch_size * cfg.data.seq_len
         done = step + 1
-        last = done == cfg.train.steps or stop["now"]
+        asked = stop["now"]  # read once: a signal during this step stops the next one
+        last = done == cfg.train.steps or asked
         if done % cfg.train.log_every == 0 or last:
             values = jax.device_get(metrics)
             if values["bad_in_a_row"] >= cfg.train.max_bad_steps:
@@ -122,13 +123,16 @@ def _run(cfg, state, data, held_out, tokenizer, domains, checkpoints, workdir, k
             if int(state.bad_in_a_row) == 0:
                 checkpoints.save(state, data.get_state())
             started, tokens = time.monotonic(), 0
-        if stop["now"]:
+        if asked:
             tqdm.write(
                 f"stopped on request; saved step {done}, the same command goes on from there"
             )
             break
     bar.close()
     log.close()
+    if first == cfg.train.steps:
+        print(f"the run is finished at step {first}; raise train.steps to prolong it")
+        results = evaluate(eval_fn, state, held_out, domains, tokenizer)
     return results
 
 

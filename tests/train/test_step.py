@@ -1,0 +1,73 @@
+"""The whole step: it learns, and a step that is not finite changes nothing and is counted."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from moejax.config import (
+    AttentionConfig,
+    DataConfig,
+    ExperimentConfig,
+    ModelConfig,
+    MoEConfig,
+    OptimizerConfig,
+)
+from moejax.data import synthetic_batch
+from moejax.train.state import create_state
+from moejax.train.step import train_step
+
+MODEL = ModelConfig(
+    vocab_size=32,
+    d_model=16,
+    num_layers=2,
+    d_ff=32,
+    attention=AttentionConfig(num_heads=2, num_kv_heads=1, head_dim=8),
+    moe=MoEConfig(num_experts=4, d_expert=8, score="sigmoid", bias_update="sign"),
+    mtp_depth=1,
+)
+CFG = ExperimentConfig(
+    model=MODEL,
+    data=DataConfig(seq_len=8, batch_size=4),
+    optimizer=OptimizerConfig(learning_rate=1e-2, warmup_steps=1, schedule="constant"),
+)
+
+
+@pytest.fixture(scope="module")
+def step():
+    return jax.jit(lambda state, batch: train_step(state, batch, CFG))
+
+
+def test_learns_a_batch_and_moves_the_bias_by_its_rate(step):
+    batch = synthetic_batch(8, 4, 32)
+    state = create_state(CFG, jax.random.key(0), None)
+    first = None
+    for _ in range(30):
+        state, metrics = step(state, batch)
+        first = metrics if first is None else first
+    assert first is not None
+    # ln 32 = 3.47 at the start; one batch is learned by heart.
+    assert abs(float(first["cross_entropy"]) - np.log(32)) < 0.1
+    assert float(metrics["cross_entropy"]) < 0.5 * float(first["cross_entropy"])
+    assert int(state.skipped) == 0
+    # After 30 steps of the sign rule every bias is a multiple of the rate, at most 30 of them.
+    for name in ("moe_blocks", "mtp"):
+        moves = np.asarray(state.router_state[name]["expert_bias"]) / MODEL.moe.bias_rate
+        np.testing.assert_allclose(moves, np.round(moves), atol=1e-3)
+        assert 0 < np.abs(moves).max() <= 30.001
+
+
+def test_a_step_that_is_not_finite_is_skipped_and_counted(step):
+    batch = synthetic_batch(8, 4, 32)
+    good = create_state(CFG, jax.random.key(0), None)
+    scale = good.params["final_norm"]["scale"].at[0].set(jnp.nan)
+    state = good._replace(params={**good.params, "final_norm": {"scale": scale}})
+    for expected in (1, 2):
+        before = state
+        state, metrics = step(before, batch)
+        assert not np.isfinite(metrics["loss"])
+        assert int(state.skipped) == int(state.bad_in_a_row) == int(state.step) == expected
+        for name in ("params", "opt_state", "router_state"):
+            jax.tree.map(np.testing.assert_array_equal, getattr(state, name), getattr(before, name))
+    state, _ = step(state._replace(params=good.params), batch)
+    assert (int(state.skipped), int(state.bad_in_a_row)) == (2, 0)
