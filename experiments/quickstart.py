@@ -2,6 +2,9 @@
 
     moejax train --config=experiments/quickstart.py --workdir=runs/quickstart
 
+Result (that command, two CPU cores, Python 3.11): validation loss 5.073, 2.49 bits per byte after
+300 steps; 3 min 45 s from an empty folder, installation included. Not yet compared with a dense model.
+
 The text is what a Python installation carries: source code, English documentation, C headers. The layout is
 DeepSeekMoE's: fine-grained routed experts, one shared expert, a first dense layer; V3's sigmoid scores with
 a selection bias learned by rule.
