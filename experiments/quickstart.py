@@ -12,6 +12,7 @@ a selection bias learned by rule.
 
 from moejax.config import (
     AttentionConfig,
+    ConfigError,
     DataConfig,
     ExperimentConfig,
     ModelConfig,
@@ -22,7 +23,11 @@ from moejax.config import (
 )
 
 
-def get_config():
+def get_config(variant: str = "moe"):
+    """`variant`: 'moe', or 'dense': every layer an FFN as wide as the experts that a token of the MoE
+    uses (4 routed + 1 shared, 96 each = 480), so the same active parameters, tokens and data."""
+    if variant not in ("moe", "dense"):
+        raise ConfigError(f"quickstart.py:{variant} is unknown; variants: moe, dense")
     moe = MoEConfig(
         num_experts=32,
         experts_per_token=4,
@@ -33,6 +38,8 @@ def get_config():
         bias_update="sign",
         sequence_loss=1e-4,
     )
+    if variant == "dense":
+        moe = MoEConfig()  # no experts: a dense model
     model = ModelConfig(
         vocab_size=4096,
         d_model=192,
@@ -44,7 +51,7 @@ def get_config():
         moe=moe,
     )
     cfg = ExperimentConfig(
-        name="quickstart",
+        name="quickstart" if variant == "moe" else "quickstart-dense",
         model=model,
         data=DataConfig(seq_len=256, batch_size=8, validation_fraction=0.05),
         optimizer=OptimizerConfig(learning_rate=2e-3, warmup_steps=40),
