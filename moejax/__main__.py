@@ -72,16 +72,17 @@ def generate_main(argv: list[str]) -> int:
         raise ConfigError(f"generate needs --workdir\n{usage}")
     from moejax.data import StreamDecoder
     from moejax.evals.generate import generate
-    from moejax.train.loop import load_run
+    from moejax.train.run import load_run
 
-    cfg, state, tokenizer = load_run(pathlib.Path(fv.workdir))
+    run = load_run(pathlib.Path(fv.workdir))
+    tokenizer = run.tokenizer
     decoder = StreamDecoder(tokenizer)
     prompt = [tokenizer.bos_id, *tokenizer.encode(fv.prompt)]
     print(fv.prompt, end="", flush=True)
     for token in generate(
-        state.params,
-        state.router_state,
-        cfg.model,
+        run.params,
+        run.router_state,
+        run.cfg.model,
         [prompt],
         fv.max_new,
         temperature=fv.temperature,
@@ -103,7 +104,6 @@ def main(argv: list[str] | None = None) -> int:
         print(USAGE)
         return 0
     from moejax.cost.commands import compare_main, plan_main
-    from moejax.data import DataError
 
     commands = {
         "train": train_main,
@@ -116,7 +116,7 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     try:
         return commands[command](rest)
-    except (ConfigError, DataError) as e:
+    except ConfigError as e:
         print(f"moejax {command}: {e}", file=sys.stderr)
         return 2
 

@@ -1,62 +1,102 @@
 """Checkpoints: everything a run is, saved atomically by orbax, restored from the newest whole one.
 
-A step's folder holds the state (parameters, optimiser, router state) and `meta` as JSON: the config and the
-position in the data. Nothing is pickled.
+A step's folder holds three items:
+
+    model      {params, router_state}: all that evaluation, generation and export need
+    training   {step, opt_state, skipped, bad_in_a_row}; an imported model has none
+    meta       JSON: the config, and the position in the data (null for an imported model)
+
+Arrays are read straight onto the shards of the mesh at hand, whatever mesh and number of processes wrote
+them. Nothing is pickled.
 """
 
 import json
 import pathlib
 import warnings
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
 
 from moejax.config import ConfigError, ExperimentConfig, to_json
-from moejax.train.state import TrainState
+from moejax.params import path_name
+from moejax.sharding import Layout
+from moejax.train.state import TrainState, abstract_state, state_of_model, state_shardings
+
+# What orbax and tensorstore raise for files that are cut, emptied or gone.
+UNREADABLE = (ValueError, OSError, KeyError, json.JSONDecodeError)
 
 
 class Checkpoints:
     """Saves in the background; keeps the last `keep_last` steps, and every `keep_every`-th for good."""
 
     def __init__(self, workdir: pathlib.Path, cfg: ExperimentConfig):
-        self.folder = workdir.resolve() / "checkpoints"
+        self.workdir = workdir.resolve()
+        self.folder = self.workdir / "checkpoints"
         self.cfg = cfg
         options = ocp.CheckpointManagerOptions(
             max_to_keep=cfg.train.keep_last,
             keep_period=cfg.train.keep_every or None,
             create=True,
         )
-        self.manager = ocp.CheckpointManager(self.folder, options=options)
+        handlers: dict[str, Any] = {
+            "model": ocp.StandardCheckpointHandler(),
+            "training": ocp.StandardCheckpointHandler(),
+            "meta": ocp.JsonCheckpointHandler(),
+        }
+        self.manager = ocp.CheckpointManager(self.folder, options=options, item_handlers=handlers)
 
     def save(self, state: TrainState, data_state: dict) -> None:
+        """Begin to save a state of training; the arrays may be donated as soon as this returns."""
+        model, training = _split(state)
+        self._save(int(state.step), data_state, model=model, training=training)
+
+    def save_model(self, params: dict, router_state: dict) -> None:
+        """Save a model that was not trained here, as step 0, and wait until it is written."""
+        self._save(0, None, model={"params": params, "router_state": router_state})
+        self.manager.wait_until_finished()
+
+    def _save(self, step: int, data_state: dict | None, **items) -> None:
         meta = {"config": json.loads(to_json(self.cfg)), "data": data_state}
-        args = ocp.args.Composite(state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta))
-        self.manager.save(int(state.step), args=args)
+        args = {name: ocp.args.StandardSave(item) for name, item in items.items()}
+        self.manager.save(step, args=ocp.args.Composite(**args, meta=ocp.args.JsonSave(meta)))
 
-    def restore(self, abstract: TrainState) -> tuple[TrainState, dict] | None:
-        """The newest state that can be read, and the position in the data; None if there is none.
+    def restore(self, layout: Layout | None = None) -> tuple[TrainState, dict | None] | None:
+        """The newest state that can be read, and its position in the data; None if there is none.
 
-        A damaged checkpoint is passed over with a warning that names it and the one used instead.
+        A model without training (an import) gets a fresh optimiser, float32 master weights and no
+        position. A damaged checkpoint is passed over with a warning that names it and the one used
+        instead, and is moved aside, so that its step can be saved again.
         """
         steps = sorted(self.manager.all_steps(), reverse=True)
+        found = self._newest(steps, lambda step: self._read_state(step, layout))
+        if found is None:
+            return None
+        self._set_aside([s for s in steps if s > found[0]])
+        return found[1]
+
+    def restore_model(self, layout: Layout | None = None) -> tuple[int, dict, dict] | None:
+        """(step, params, router_state) of the newest checkpoint that can be read, in the dtype in
+        which it is stored; None if there is none."""
+        steps = sorted(self.manager.all_steps(), reverse=True)
+        found = self._newest(steps, lambda step: self._read_model(step, layout, stored_dtype=True))
+        return None if found is None else (found[0], *found[1])
+
+    def _newest(self, steps: list[int], read: Callable) -> tuple[int, Any] | None:
         for i, step in enumerate(steps):
-            args = ocp.args.Composite(
-                state=ocp.args.StandardRestore(abstract), meta=ocp.args.JsonRestore()
-            )
             try:
-                out = self.manager.restore(step, args=args)
-                state, meta = out["state"], out["meta"]
-                jax.block_until_ready(state)
-            except (ValueError, OSError, KeyError, json.JSONDecodeError) as e:
+                return step, jax.block_until_ready(read(step))
+            except ConfigError:
+                raise
+            except UNREADABLE as e:
                 rest = (
                     f"falling back to step {steps[i + 1]}" if i + 1 < len(steps) else "none is left"
                 )
                 warnings.warn(
                     f"checkpoint {self.folder / str(step)} cannot be read ({type(e).__name__}); {rest}",
-                    stacklevel=2,
+                    stacklevel=3,
                 )
-                continue
-            return state, meta["data"]
         if steps:
             raise ConfigError(
                 f"no checkpoint in {self.folder} can be read; use another --workdir, or remove the folder "
@@ -64,39 +104,146 @@ class Checkpoints:
             )
         return None
 
+    def _read_state(self, step: int, layout: Layout | None) -> tuple[TrainState, dict | None]:
+        meta_args = ocp.args.Composite(meta=ocp.args.JsonRestore())
+        data_state = self.manager.restore(step, args=meta_args)["meta"]["data"]
+        params, router_state = self._read_model(step, layout)
+        if data_state is None:
+            return state_of_model(self.cfg, params, router_state, layout), None
+        _, training = _split(self._abstract(layout))
+        args = ocp.args.Composite(training=ocp.args.StandardRestore(training))
+        training = self.manager.restore(step, args=args)["training"]
+        return TrainState(params=params, router_state=router_state, **training), data_state
+
+    def _read_model(
+        self, step: int, layout: Layout | None, *, stored_dtype: bool = False
+    ) -> tuple[dict, dict]:
+        model, _ = _split(self._abstract(layout))
+        stored = self.manager.item_metadata(step)["model"]
+        if stored is None:
+            raise ValueError("its model has no metadata")
+        model = _fit(model, stored.tree, self.folder / str(step), stored_dtype)
+        args = ocp.args.Composite(model=ocp.args.StandardRestore(model))
+        out = self.manager.restore(step, args=args)["model"]
+        return out["params"], out["router_state"]
+
+    def _abstract(self, layout: Layout | None) -> TrainState:
+        return jax.tree.map(
+            lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s),
+            abstract_state(self.cfg),
+            state_shardings(self.cfg, layout),
+        )
+
+    def _set_aside(self, damaged: list[int]) -> None:
+        """Move damaged steps out of orbax's way: it never saves a step older than its newest."""
+        if not damaged:
+            return
+        if jax.process_index() == 0:
+            aside = self.workdir / "damaged"
+            aside.mkdir(exist_ok=True)
+            for step in damaged:
+                target, n = aside / str(step), 1
+                while target.exists():
+                    target, n = aside / f"{step}.{n}", n + 1
+                (self.folder / str(step)).rename(target)
+        if jax.process_count() > 1:
+            from jax.experimental import multihost_utils
+
+            multihost_utils.sync_global_devices("damaged checkpoints set aside")
+        self.manager.reload()
+
     def close(self) -> None:
         self.manager.wait_until_finished()
         self.manager.close()
 
 
-def claim_workdir(workdir: pathlib.Path, cfg: ExperimentConfig) -> None:
-    """Write the config into the workdir, or check that the run there has the same one.
+def _split(state: TrainState) -> tuple[dict, dict]:
+    """The items 'model' and 'training' of a state."""
+    fields = state._asdict()
+    return {name: fields.pop(name) for name in ("params", "router_state")}, fields
 
-    Only `train` may differ: a run can be prolonged. Raises ConfigError naming the keys that differ.
+
+def _fit(ours: dict, stored: dict, folder: pathlib.Path, stored_dtype: bool) -> dict:
+    """`ours` (abstract, placed) if `stored` has the same arrays, in the dtype stored if asked for.
+
+    Raises ConfigError naming the first arrays that differ.
+    """
+    there, here = _by_path(stored), _by_path(ours)
+    lines = [
+        f"{name}: {_shape(there.get(name))} there, {_shape(here.get(name))} now"
+        for name in sorted(there.keys() | here.keys())
+        if _shape(there.get(name)) != _shape(here.get(name))
+    ]
+    if lines:
+        more = [f"and {len(lines) - 5} more"] if len(lines) > 5 else []
+        raise ConfigError(
+            f"{folder} holds another model than the config describes:\n"
+            + "\n".join(f"  - {line}" for line in [*lines[:5], *more])
+            + "\nuse the config that it was saved with, or another --workdir"
+        )
+    if not stored_dtype:
+        return ours
+
+    def one(path, a):
+        return jax.ShapeDtypeStruct(a.shape, there[path_name(path)].dtype, sharding=a.sharding)
+
+    return jax.tree_util.tree_map_with_path(one, ours)
+
+
+def _by_path(tree: dict) -> dict:
+    return {path_name(p): a for p, a in jax.tree_util.tree_flatten_with_path(tree)[0]}
+
+
+def _shape(a) -> str:
+    return "absent" if a is None else str(tuple(a.shape))
+
+
+# How a model is computed, and on what; none of it changes what a checkpoint means.
+FREE = (
+    "name",
+    "train",
+    "mesh",
+    "model.scan_layers",
+    "model.remat",
+    "model.loss_chunk",
+    "model.moe.grouped_matmul",
+    "model.moe.expert_parallel",
+    "model.moe.buffer_factor",
+)
+
+
+def check_workdir(workdir: pathlib.Path, cfg: ExperimentConfig) -> None:
+    """Raises ConfigError naming the keys in which the run of this workdir, if any, has another config.
+
+    What is in FREE may differ: a run can be prolonged, and go on on other devices.
     """
     path = workdir / "config.json"
-    ours = json.loads(to_json(cfg))
     if not path.exists():
-        workdir.mkdir(parents=True, exist_ok=True)
-        path.write_text(to_json(cfg))
         return
-    theirs = json.loads(path.read_text())
-    differing = [k for k in ours if k not in ("train", "name")]
-    lines = [line for k in differing for line in _differences(theirs.get(k), ours[k], k)]
+    lines = _differences(json.loads(path.read_text()), json.loads(to_json(cfg)), "")
     if lines:
         raise ConfigError(
             f"{workdir} belongs to a run with another config:\n"
             + "\n".join(f"  - {line}" for line in lines)
             + "\nuse another --workdir, or the same config"
         )
-    path.write_text(to_json(cfg))
 
 
-def _differences(old, new, key):
+def claim_workdir(workdir: pathlib.Path, cfg: ExperimentConfig) -> None:
+    """Write the config into the workdir, after `check_workdir`."""
+    check_workdir(workdir, cfg)
+    workdir.mkdir(parents=True, exist_ok=True)
+    (workdir / "config.json").write_text(to_json(cfg))
+
+
+def _differences(old, new, key: str) -> list[str]:
+    if key in FREE:
+        return []
     if isinstance(old, dict) and isinstance(new, dict):
+        prefix = key + "." if key else ""
         return [
-            d
+            line
             for k in sorted(old.keys() | new.keys())
-            for d in _differences(old.get(k), new.get(k), f"{key}.{k}")
+            for line in _differences(old.get(k), new.get(k), prefix + k)
         ]
     return [] if old == new else [f"{key}: {old!r} there, {new!r} now"]

@@ -11,12 +11,12 @@ import numpy as np
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
-from moejax.config import ConfigError, ExperimentConfig, from_json
+from moejax.config import ConfigError, ExperimentConfig
 from moejax.data import load_corpus, load_tokenizer, train_iterator, validation_batches
 from moejax.params import count
 from moejax.sharding import make_layout
 from moejax.train.checkpoint import Checkpoints, claim_workdir
-from moejax.train.state import abstract_state, create_state
+from moejax.train.state import create_state
 from moejax.train.step import compile_step, eval_step
 
 
@@ -27,20 +27,6 @@ class Diverged(RuntimeError):
 def with_vocabulary(cfg: ExperimentConfig, vocab_size: int) -> ExperimentConfig:
     """The config with the model's vocabulary taken from the tokenizer."""
     return dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, vocab_size=vocab_size))
-
-
-def load_run(workdir: pathlib.Path):
-    """(config, state, tokenizer) of a trained run, from its newest checkpoint that can be read."""
-    path = workdir / "config.json"
-    if not path.exists():
-        raise ConfigError(f"{workdir} is not the folder of a run: it has no config.json")
-    cfg = from_json(path.read_text())
-    checkpoints = Checkpoints(workdir, cfg)
-    restored = checkpoints.restore(abstract_state(cfg))
-    checkpoints.close()
-    if restored is None:
-        raise ConfigError(f"{workdir} has no checkpoint yet; moejax train writes one")
-    return cfg, restored[0], load_tokenizer(cfg.data, None, workdir)
 
 
 def train(cfg: ExperimentConfig, workdir: pathlib.Path) -> dict:
@@ -61,13 +47,14 @@ def train(cfg: ExperimentConfig, workdir: pathlib.Path) -> dict:
     held_out = list(validation_batches(corpus, tokenizer, cfg.data, cfg.train.eval_batches))
 
     checkpoints = Checkpoints(workdir, cfg)
-    restored = checkpoints.restore(abstract_state(cfg))
+    restored = checkpoints.restore()
     key = jax.random.key(cfg.train.seed)
     if restored is None:
         state = create_state(cfg, key, None)
     else:
         state, data_state = restored
-        data.set_state(data_state)
+        if data_state is not None:
+            data.set_state(data_state)
         print(f"resuming {workdir} at step {int(state.step)}")
     print(
         f"{cfg.name}: {count(state.params):,} parameters, domains {', '.join(corpus.domains)}, "

@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import SingleDeviceSharding
 
 from moejax.config import ExperimentConfig
 from moejax.models import transformer
@@ -35,18 +36,24 @@ def init_state(cfg: ExperimentConfig, key: jax.Array) -> TrainState:
     params = init_params(transformer.param_specs(cfg.model), key)
     opt_state = make_optimizer(cfg.optimizer, cfg.train.steps).init(params)
     router_state = transformer.init_router_state(cfg.model)
-    zero = lambda: jnp.zeros((), jnp.int32)  # noqa: E731  (distinct buffers: the state is donated)
-    return TrainState(zero(), params, opt_state, router_state, zero(), zero())
+    return TrainState(_zero(), params, opt_state, router_state, _zero(), _zero())
+
+
+def _zero() -> jax.Array:
+    return jnp.zeros((), jnp.int32)  # a buffer of its own for every counter: the state is donated
 
 
 def abstract_state(cfg: ExperimentConfig) -> TrainState:
     return jax.eval_shape(lambda: init_state(cfg, jax.random.key(0)))
 
 
-def state_shardings(cfg: ExperimentConfig, layout: Layout) -> TrainState:
+def state_shardings(cfg: ExperimentConfig, layout: Layout | None) -> TrainState:
     """A sharding for every array of the state: parameters by their logical axes, the optimiser's moments
-    like the parameter they belong to (their paths end the same), everything else replicated."""
+    like the parameter they belong to (their paths end the same), everything else replicated.
+    Without a layout, all on the first device."""
     abstract = abstract_state(cfg)
+    if layout is None:
+        return jax.tree.map(lambda _: SingleDeviceSharding(jax.devices()[0]), abstract)
     of_params = layout.of_specs(transformer.param_specs(cfg.model))
     by_path = {path_name(p): s for p, s in jax.tree_util.tree_flatten_with_path(of_params)[0]}
 
@@ -65,3 +72,16 @@ def create_state(cfg: ExperimentConfig, key: jax.Array, layout: Layout | None) -
     """A fresh state on its devices; no device ever holds more than its shard."""
     shardings = None if layout is None else state_shardings(cfg, layout)
     return jax.jit(lambda k: init_state(cfg, k), out_shardings=shardings)(key)
+
+
+def state_of_model(
+    cfg: ExperimentConfig, params: dict, router_state: dict, layout: Layout | None
+) -> TrainState:
+    """The state at step 0 of a model that exists already (an import): a fresh optimiser."""
+    shardings = None if layout is None else state_shardings(cfg, layout)
+
+    def fresh(params, router_state):
+        opt_state = make_optimizer(cfg.optimizer, cfg.train.steps).init(params)
+        return TrainState(_zero(), params, opt_state, router_state, _zero(), _zero())
+
+    return jax.jit(fresh, out_shardings=shardings)(params, router_state)

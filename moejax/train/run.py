@@ -1,0 +1,53 @@
+"""A trained (or imported) run, opened for use: its config, model and tokenizer, without the optimiser."""
+
+import json
+import pathlib
+from typing import NamedTuple
+
+from moejax.config import ConfigError, ExperimentConfig, from_json
+from moejax.data import Tokenizer, load_tokenizer
+from moejax.sharding import Layout
+from moejax.train.checkpoint import Checkpoints
+
+
+class Run(NamedTuple):
+    """Attributes:
+    cfg: the config of the run, vocabulary included.
+    params, router_state: the newest that can be read, in the dtype in which they are stored.
+    tokenizer: the run's own.
+    step: optimiser steps behind them; 0 for an imported model.
+    """
+
+    cfg: ExperimentConfig
+    params: dict
+    router_state: dict
+    tokenizer: Tokenizer
+    step: int
+
+
+def read_config(workdir: pathlib.Path) -> ExperimentConfig:
+    """The config of the run in `workdir`; ConfigError if that is not the folder of a run."""
+    path = workdir / "config.json"
+    if not path.exists():
+        raise ConfigError(f"{workdir} is not the folder of a run: it has no config.json")
+    try:
+        return from_json(path.read_text())
+    except json.JSONDecodeError as e:
+        raise ConfigError(f"{path} is not JSON: {e}; restore it, or use another --workdir") from e
+
+
+def load_run(workdir: pathlib.Path, layout: Layout | None = None) -> Run:
+    """Open the run in `workdir`, its arrays on the devices of `layout` (None: one device).
+
+    Raises ConfigError if there is no run, or no checkpoint that can be read.
+    """
+    cfg = read_config(workdir)
+    restored = None
+    if (workdir / "checkpoints").exists():
+        checkpoints = Checkpoints(workdir, cfg)
+        restored = checkpoints.restore_model(layout)
+        checkpoints.close()
+    if restored is None:
+        raise ConfigError(f"{workdir} has no checkpoint yet; moejax train writes one")
+    step, params, router_state = restored
+    return Run(cfg, params, router_state, load_tokenizer(cfg.data, None, workdir), step)

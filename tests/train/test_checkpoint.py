@@ -1,0 +1,161 @@
+"""Checkpoints: what is saved comes back, on any mesh; what does not fit or is damaged is named."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from moejax.config import (
+    AttentionConfig,
+    ConfigError,
+    DataConfig,
+    ExperimentConfig,
+    MeshConfig,
+    ModelConfig,
+    MoEConfig,
+    OptimizerConfig,
+    TrainConfig,
+)
+from moejax.sharding import make_layout
+from moejax.train.checkpoint import Checkpoints, claim_workdir
+from moejax.train.state import create_state
+
+CFG = ExperimentConfig(
+    model=ModelConfig(
+        vocab_size=32,
+        d_model=16,
+        num_layers=2,
+        d_ff=32,
+        attention=AttentionConfig(num_heads=2, num_kv_heads=2, head_dim=8),
+        moe=MoEConfig(num_experts=4, d_expert=8, score="sigmoid", bias_update="sign"),
+    ),
+    data=DataConfig(seq_len=8, batch_size=8, tokenizer="byte"),
+    optimizer=OptimizerConfig(warmup_steps=1),
+    train=TrainConfig(keep_last=2, keep_every=4),
+)
+
+
+@pytest.fixture(scope="module")
+def state():
+    return create_state(CFG, jax.random.key(0), None)
+
+
+def saved(workdir, state, steps=(1,)):
+    checkpoints = Checkpoints(workdir, CFG)
+    for step in steps:
+        checkpoints.save(state._replace(step=jnp.int32(step)), {"next_index": step})
+    checkpoints.close()
+    return workdir
+
+
+def on_mesh(**sizes):
+    return make_layout(dataclasses.replace(CFG, mesh=MeshConfig(**({"data": 1} | sizes))))
+
+
+def same(a, b):
+    jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+def damage(folder):
+    for file in folder.rglob("*"):
+        if file.is_file():
+            file.write_bytes(b"")
+
+
+def test_any_mesh_to_any_mesh(tmp_path, state):
+    first = jax.device_get(state)
+    sharded = create_state(CFG, jax.random.key(0), on_mesh(data=2, expert=2, tensor=2))
+    saved(tmp_path, sharded)
+    for layout in (None, on_mesh(fsdp=8)):
+        checkpoints = Checkpoints(tmp_path, CFG)
+        restored, data_state = checkpoints.restore(layout)  # pyright: ignore
+        checkpoints.close()
+        assert data_state == {"next_index": 1}
+        assert int(restored.step) == 1
+        # Bit for bit what was drawn on one device: initial values do not depend on the mesh.
+        same(restored._replace(step=0), first._replace(step=0))
+        w = restored.params["moe_blocks"]["moe"]["experts"]["w_up"]
+        mu = restored.opt_state[1][0].mu["moe_blocks"]["moe"]["experts"]["w_up"]
+        shards = 1 if layout is None else 8
+        for a in (w, mu):
+            assert len(a.sharding.device_set) == shards
+            assert a.addressable_shards[0].data.size == a.size // shards
+
+
+def test_the_last_and_every_nth_are_kept(tmp_path, state):
+    saved(tmp_path, state, steps=range(1, 8))
+    kept = {int(p.name) for p in (tmp_path / "checkpoints").iterdir() if p.name.isdigit()}
+    assert kept == {4, 6, 7}
+
+
+def test_a_damaged_checkpoint_is_passed_over_and_its_step_can_be_saved_again(tmp_path, state):
+    saved(tmp_path, state, steps=(1, 2))
+    damage(tmp_path / "checkpoints" / "2")
+    checkpoints = Checkpoints(tmp_path, CFG)
+    with pytest.warns(UserWarning, match=r"checkpoints/2 cannot be read .*falling back to step 1"):
+        restored = checkpoints.restore()
+    assert restored is not None and restored[1] == {"next_index": 1}
+    assert (tmp_path / "damaged" / "2").is_dir()
+    again = state._replace(step=jnp.int32(2), skipped=jnp.int32(5))
+    checkpoints.save(again, {"next_index": 2})
+    checkpoints.close()
+    checkpoints = Checkpoints(tmp_path, CFG)
+    same(checkpoints.restore()[0], again)  # pyright: ignore
+    checkpoints.close()
+
+
+def test_nothing_left_to_read_is_an_error(tmp_path, state):
+    saved(tmp_path, state)
+    damage(tmp_path / "checkpoints" / "1")
+    checkpoints = Checkpoints(tmp_path, CFG)
+    with (
+        pytest.warns(UserWarning, match="none is left"),
+        pytest.raises(ConfigError, match="no checkpoint in .* can be read"),
+    ):
+        checkpoints.restore()
+    checkpoints.close()
+
+
+def test_an_imported_model_keeps_its_dtype_and_trains_from_float32(tmp_path, state):
+    half = jax.tree.map(lambda a: a.astype(jnp.bfloat16), state.params)
+    bias = {"moe_blocks": {"expert_bias": jnp.arange(4, dtype=jnp.float32)[None]}}
+    checkpoints = Checkpoints(tmp_path, CFG)
+    checkpoints.save_model(half, bias)
+    step, params, router_state = checkpoints.restore_model()  # pyright: ignore
+    assert step == 0
+    assert {a.dtype for a in jax.tree.leaves(params)} == {jnp.dtype("bfloat16")}
+    same((params, router_state), (half, bias))
+    fresh, data_state = checkpoints.restore(on_mesh(fsdp=8))  # pyright: ignore
+    checkpoints.close()
+    assert data_state is None and int(fresh.step) == 0
+    assert {a.dtype for a in jax.tree.leaves(fresh.params)} == {jnp.dtype("float32")}
+    same(fresh.params, jax.tree.map(lambda a: a.astype(jnp.float32), half))
+    same(fresh.router_state, bias)
+    same(fresh.opt_state, state.opt_state)
+
+
+def test_another_model_is_named(tmp_path, state):
+    saved(tmp_path, state)
+    wider = dataclasses.replace(CFG, model=dataclasses.replace(CFG.model, vocab_size=64))
+    checkpoints = Checkpoints(tmp_path, wider)
+    with pytest.raises(ConfigError, match=r"(?s)params/embed.*\(32, 16\) there, \(64, 16\) now"):
+        checkpoints.restore()
+    checkpoints.close()
+
+
+def test_a_workdir_belongs_to_one_config(tmp_path):
+    claim_workdir(tmp_path, CFG)
+    with pytest.raises(ConfigError, match="model.vocab_size: 32 there, 64 now"):
+        model = dataclasses.replace(CFG.model, vocab_size=64)
+        claim_workdir(tmp_path, dataclasses.replace(CFG, model=model))
+    # A longer run, on another mesh, computed in another way is the same run.
+    moved = dataclasses.replace(
+        CFG,
+        model=dataclasses.replace(CFG.model, remat="full"),
+        train=dataclasses.replace(CFG.train, steps=999),
+        mesh=MeshConfig(data=1, fsdp=8),
+    )
+    claim_workdir(tmp_path, moved)
+    claim_workdir(tmp_path, CFG)
