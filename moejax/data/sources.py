@@ -24,11 +24,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import zstandard
 
+from moejax.config import ConfigError
+
 _CHUNK = 1 << 20
 _SYNTAX = "expected 'builtin', 'domain=glob' or 'domain=hf:path[:config[:split]]'"
 
 
-class DataError(ValueError):
+class DataError(ConfigError):
     """Data that cannot be used; the message names the source, file or record, and the remedy."""
 
 
