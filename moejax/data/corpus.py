@@ -38,10 +38,10 @@ class Corpus:
         return tuple(self.train)
 
 
-def load_corpus(cfg: DataConfig) -> Corpus:
+def load_corpus(cfg: DataConfig, *, only_validation: bool = False) -> Corpus:
     """Reads every source of `cfg` and splits it; see `moejax.data.sources` for their syntax.
 
-    Bytes are UTF-8 bytes of the text. Empty documents are left out. A domain of a single document
+    `only_validation` splits nothing: all documents are held out, to evaluate a model on them. Bytes are UTF-8 bytes of the text. Empty documents are left out. A domain of a single document
     (one long text file) is cut at a line end, its tail held out.
 
     Raises:
@@ -56,8 +56,12 @@ def load_corpus(cfg: DataConfig) -> Corpus:
                     f"data.sources: {source!r} is a second domain {name!r}; give it another name"
                 )
             domains[name] = _take(documents, cfg.max_bytes, name)
-    train, validation = _split(domains, cfg.validation_fraction)
-    bytes_of = {name: _num_bytes(documents) for name, documents in train.items()}
+    if only_validation:
+        train, validation = {name: () for name in domains}, domains
+    else:
+        train, validation = _split(domains, cfg.validation_fraction)
+    used = validation if only_validation else train
+    bytes_of = {name: _num_bytes(documents) for name, documents in used.items()}
     if cfg.weights and len(cfg.weights) != len(cfg.sources):
         raise DataError(
             f"data.weights has {len(cfg.weights)} entries for {len(cfg.sources)} data.sources"

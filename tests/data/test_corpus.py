@@ -99,6 +99,16 @@ def test_max_bytes_limits_each_domain(two_domains, tmp_path):
     assert corpus.train["u"][0].text + corpus.validation["u"][0].text == "é" * 25
 
 
+def test_only_validation_holds_out_every_document_whole(two_domains):
+    split = load_corpus(config(*two_domains))
+    whole = load_corpus(config(*two_domains), only_validation=True)
+    assert whole.domains == split.domains
+    for name in whole.domains:
+        assert whole.train[name] == ()
+        both = {d.text for d in (*split.train[name], *split.validation[name])}
+        assert {d.text for d in whole.validation[name]} == both
+
+
 def test_weights(two_domains):
     by_size = load_corpus(config(*two_domains))
     sizes = [d["train_bytes"] for d in by_size.manifest["domains"].values()]
