@@ -18,6 +18,10 @@ from moejax.models.norm import norm, norm_specs
 from moejax.models.rope import rotate, softmax_scale
 from moejax.params import ParamSpec
 
+# The norms of the latents keep RMSNorm's default in DeepSeek's code and in transformers, whatever
+# config.json's rms_norm_eps says (Moonlight: 1e-5).
+LATENT_NORM_EPS = 1e-6
+
 
 class Where(NamedTuple):
     """Where the tokens stand.
@@ -199,14 +203,14 @@ def _project_mla(params, x_BSD, cfg: ModelConfig, where: Where):
     a = cfg.attention
     b, s = x_BSD.shape[:2]
     if a.q_lora_rank:
-        latent = norm(params["q_norm"], _linear(params, x_BSD, "q_a"), cfg.norm_eps)
+        latent = norm(params["q_norm"], _linear(params, x_BSD, "q_a"), LATENT_NORM_EPS)
         q = _linear(params, latent, "q_b")
     else:
         q = _linear(params, x_BSD, "q")
     q = q.reshape(b, s, a.num_heads, a.qk_head_dim)
     q_nope, q_rope = jnp.split(q, [a.qk_nope_head_dim], axis=-1)
     latent, rope_key = jnp.split(_linear(params, x_BSD, "kv_a"), [a.kv_lora_rank], axis=-1)
-    latent = norm(params["kv_norm"], latent, cfg.norm_eps)
+    latent = norm(params["kv_norm"], latent, LATENT_NORM_EPS)
     q_rope = rotate(q_rope, where.cos_sin, a.rope.interleaved)
     rope_key = rotate(rope_key[:, :, None], where.cos_sin, a.rope.interleaved)[:, :, 0]
     return (q_nope, q_rope), {"latent": latent, "rope_key": rope_key}
