@@ -1,18 +1,26 @@
 # make train   from a bare machine: create .venv, install, train the quickstart
 # make test    from a bare machine: create .venv, install, the whole suite
+# make parity  from a bare machine: create .venv-parity with torch and transformers, compare every model
+#              family with its original implementation
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 # XLA frees and reallocates large buffers every step; keep them mapped instead of faulting them in again.
 export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1:glibc.malloc.mmap_threshold=33554432:glibc.malloc.trim_threshold=1099511627776
 
-.PHONY: train test lint clean
+# On Python 3.11 the pinned torch is the CPU wheel; on others it may bring gigabytes of CUDA.
+PARITY_VENV := .venv-parity
+
+.PHONY: train test parity lint clean
 
 train: $(VENV)/installed
 	$(BIN)/moejax train --config=experiments/quickstart.py --workdir=runs/quickstart
 
 test: $(VENV)/installed-dev
 	$(BIN)/python -m pytest
+
+parity: $(PARITY_VENV)/installed
+	$(PARITY_VENV)/bin/python -m pytest tests/parity
 
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff format --check .
@@ -30,5 +38,20 @@ $(VENV)/installed-dev: requirements-dev.txt $(VENV)/installed
 	$(BIN)/pip install --quiet -r requirements-dev.txt
 	touch $@
 
+$(PARITY_VENV)/installed: requirements-parity.txt requirements-dev.txt requirements.txt pyproject.toml
+	@python=$(PYTHON); \
+	is_311() { "$$1" -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' 2>/dev/null; }; \
+	if ! is_311 $$python; then \
+		if is_311 python3.11; then python=python3.11; \
+		else echo "make parity: $$python is not Python 3.11 and there is no python3.11 on PATH:" \
+			"pip may download a CUDA build of torch" >&2; fi; \
+	fi; \
+	echo "make parity: $(PARITY_VENV) from $$python ($$($$python --version))"; \
+	$$python -m venv $(PARITY_VENV)
+	$(PARITY_VENV)/bin/pip install --quiet --upgrade pip
+	$(PARITY_VENV)/bin/pip install --quiet -r requirements.txt -r requirements-dev.txt -r requirements-parity.txt
+	$(PARITY_VENV)/bin/pip install --quiet --no-deps -e .
+	touch $@
+
 clean:
-	rm -rf $(VENV) .jax_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(PARITY_VENV) .jax_cache .pytest_cache .ruff_cache .hypothesis
