@@ -1,9 +1,16 @@
 """DeepSeekMoE v1 (2401.06066): fine-grained and shared experts, raw softmax weights."""
 
 from moejax.config import AttentionConfig, ModelConfig, MoEConfig
-from moejax.models.zoo import fields
+from moejax.models.zoo import fields, names
 
 MODEL_TYPE = "deepseek"
+# The blocks' FFNs: dense, or a router, routed experts, and the shared experts as one wide FFN.
+FFNS = names.DENSE_FFN + names.ROUTER + names.EXPERTS + names.SHARED_EXPERTS
+NAMES = names.Table(
+    rows=(*names.DECODER, *names.in_blocks(names.NORMS + names.ATTENTION + FFNS)),
+    duplicates=(names.TIED_HEAD,),
+    ignorable=(names.ROTARY_BUFFER,),
+)
 
 
 def moe_shape(hf: dict, family: str) -> dict:

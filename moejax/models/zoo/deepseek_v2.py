@@ -1,9 +1,17 @@
 """DeepSeek-V2, V2-Lite, V2.5 (2405.04434): latent attention, device-limited softmax routing."""
 
 from moejax.config import AttentionConfig, ConfigError, ModelConfig, MoEConfig
-from moejax.models.zoo import deepseek, fields
+from moejax.models.zoo import deepseek, fields, names
 
 MODEL_TYPE = "deepseek_v2"
+NAMES = names.Table(
+    rows=(
+        *names.DECODER,
+        *names.in_blocks(names.NORMS + names.LATENT_ATTENTION + deepseek.FFNS),
+    ),
+    duplicates=(names.TIED_HEAD,),
+    ignorable=(names.ROTARY_BUFFER,),
+)
 
 
 def latent_attention(hf: dict, family: str) -> AttentionConfig:

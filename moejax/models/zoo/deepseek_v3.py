@@ -1,10 +1,38 @@
 """DeepSeek-V3, R1, V3.1, Moonlight, Kimi K2 (2412.19437): sigmoid scores, bias balancing, MTP."""
 
 from moejax.config import ModelConfig, MoEConfig
-from moejax.models.zoo import deepseek, fields
+from moejax.models.zoo import deepseek, fields, names
 from moejax.models.zoo.deepseek_v2 import latent_attention, latent_attention_to_hf
 
 MODEL_TYPE = "deepseek_v3"
+_BIAS = names.BLOCK + "mlp.gate.e_score_correction_bias"
+_BLOCKS = ("dense_blocks", "moe_blocks", "mtp/block")
+# Multi-token prediction is saved as layers after the last, each with its own copy of the embedding
+# and the head. Its projection takes the embedding first, unlike eq. 21 of 2412.19437.
+NAMES = names.Table(
+    rows=(
+        *names.DECODER,
+        *names.in_blocks(names.NORMS + names.LATENT_ATTENTION + deepseek.FFNS, _BLOCKS),
+        names.Row("router_state/moe_blocks/expert_bias", _BIAS),
+        names.Row("router_state/mtp/expert_bias", _BIAS),
+        names.Row("mtp/embed_norm/scale", names.BLOCK + "enorm.weight"),
+        names.Row("mtp/hidden_norm/scale", names.BLOCK + "hnorm.weight"),
+        names.Row("mtp/proj", names.BLOCK + "eh_proj.weight", names.TRANSPOSE),
+        names.Row("mtp/norm/scale", names.BLOCK + "shared_head.norm.weight"),
+    ),
+    duplicates=(
+        names.Duplicate(
+            names.BLOCK + "embed_tokens.weight", ("model.embed_tokens.weight",), written=True
+        ),
+        names.Duplicate(
+            names.BLOCK + "shared_head.head.weight",
+            ("lm_head.weight", "model.embed_tokens.weight"),
+            written=True,
+        ),
+        names.TIED_HEAD,
+    ),
+    ignorable=(names.ROTARY_BUFFER,),
+)
 
 
 def config_from_hf(hf: dict) -> ModelConfig:

@@ -1,9 +1,40 @@
 """GPT-2: dense, LayerNorm, learned positions, tied head, biases (Radford et al. 2019)."""
 
 from moejax.config import AttentionConfig, ConfigError, ModelConfig
-from moejax.models.zoo import fields
+from moejax.models.zoo import fields, names
 
 MODEL_TYPE = "gpt2"
+_BLOCK = "transformer.h.{layer}."
+# Conv1D: weights are [in, out] already. The published files leave out "transformer."; the masks
+# that old versions of `transformers` saved as buffers are ignored.
+NAMES = names.Table(
+    rows=(
+        names.Row("embed/tokens", "transformer.wte.weight"),
+        names.Row("embed/positions", "transformer.wpe.weight"),
+        names.Row("final_norm/scale", "transformer.ln_f.weight"),
+        names.Row("final_norm/bias", "transformer.ln_f.bias"),
+        *(
+            names.Row("dense_blocks/" + path, _BLOCK + hf, transform)
+            for path, hf, transform in (
+                ("attn_norm/scale", "ln_1.weight", names.COPY),
+                ("attn_norm/bias", "ln_1.bias", names.COPY),
+                *((f"attn/w_{p}", "attn.c_attn.weight", t) for p, t in zip("qkv", names.THIRDS)),
+                *((f"attn/b_{p}", "attn.c_attn.bias", t) for p, t in zip("qkv", names.THIRDS)),
+                ("attn/w_o", "attn.c_proj.weight", names.COPY),
+                ("attn/b_o", "attn.c_proj.bias", names.COPY),
+                ("ffn_norm/scale", "ln_2.weight", names.COPY),
+                ("ffn_norm/bias", "ln_2.bias", names.COPY),
+                ("ffn/w_up", "mlp.c_fc.weight", names.COPY),
+                ("ffn/b_up", "mlp.c_fc.bias", names.COPY),
+                ("ffn/w_down", "mlp.c_proj.weight", names.COPY),
+                ("ffn/b_down", "mlp.c_proj.bias", names.COPY),
+            )
+        ),
+    ),
+    duplicates=(names.Duplicate("lm_head.weight", ("transformer.wte.weight",), written=False),),
+    ignorable=(r"^transformer\.h\.\d+\.attn\.(masked_)?bias$",),
+    prefix="transformer.",
+)
 
 
 def config_from_hf(hf: dict) -> ModelConfig:

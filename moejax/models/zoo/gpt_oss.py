@@ -1,10 +1,33 @@
 """gpt-oss (2508.10925): attention sinks, alternating windows, clamped SwiGLU, biases everywhere."""
 
 from moejax.config import ConfigError, ModelConfig, MoEConfig
-from moejax.models.zoo import fields
+from moejax.models.zoo import fields, names
 from moejax.models.zoo.mixtral import grouped_attention
 
 MODEL_TYPE = "gpt_oss"
+# Experts are one tensor with the input axis first, as the parameters; MXFP4 files are unpacked to it.
+_FUSED = "mlp.experts.gate_up_proj"
+NAMES = names.Table(
+    rows=(
+        *names.DECODER,
+        *names.in_blocks(
+            (
+                *names.NORMS,
+                *names.ATTENTION,
+                names.Row("moe/router/kernel", "mlp.router.weight", names.TRANSPOSE),
+                names.Row("moe/router/bias", "mlp.router.bias"),
+                names.Row("moe/experts/w_gate", _FUSED, names.EVEN),
+                names.Row("moe/experts/w_up", _FUSED, names.ODD),
+                names.Row("moe/experts/b_gate", _FUSED + "_bias", names.EVEN),
+                names.Row("moe/experts/b_up", _FUSED + "_bias", names.ODD),
+                names.Row("moe/experts/w_down", "mlp.experts.down_proj"),
+                names.Row("moe/experts/b_down", "mlp.experts.down_proj_bias"),
+            )
+        ),
+    ),
+    duplicates=(names.TIED_HEAD,),
+    ignorable=(names.ROTARY_BUFFER,),
+)
 SLIDING, FULL = "sliding_attention", "full_attention"
 
 

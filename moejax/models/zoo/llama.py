@@ -1,9 +1,17 @@
 """LLaMA 1 and 2, DeepSeek LLM: dense, RMSNorm, SwiGLU, half-split RoPE (2302.13971, 2307.09288)."""
 
 from moejax.config import AttentionConfig, ModelConfig
-from moejax.models.zoo import fields
+from moejax.models.zoo import fields, names
 
 MODEL_TYPE = "llama"
+NAMES = names.Table(
+    rows=(
+        *names.DECODER,
+        *names.in_blocks(names.NORMS + names.ATTENTION + names.DENSE_FFN),
+    ),
+    duplicates=(names.TIED_HEAD,),
+    ignorable=(names.ROTARY_BUFFER,),
+)
 
 
 def config_from_hf(hf: dict) -> ModelConfig:

@@ -1,9 +1,31 @@
 """Mixtral (2401.04088): 8 wide experts, the two chosen scores renormalised."""
 
 from moejax.config import AttentionConfig, ModelConfig, MoEConfig
-from moejax.models.zoo import fields
+from moejax.models.zoo import fields, names
 
 MODEL_TYPE = "mixtral"
+_MOE = "block_sparse_moe."
+NAMES = names.Table(
+    rows=(
+        *names.DECODER,
+        *names.in_blocks(
+            (
+                *names.NORMS,
+                *names.ATTENTION,
+                names.Row("moe/router/kernel", _MOE + "gate.weight", names.TRANSPOSE),
+                names.Row(
+                    "moe/experts/w_gate", _MOE + "experts.{expert}.w1.weight", names.TRANSPOSE
+                ),
+                names.Row(
+                    "moe/experts/w_down", _MOE + "experts.{expert}.w2.weight", names.TRANSPOSE
+                ),
+                names.Row("moe/experts/w_up", _MOE + "experts.{expert}.w3.weight", names.TRANSPOSE),
+            )
+        ),
+    ),
+    duplicates=(names.TIED_HEAD,),
+    ignorable=(names.ROTARY_BUFFER,),
+)
 
 
 def switch_loss(hf: dict, family: str, experts_per_token: int) -> dict:

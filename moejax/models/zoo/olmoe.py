@@ -1,10 +1,18 @@
 """OLMoE (2409.02060): RMSNorm over all queries and keys before the split, unnormalised top-8."""
 
 from moejax.config import ModelConfig, MoEConfig
-from moejax.models.zoo import fields
+from moejax.models.zoo import fields, names
 from moejax.models.zoo.mixtral import grouped_attention, switch_loss, switch_loss_to_hf
 
 MODEL_TYPE = "olmoe"
+NAMES = names.Table(
+    rows=(
+        *names.DECODER,
+        *names.in_blocks(names.NORMS + names.ATTENTION + names.ROUTER + names.EXPERTS),
+    ),
+    duplicates=(names.TIED_HEAD,),
+    ignorable=(names.ROTARY_BUFFER,),
+)
 
 
 def config_from_hf(hf: dict) -> ModelConfig:

@@ -1,10 +1,28 @@
 """Qwen1.5-MoE and Qwen2-MoE: unnormalised softmax, a gated shared expert, biases on q, k, v."""
 
 from moejax.config import ConfigError, ModelConfig, MoEConfig
-from moejax.models.zoo import fields
+from moejax.models.zoo import fields, names
 from moejax.models.zoo.mixtral import grouped_attention, switch_loss, switch_loss_to_hf
 
 MODEL_TYPE = "qwen2_moe"
+# The dense layers and the experts of Qwen's MoE models, versions 2 and 3.
+FFNS = names.DENSE_FFN + names.ROUTER + names.EXPERTS
+NAMES = names.Table(
+    rows=(
+        *names.DECODER,
+        *names.in_blocks(
+            (
+                *names.NORMS,
+                *names.ATTENTION,
+                *FFNS,
+                *names.swiglu("moe/shared", "mlp.shared_expert"),
+                names.Row("moe/shared_gate", "mlp.shared_expert_gate.weight", names.TRANSPOSE),
+            )
+        ),
+    ),
+    duplicates=(names.TIED_HEAD,),
+    ignorable=(names.ROTARY_BUFFER,),
+)
 
 
 def leading_dense_layers(hf: dict, family: str) -> int:

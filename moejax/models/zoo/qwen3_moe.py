@@ -1,11 +1,16 @@
 """Qwen3-MoE (2505.09388): RMSNorm on query and key heads, renormalised top-8."""
 
 from moejax.config import ModelConfig
-from moejax.models.zoo import fields
+from moejax.models.zoo import fields, names
 from moejax.models.zoo.mixtral import grouped_attention
-from moejax.models.zoo.qwen2_moe import leading_dense_layers, moe_from_hf, moe_to_hf
+from moejax.models.zoo.qwen2_moe import FFNS, leading_dense_layers, moe_from_hf, moe_to_hf
 
 MODEL_TYPE = "qwen3_moe"
+NAMES = names.Table(
+    rows=(*names.DECODER, *names.in_blocks(names.NORMS + names.ATTENTION + FFNS)),
+    duplicates=(names.TIED_HEAD,),
+    ignorable=(names.ROTARY_BUFFER,),
+)
 
 
 def config_from_hf(hf: dict) -> ModelConfig:

@@ -1,0 +1,167 @@
+"""From a Hugging Face folder to parameters: streamed, sharded, every tensor accounted for."""
+
+import collections
+import math
+import pathlib
+from collections.abc import Callable, Iterator
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from tqdm import tqdm
+
+from moejax.config import ModelConfig
+from moejax.interop import mapping
+from moejax.interop.checkpoint import Checkpoint, open_checkpoint
+from moejax.interop.files import InteropError
+from moejax.interop.mapping import Account, Bounds, Target
+from moejax.models.zoo import FAMILIES, config_from_hf
+from moejax.params import Tree
+from moejax.sharding import Layout
+
+# What is held on the host at a time: read, transformed, put on its device. Small against any model
+# for which memory matters, large enough that the per-piece cost does not.
+PIECE_BYTES = 128 * 2**20
+
+
+def load_model(
+    hf_dir: str | pathlib.Path, *, dtype=None, layout: Layout | None = None
+) -> tuple[ModelConfig, Tree, Tree]:
+    """Read a checkpoint in Hugging Face layout.
+
+    Args:
+      hf_dir: folder with config.json and safetensors, one file or sharded with an index.
+      dtype: of the parameters; None keeps the file's (bfloat16 for FP8 and MXFP4).
+      layout: each device gets only its shard; None puts everything on the default device.
+
+    Returns:
+      (config, params, router_state). The router state is float32 whatever `dtype` is.
+
+    Raises:
+      ConfigError: the config or a tensor is missing, unknown, unsupported or damaged; InteropError is
+        one of its kinds. Nothing is allocated before every header has been checked.
+    """
+    cfg, params, router_state, _ = read_model(open_checkpoint(pathlib.Path(hf_dir)), dtype, layout)
+    return cfg, params, router_state
+
+
+def read_model(
+    checkpoint: Checkpoint, dtype=None, layout: Layout | None = None, *, progress: bool = False
+) -> tuple[ModelConfig, Tree, Tree, Account]:
+    """`load_model` of an opened checkpoint, with the account of its tensors and a progress bar."""
+    cfg = config_from_hf(checkpoint.hf)
+    model_type = checkpoint.hf["model_type"]
+    cfg = mapping.as_saved(cfg, model_type, checkpoint.tensors)
+    wanted = mapping.targets(cfg, model_type)
+    table = FAMILIES[model_type].NAMES
+    account = mapping.account(cfg, table, wanted, checkpoint.tensors, str(checkpoint.folder))
+    for tensor, original in account.repeated:
+        _check_equal(tensor, original)
+    total = sum(math.prod(t.spec.shape) for t in wanted.values())
+    arrays = {}
+    with tqdm(
+        total=total, desc="reading", unit="param", unit_scale=True, disable=not progress
+    ) as bar:
+        for path, target in wanted.items():
+            kept = dtype
+            if path.startswith(mapping.ROUTER_STATE):
+                kept = target.spec.dtype
+            arrays[path] = _place(target, account, kept, layout, bar.update)
+    return cfg, *mapping.as_trees(arrays, cfg), account
+
+
+def _place(target: Target, account: Account, dtype, layout: Layout | None, done) -> jax.Array:
+    """The values of one array, on its devices."""
+    shape = target.spec.shape
+    if dtype is None:
+        kinds = {account.tensors[target.name(at)].dtype for at in target.blocks()}
+        dtype = jnp.result_type(*kinds)
+
+    def read(bounds: Bounds) -> np.ndarray:
+        return _read(target, account, bounds, np.dtype(dtype))
+
+    if layout is None:
+        return _stream(tuple((0, n) for n in shape), dtype, [None], read, done)[0]
+    sharding = layout.sharding(*target.spec.axes)
+    holders: dict[Bounds, list] = collections.defaultdict(list)
+    for device, index in sharding.addressable_devices_indices_map(shape).items():
+        bounds = tuple(s.indices(n)[:2] for s, n in zip(index or (), shape))
+        holders[bounds].append(device)
+    shards = [
+        shard
+        for bounds, devices in holders.items()
+        for shard in _stream(bounds, dtype, devices, read, done)
+    ]
+    return jax.make_array_from_single_device_arrays(shape, sharding, shards)
+
+
+def _stream(
+    bounds: Bounds,
+    dtype,
+    devices: list,
+    read: Callable[[Bounds], np.ndarray],
+    done: Callable[[int], object],
+) -> list[jax.Array]:
+    """The same part of an array on each of the devices; a large part is filled in piece by piece,
+    in place, so that no more than a piece is ever held twice."""
+    pieces = list(_pieces(bounds, np.dtype(dtype).itemsize))
+    if len(pieces) == 1:
+        value = read(bounds)
+        done(value.size)
+        return [jax.device_put(value, d) for d in devices]
+    shape = tuple(stop - start for start, stop in bounds)
+    out = [jnp.zeros(shape, dtype, device=d) for d in devices]
+    for piece in pieces:
+        value = read(piece)
+        offset = tuple(p[0] - b[0] for p, b in zip(piece, bounds))
+        out = [_fill(a, jax.device_put(value, d), offset) for a, d in zip(out, devices)]
+        jax.block_until_ready(out)  # else pieces would queue up in memory
+        done(value.size)
+    return out
+
+
+_fill = jax.jit(jax.lax.dynamic_update_slice, donate_argnums=0)
+
+
+def _pieces(bounds: Bounds, itemsize: int) -> Iterator[Bounds]:
+    """`bounds` cut along its leading axes into parts of at most PIECE_BYTES."""
+    sizes = [stop - start for start, stop in bounds]
+    if math.prod(sizes) * itemsize <= PIECE_BYTES:
+        yield bounds
+        return
+    axis = next(i for i, n in enumerate(sizes) if n > 1)
+    row = math.prod(sizes) // sizes[axis] * itemsize
+    step = max(1, PIECE_BYTES // row)
+    start, stop = bounds[axis]
+    for a in range(start, stop, step):
+        part = (*bounds[:axis], (a, min(a + step, stop)), *bounds[axis + 1 :])
+        yield from _pieces(part, itemsize)
+
+
+def _read(target: Target, account: Account, bounds: Bounds, dtype: np.dtype) -> np.ndarray:
+    """A part of one array, from as many tensors of the file as it spans."""
+    leading, block = bounds[: target.leading], bounds[target.leading :]
+    transform = target.row.transform
+    index = mapping.file_index(block, target.block, transform)
+    out = np.empty([stop - start for start, stop in bounds], dtype)
+    for at in np.ndindex(*(stop - start for start, stop in leading)):
+        name = target.name(tuple(i + start for i, (start, _) in zip(at, leading)))
+        value = account.tensors[name].read(index)
+        out[at] = np.swapaxes(value, -1, -2) if transform.transpose else value
+    return out
+
+
+def _check_equal(tensor, original) -> None:
+    """A tensor that repeats another must be equal to it; the model has room for one only."""
+    whole = tuple((0, n) for n in original.shape)
+    same = tensor.shape == original.shape and tensor.dtype == original.dtype
+    for bounds in _pieces(whole, original.dtype.itemsize) if same else ():
+        index = tuple(slice(*b) for b in bounds)
+        a, b = (t.read(index).view(np.uint8) for t in (tensor, original))
+        if not np.array_equal(a, b):
+            same = False
+    if not same:
+        raise InteropError(
+            f"{tensor.name} differs from {original.name}, which it must repeat: the model has one "
+            "array for both"
+        )

@@ -1,0 +1,245 @@
+"""A config, its family's name table and a checkpoint's tensors, matched: every tensor accounted for."""
+
+import dataclasses
+import math
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from moejax.config import ModelConfig
+from moejax.interop.files import InteropError
+from moejax.interop.safetensors_file import Index
+from moejax.models import transformer
+from moejax.models.zoo import FAMILIES
+from moejax.models.zoo.names import Duplicate, Row, Table, Transform
+from moejax.moe.routers import ROUTERS
+from moejax.params import ParamSpec, path_name
+
+ROUTER_STATE = "router_state"
+Bounds = tuple[tuple[int, int], ...]  # (start, stop) of each axis
+
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """One array of the model and where its values stand in the file.
+
+    Attributes:
+      spec: shape (layers and experts first where the row's name has them), axes, and dtype.
+      row: the row of the name table.
+      first_layer: number in the whole model of the array's first layer.
+      leading: how many leading axes are separate tensors in the file.
+    """
+
+    spec: ParamSpec
+    row: Row
+    first_layer: int
+    leading: int
+
+    @property
+    def block(self) -> tuple[int, ...]:
+        """The shape that one tensor of the file fills."""
+        return self.spec.shape[self.leading :]
+
+    def blocks(self) -> Iterator[tuple[int, ...]]:
+        """Every (layer, expert) that the array has."""
+        return iter(np.ndindex(self.spec.shape[: self.leading]))
+
+    def name(self, at: tuple[int, ...]) -> str:
+        """The name in the file of block `at`."""
+        layer, expert = (*at, 0, 0)[:2]
+        return self.row.hf.format(layer=self.first_layer + layer, expert=expert)
+
+    @property
+    def file_shape(self) -> tuple[int, ...]:
+        """The shape of each of its tensors in the file."""
+        return file_shape(self.block, self.row.transform)
+
+    @property
+    def count(self) -> int:
+        return math.prod(self.spec.shape[: self.leading])
+
+
+def file_shape(block: tuple[int, ...], transform: Transform) -> tuple[int, ...]:
+    if transform.transpose:
+        block = (*block[:-2], block[-1], block[-2])
+    return (*block[:-1], block[-1] * transform.parts)
+
+
+def file_index(bounds: Bounds, block: tuple[int, ...], transform: Transform) -> Index:
+    """Where the part `bounds` of a block stands in its tensor in the file (before any transposition)."""
+    if transform.transpose:
+        bounds = (*bounds[:-2], bounds[-1], bounds[-2])
+        block = (*block[:-2], block[-1], block[-2])
+    *others, (start, stop) = bounds
+    part, parts = transform.part, transform.parts
+    if transform.interleaved:
+        last = slice(start * parts + part, (stop - 1) * parts + part + 1, parts)
+    else:
+        last = slice(part * block[-1] + start, part * block[-1] + stop)
+    return (*(slice(*b) for b in others), last)
+
+
+def targets(cfg: ModelConfig, model_type: str) -> dict[str, Target]:
+    """Every array of the model by path; InteropError if the family has no name for one."""
+    table: Table = FAMILIES[model_type].NAMES
+    rows = {row.path: row for row in table.rows}
+    first_moe = cfg.num_layers - cfg.num_moe_layers
+    first_layer = {"moe_blocks": first_moe, "mtp": cfg.num_layers}
+    out = {}
+    for path, spec in array_specs(cfg).items():
+        if path not in rows:
+            raise InteropError(f"{model_type} checkpoints have no tensor for {path}")
+        group = path.removeprefix(ROUTER_STATE + "/").split("/")[0]
+        row = rows[path]
+        leading = ("{layer}" in row.hf) + ("{expert}" in row.hf)
+        out[path] = Target(spec, row, first_layer.get(group, 0), leading)
+    return out
+
+
+def as_saved(cfg: ModelConfig, model_type: str, found: Mapping[str, Any]) -> ModelConfig:
+    """The config without multi-token prediction if the files have no tensor of it at all.
+
+    `transformers` leaves those layers out when it saves a DeepSeek-V3, and keeps
+    num_nextn_predict_layers in its config.json.
+    """
+    if not cfg.mtp_depth:
+        return cfg
+    rows = [row for row in FAMILIES[model_type].NAMES.rows if row.path.startswith("mtp/")]
+    names = (row.hf.format(layer=cfg.num_layers, expert=0) for row in rows)
+    return cfg if any(n in found for n in names) else dataclasses.replace(cfg, mtp_depth=0)
+
+
+def array_specs(cfg: ModelConfig) -> dict[str, ParamSpec]:
+    """Specs of parameters and router state by path, the state under 'router_state/'."""
+    leaves = jax.tree_util.tree_flatten_with_path(
+        transformer.param_specs(cfg), is_leaf=lambda x: isinstance(x, ParamSpec)
+    )[0]
+    out = {path_name(path): spec for path, spec in leaves}
+    if cfg.moe.num_experts:
+        one = jax.eval_shape(lambda: ROUTERS[cfg.moe.router].init_state(cfg.moe))
+        for group, layers in (("moe_blocks", cfg.num_moe_layers), ("mtp", cfg.mtp_depth)):
+            for key, leaf in one.items() if layers else ():
+                shape = (layers, *leaf.shape)
+                spec = ParamSpec(shape, (None,) * len(shape), dtype=leaf.dtype)
+                out[f"{ROUTER_STATE}/{group}/{key}"] = spec
+    return out
+
+
+def as_trees(arrays: dict[str, Any], cfg: ModelConfig) -> tuple[dict, dict]:
+    """(params, router_state) from arrays by path; a group without state is {} as in a fresh model."""
+    tree: dict = {ROUTER_STATE: {}}
+    if cfg.moe.num_experts:
+        groups = (("moe_blocks", cfg.num_moe_layers), ("mtp", cfg.mtp_depth))
+        tree[ROUTER_STATE] = {group: {} for group, layers in groups if layers}
+    for path, array in arrays.items():
+        *parents, leaf = path.split("/")
+        node = tree
+        for key in parents:
+            node = node.setdefault(key, {})
+        node[leaf] = array
+    state = tree.pop(ROUTER_STATE)
+    return tree, state
+
+
+def duplicates(
+    cfg: ModelConfig, table: Table, known: Mapping[str, Any]
+) -> Iterator[tuple[str, str, Duplicate]]:
+    """(name, name of what it repeats, rule) for this config; `known` are the tensors of the rows."""
+    for rule in table.duplicates:
+        layers = range(cfg.num_layers, cfg.num_layers + cfg.mtp_depth)
+        for layer in layers if "{layer}" in rule.hf else (0,):
+            name = rule.hf.format(layer=layer)
+            if name not in known:
+                yield name, next(n for n in rule.of if n in known), rule
+
+
+@dataclasses.dataclass(frozen=True)
+class Account:
+    """What becomes of every tensor of a checkpoint.
+
+    Attributes:
+      tensors: name in the table -> tensor, of all that the model is made of.
+      repeated: (tensor, the tensor it must equal).
+      ignored: names that carry nothing learned.
+    """
+
+    tensors: dict[str, Any]
+    repeated: list[tuple[Any, Any]]
+    ignored: list[str]
+
+    def table(self) -> str:
+        """For the end of an import. Unused and missing tensors would have been errors."""
+        rows = (
+            ("read", len(self.tensors), ""),
+            ("repeated", len(self.repeated), "equal to the tensors that they repeat"),
+            ("ignored", len(self.ignored), "buffers: " + ", ".join(self.ignored[:3])),
+            ("unused", 0, ""),
+            ("missing", 0, ""),
+        )
+        lines = [f"  {name:9} {n:7,}  {text if n else ''}".rstrip() for name, n, text in rows]
+        return "tensors\n" + "\n".join(lines)
+
+
+def account(
+    cfg: ModelConfig, table: Table, wanted: dict[str, Target], found: dict[str, Any], where: str
+) -> Account:
+    """Match the tensors of a checkpoint with the model's; InteropError names what does not fit."""
+    expected = sum(t.count for t in wanted.values())
+    if expected > 10 * len(found) + 1000:  # before anything of that size is built
+        raise InteropError(
+            f"{where}: config.json describes a model of {expected:,} tensors, the files hold "
+            f"{len(found):,}: they do not belong together"
+        )
+    names = {_canonical(name, table): name for name in found}
+    if len(names) < len(found):
+        raise InteropError(f"{where}: tensors with and without the prefix {table.prefix!r}")
+    tensors, missing, problems = {}, [], []
+    for target in wanted.values():
+        shape = target.file_shape
+        for at in target.blocks():
+            name = target.name(at)
+            if name not in names:
+                missing.append(name)
+                continue
+            tensor = tensors[name] = found[names[name]]
+            if tensor.shape != shape:
+                problems.append(
+                    f"{name} has shape {list(tensor.shape)}, config.json asks for {list(shape)}"
+                )
+            elif not _is_float(tensor.dtype):
+                problems.append(f"{name} has dtype {tensor.dtype}; BF16, F16 or F32 would work")
+    repeated = []
+    if not missing:
+        for name, of, _ in duplicates(cfg, table, tensors):
+            if name in names:
+                repeated.append((found[names[name]], tensors[of]))
+    left = names.keys() - tensors.keys() - {_canonical(t.name, table) for t, _ in repeated}
+    ignored = sorted(n for n in left if any(re.search(p, n) for p in table.ignorable))
+    unused = sorted(left - set(ignored))
+    problems += _listed("missing", list(dict.fromkeys(missing)))
+    problems += _listed("not part of the model that config.json describes", unused)
+    if problems:
+        shown = problems[:20] + [f"and {len(problems) - 20} more"] * (len(problems) > 20)
+        raise InteropError(f"{where}:\n" + "\n".join(f"  - {p}" for p in shown))
+    return Account(tensors, repeated, ignored)
+
+
+def _listed(what: str, names: list[str]) -> list[str]:
+    if not names:
+        return []
+    more = f" and {len(names) - 6} more" if len(names) > 6 else ""
+    return [f"{what} ({len(names)}): {', '.join(names[:6])}{more}"]
+
+
+def _canonical(name: str, table: Table) -> str:
+    """The name as the table has it: files may leave out the prefix."""
+    known = (rule.hf for rule in table.duplicates)
+    return name if name.startswith(table.prefix) or name in known else table.prefix + name
+
+
+def _is_float(dtype: np.dtype) -> bool:
+    """A float that an array of the model can be stored in."""
+    return dtype.name in ("bfloat16", "float16", "float32")
