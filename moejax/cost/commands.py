@@ -16,12 +16,12 @@ from moejax.config import (
     from_config_dict,
 )
 from moejax.cost import compare as comparing
-from moejax.cost.counted import of_hf
 from moejax.cost.hardware import load_device
-from moejax.cost.memory import MeshSizes
+from moejax.cost.memory import MeshSizes, checkpoint_bytes
 from moejax.cost.plan import Run, of_experiment, plan
+from moejax.cost.published import facts_of, published, sizes_text
 from moejax.cost.roofline import EFFICIENCY
-from moejax.cost.tables import FORMATS, render
+from moejax.cost.tables import FORMATS, bytes_text, render
 from moejax.models import zoo
 
 
@@ -84,14 +84,15 @@ def plan_main(argv: list[str]) -> int:
         experiment = _experiment(fv.config)
         arch, run = of_experiment(experiment, device, fv.devices)
         cfg: ModelConfig | None = experiment.model
+        note = ""
     else:
         experiment = ExperimentConfig()
-        arch, cfg = _load(wanted[0] if wanted else None, fv.hf_config)
+        arch, cfg, note = _load(wanted[0] if wanted else None, fv.hf_config)
         run = Run(device, context=min(4096, arch.max_seq_len))
     run = _override(run, fv, arch.max_seq_len)
     if cfg is not None:
         cfg = _computed(cfg, fv, published=fv.config is None)
-    print(render(plan(arch, cfg, run), fv.format))
+    print(render(plan(arch, cfg, run, note), fv.format))
     if fv.verify:
         if fv.config is None:
             raise ConfigError(
@@ -112,19 +113,33 @@ def _experiment(config) -> ExperimentConfig:
 
 
 def _load(name: str | None, hf_config: str | None):
-    """(architecture, ModelConfig or None if it cannot run)."""
+    """(architecture, ModelConfig or None if it cannot run, what was published)."""
     if hf_config:
-        path = pathlib.Path(hf_config)
-        hf = comparing.read_hf(path)
-        arch = of_hf(hf, path.parent.name if path.is_file() else path.name)
+        arch, hf = comparing.load_file(pathlib.Path(hf_config))
         runnable = hf.get("model_type") in zoo.FAMILIES
-        return arch, zoo.config_from_hf(hf) if runnable else None
+        return arch, zoo.config_from_hf(hf) if runnable else None, _released(arch, hf)
     assert name is not None
     arch = comparing.load_architecture(name)
     if arch is None:
-        source = comparing.published()[name]["source"]
+        source = published()[name]["source"]
         raise ConfigError(f"{name} is undisclosed: there is nothing to compute from ({source})")
-    return arch, zoo.load_preset(name) if name in zoo.PRESETS else None
+    if name not in zoo.PRESETS and name not in zoo.COUNTED_PRESETS:
+        return _load(None, name)
+    facts = facts_of(name)
+    convention = facts.get("convention", "with embeddings")
+    stated = f"Published: {sizes_text(facts)}, active counted {convention} ({facts.get('source')})."
+    cfg = zoo.load_preset(name) if name in zoo.PRESETS else None
+    notes = [stated if facts else "", _released(arch, zoo.load_hf(name))]
+    return arch, cfg, " ".join(filter(None, notes))
+
+
+def _released(arch, hf: dict) -> str:
+    """The size of a quantised release; empty where it is BF16, as the tables below assume, or where
+    parts of it are not counted."""
+    if "quantization_config" not in hf or arch.missing:
+        return ""
+    method = hf["quantization_config"].get("quant_method")
+    return f"Released in {method}: {bytes_text(checkpoint_bytes(arch, hf))}."
 
 
 def _override(run: Run, fv, max_seq_len: int) -> Run:

@@ -12,12 +12,10 @@ from moejax.cost.architecture import Architecture
 from moejax.cost.counted import of_hf
 from moejax.cost.flops import flops_per_token
 from moejax.cost.hardware import Device, load_device, names
+from moejax.cost.published import UNDISCLOSED, facts_of, known_names, published, sizes_text
 from moejax.cost.roofline import smallest_devices
 from moejax.cost.tables import UNKNOWN, Table, bytes_text, count_text, flops_text, usd_text
 from moejax.models import zoo
-
-UNDISCLOSED = "undisclosed"
-PUBLISHED = pathlib.Path(__file__).with_name("published.json")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,6 +26,7 @@ class Row:
     Attributes:
       name, kind, weights: what it is; weights are 'open', 'closed' or 'paper only'.
       total, active: parameters with embeddings.
+      active_no_lookup: active parameters without the input embedding.
       flops: training FLOPs per token; relative: the same over the baseline's.
       cache: bytes per token of context, at the context compared.
       cache_context: bytes of one sequence at that context.
@@ -41,6 +40,7 @@ class Row:
     weights: str
     total: Any
     active: Any
+    active_no_lookup: Any
     flops: Any
     relative: Any
     cache: Any
@@ -55,16 +55,6 @@ class Row:
     source: str
 
 
-def published() -> dict[str, dict]:
-    """What was published, by model name."""
-    return {k: v for k, v in json.loads(PUBLISHED.read_text()).items() if not k.startswith("_")}
-
-
-def known_names() -> list[str]:
-    """Every model that can be compared or planned by name, closed ones included."""
-    return sorted({**zoo.PRESETS, **zoo.COUNTED_PRESETS, **published()})
-
-
 def load_architecture(name: str) -> Architecture | None:
     """A model by name or by the path of a config.json (or its directory); None if undisclosed.
 
@@ -75,13 +65,14 @@ def load_architecture(name: str) -> Architecture | None:
     if name in published():
         return None
     path = pathlib.Path(name)
-    if path.exists():
-        return of_hf(read_hf(path), path.stem if path.is_file() else path.name)
+    if path.exists() or "/" in name or path.suffix == ".json":
+        return load_file(path)[0]
     raise ConfigError(zoo.unknown_name(name, known_names()))
 
 
-def read_hf(path: pathlib.Path) -> dict:
-    """A parsed config.json, given as the file or its directory; ConfigError names the path."""
+def load_file(path: pathlib.Path) -> tuple[Architecture, dict]:
+    """A model (named by its directory or file) and its parsed config.json, given as the file or its
+    directory; ConfigError names the path."""
     file = path / "config.json" if path.is_dir() else path
     if not file.is_file():
         raise ConfigError(
@@ -89,11 +80,15 @@ def read_hf(path: pathlib.Path) -> dict:
         )
     try:
         hf = json.loads(file.read_text())
-    except ValueError as e:
-        raise ConfigError(f"{file} is not JSON: {e}") from e
+    except (OSError, ValueError) as e:
+        raise ConfigError(f"{file} is not readable JSON: {e}") from e
     if not isinstance(hf, dict):
         raise ConfigError(f"{file} must hold an object, not {type(hf).__name__}")
-    return hf
+    name = file.absolute().parent.name if file.name == "config.json" else file.stem
+    try:
+        return of_hf(hf, name), hf
+    except ConfigError as e:
+        raise ConfigError(f"{file}: {e}") from e
 
 
 def compare(models: list[str], baseline: str = "", context: int = 4096) -> list[Row]:
@@ -120,20 +115,19 @@ def _training_flops(arch: Architecture, context: int) -> float | None:
 
 def _row(name: str, unit: float | None, context: int, devices: list[Device]) -> Row:
     arch = load_architecture(name)
-    facts = _facts(name)
+    facts = facts_of(name)
     stated = {
         "weights": facts.get("open", UNKNOWN),
         "tokens": facts.get("tokens"),
         "gpu_hours": facts.get("gpu_hours"),
         "gpu": facts.get("gpu", ""),
         "cost": facts.get("cost"),
-        "published": " / ".join(dict.fromkeys(facts[k] for k in ("total", "active") if k in facts)),
+        "published": sizes_text(facts),
         "source": facts.get("source", ""),
     }
     if arch is None:
-        keys = ("total", "active", "flops", "relative", "cache", "cache_context", "size")
-        hidden: dict[str, Any] = dict.fromkeys(keys, UNDISCLOSED)
-        return Row(name=name, kind=UNDISCLOSED, device=UNDISCLOSED, **hidden, **stated)
+        own: dict[str, Any] = {f.name: UNDISCLOSED for f in dataclasses.fields(Row)}
+        return Row(**own | stated | {"name": name})
     length = min(context, arch.max_seq_len)
     flops = _training_flops(arch, context)
     cache_context = memory.cache_bytes(arch, length)
@@ -146,6 +140,7 @@ def _row(name: str, unit: float | None, context: int, devices: list[Device]) -> 
         kind="MoE" if arch.experts else "dense",
         total=params.total(arch) + sum(p.total for p in arch.apart),
         active=params.active(arch),
+        active_no_lookup=params.counts(arch)["without input embedding"].active,
         flops=flops,
         relative=flops / unit if flops and unit else None,
         cache=None if cache_context is None else cache_context / length,
@@ -154,13 +149,6 @@ def _row(name: str, unit: float | None, context: int, devices: list[Device]) -> 
         device=device.name if device else "none",
         **stated,
     )
-
-
-def _facts(name: str) -> dict:
-    """Published facts of a model, or of another name of the same file."""
-    files, facts = zoo.PRESETS | zoo.COUNTED_PRESETS, published()
-    same = [n for n in files if files[n] == files.get(name)]
-    return next((facts[n] for n in [name, *same] if n in facts), {})
 
 
 # --------------------------------------------------------------------------------------------------
@@ -191,6 +179,7 @@ def columns(rows: list[Row]) -> dict[str, list[str]]:
         "weights": [r.weights for r in rows],
         "total": [_show(r.total, count_text) for r in rows],
         "active": [_show(r.active, count_text) for r in rows],
+        "no lookup": [_show(r.active_no_lookup, count_text) for r in rows],
         "published": [r.published or UNKNOWN for r in rows],
         "FLOPs/token": [_show(r.flops, flops_text) for r in rows],
         "relative": [_show(r.relative, _relative) for r in rows],
@@ -204,14 +193,18 @@ def columns(rows: list[Row]) -> dict[str, list[str]]:
     }
 
 
-def note(baseline: str, context: int) -> str:
-    text = (
-        f"Parameters with embeddings. FLOPs of training (relative: to {baseline}) and KV cache at "
-        f"{context} tokens or the model's maximum; the cache in BF16, or as published where "
-        "quantised. BF16: the weights. Fits one: smallest device that holds weights and one such "
-        "sequence in 90% of its memory."
+COUNT_NOTE = (
+    "Active parameters with embeddings, and without the input embedding, whose lookup costs "
+    "nothing: publishers count either way."
+)
+
+
+def need_note(baseline: str, context: int) -> str:
+    return (
+        f"FLOPs of training (relative: to {baseline}) and KV cache at {context} tokens or the "
+        "model's maximum; the cache in BF16, or as published where quantised. BF16: the weights. "
+        "Fits one: smallest device that holds weights and one such sequence in 90% of its memory."
     )
-    return textwrap.fill(text, 98)
 
 
 def text_tables(rows: list[Row], baseline: str, context: int) -> list[Table]:
@@ -219,13 +212,14 @@ def text_tables(rows: list[Row], baseline: str, context: int) -> list[Table]:
     c = columns(rows)
 
     def table(names, text=""):
-        return Table("", names, list(zip(*[c[n] for n in names])), text)
+        rows = list(zip(*[c[n] for n in names]))
+        return Table("", names, rows, textwrap.fill(text, 98))
 
-    what = ["model", "kind", "weights", "total", "active", "published"]
+    what = ["model", "kind", "weights", "total", "active", "no lookup", "published"]
     need = ["model", "FLOPs/token", "relative", "KV/token", "KV cache", "BF16", "fits one"]
     return [
-        table(what),
-        table(need, note(baseline, context)),
+        table(what, COUNT_NOTE),
+        table(need, need_note(baseline, context)),
         table(["model", "trained on", "cost", "source"]),
     ]
 
@@ -233,7 +227,9 @@ def text_tables(rows: list[Row], baseline: str, context: int) -> list[Table]:
 def wide_table(rows: list[Row], baseline: str, context: int) -> Table:
     """All columns in one table, for Markdown."""
     c = columns(rows)
-    return Table("", list(c), list(zip(*c.values())), note(baseline, context).replace("\n", " "))
+    return Table(
+        "", list(c), list(zip(*c.values())), f"{COUNT_NOTE} {need_note(baseline, context)}"
+    )
 
 
 def csv_table(rows: list[Row]) -> Table:

@@ -100,10 +100,7 @@ def _v4_common(n: dict, balance_biases: int) -> tuple[Part, ...]:
 
 
 def _v4(hf: dict, name: str) -> Architecture:
-    """V4: window-only, CSA (a key per 4 tokens, an indexer) and HCA (a key per 128 tokens) layers.
-
-    Multi-token prediction is left out: its shapes are not published completely.
-    """
+    """V4: window-only, CSA (a key per 4 tokens, an indexer) and HCA (a key per 128 tokens) layers."""
     n = fields.sizes(hf, "deepseek_v4", *V4_SIZES)
     layers = n["num_hidden_layers"]
     hash_layers = fields.size(hf, "deepseek_v4", "num_hash_layers", 0, 0)
@@ -154,6 +151,7 @@ def _v4(hf: dict, name: str) -> Architecture:
             )
             if a.layers
         ),
+        missing="multi-token prediction",
     )  # fmt: skip
 
 

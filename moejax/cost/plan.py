@@ -1,6 +1,7 @@
 """`moejax plan`: what one model is, needs and costs, as tables."""
 
 import dataclasses
+import textwrap
 import types
 from typing import Any, cast
 
@@ -80,19 +81,24 @@ def check_counted(arch: Architecture, mesh: MeshSizes) -> None:
             )
 
 
-def plan(arch: Architecture, cfg: ModelConfig | None, run: Run) -> list[Table]:
-    """All tables: the model, and (for a model that can run) training, and inference."""
+def plan(arch: Architecture, cfg: ModelConfig | None, run: Run, published: str = "") -> list[Table]:
+    """All tables: the model (with a note on what was published), and (for a model that can run)
+    training, and inference."""
     check_run(cfg, run)
     if cfg is None:
         check_counted(arch, run.mesh)
-    out = [parameters_table(arch), flops_table(arch, cfg, run.context), cache_table(arch, run)]
+    out = [
+        parameters_table(arch, published),
+        flops_table(arch, cfg, run.context),
+        cache_table(arch, run),
+    ]
     if cfg is not None:
         out.append(training_table(cfg, run))
     out.append(inference_table(arch, run))
     return out
 
 
-def parameters_table(arch: Architecture) -> Table:
+def parameters_table(arch: Architecture, published: str = "") -> Table:
     rows = [[p.name, count_text(p.total), count_text(p.active)] for p in arch.parts if p.total]
     rows += [[f"= {n}", count_text(c.total), count_text(c.active)] for n, c in counts(arch).items()]
     for name, parts in (("multi-token prediction", arch.mtp), ("", arch.apart)):
@@ -104,7 +110,8 @@ def parameters_table(arch: Architecture) -> Table:
     if arch.experts:
         kind = f"{arch.experts[0]} routed experts, {arch.experts[1]} per token"
     title = f"{arch.name}: {arch.num_layers} layers of width {arch.d_model}, {kind}"
-    note = f"Not counted, shapes unpublished: {arch.missing}." if arch.missing else ""
+    missing = f"Not counted, shapes unpublished: {arch.missing}." if arch.missing else ""
+    note = textwrap.fill(f"{published} {missing}".strip(), 98)
     return Table(title, ["parameters", "total", "active"], rows, note)
 
 

@@ -1,16 +1,18 @@
-"""Parameters, FLOPs, cache and checkpoint sizes against what was published."""
+"""Parameter counts against what was published, and against real parameter trees."""
 
+import re
+
+import jax
 import pytest
 
 from moejax.config import AttentionConfig, ConfigError, ModelConfig, MoEConfig
 from moejax.cost.architecture import of_model
 from moejax.cost.counted import of_hf
-from moejax.cost.flops import flops_per_token, mean_keys, paper_2401_06066, paper_flops
-from moejax.cost.memory import cache_bytes, cache_elements, checkpoint_bytes
 from moejax.cost.params import active, counts, total
+from moejax.cost.published import published
 from moejax.models import zoo
 from moejax.models.transformer import param_specs
-from moejax.params import count
+from moejax.params import count, init_params
 
 ALL, NO_INPUT, NONE = "with embeddings", "without input embedding", "without embeddings"
 
@@ -19,62 +21,137 @@ def arch(name):
     return of_hf(zoo.load_hf(name), name)
 
 
-# Published, in billions, to the printed digits: total, active, the convention active follows,
-# source.
-PUBLISHED = {
-    "deepseek-moe-2b": ("2.0", "0.3", ALL, "2401.06066 Table 1"),
-    "deepseek-moe-16b": ("16.4", "2.8", ALL, "2401.06066 Table 3"),
-    "deepseek-moe-145b": ("144.6", "22.2", ALL, "2401.06066 Table 6"),
-    "deepseek-llm-7b": ("6.9", "6.9", ALL, "2401.06066 Table 3"),
-    "deepseek-llm-67b": ("67.4", "67.4", ALL, "2401.06066 Table 6"),
-    # 2.45 was printed as 2.4.
-    "deepseek-v2-lite": ("15.7", "2.5", NO_INPUT, "2405.04434 appendix B"),
-    "deepseek-v2": ("236", "21", NO_INPUT, "2405.04434"),
-    "deepseek-v2.5": ("236", "21", ALL, "2405.04434"),
-    "deepseek-v3": ("671", "37", NO_INPUT, "2412.19437"),
-    "deepseek-r1": ("671", "37", NO_INPUT, "2412.19437"),
-    "deepseek-v3.2": ("672", "37", NO_INPUT, "671 / 37; the indexer's 0.85 is not in the 671"),
-    "deepseek-v4-flash": ("284", "13", NO_INPUT, "2606.19348"),
-    "deepseek-v4-pro": ("1573", "49", NO_INPUT, "2606.19348, printed 1.6T"),
-    "moonlight-16b-a3b": ("16", "3", ALL, "2502.16982 section 3.3"),
-    "kimi-k2": ("1026", "32", NO_INPUT, "release notes: 1T / 32"),
-    "mixtral-8x7b": ("46.7", "12.9", ALL, "2401.04088"),
-    "qwen1.5-moe-a2.7b": ("14.3", "2.7", ALL, "release notes"),
-    "qwen3-30b-a3b": ("30.5", "3.4", ALL, "release notes, printed 3.3"),
-    "olmoe-1b-7b": ("6.9", "1.3", ALL, "2409.02060"),
-    "gpt-oss-120b": ("116.83", "5.13", NO_INPUT, "2508.10925"),
-    "gpt-oss-20b": ("20.91", "3.61", NO_INPUT, "2508.10925"),
-    "llama-2-7b": ("6.7", "6.7", ALL, "2307.09288"),
-    "llama-2-13b": ("13.0", "13.0", ALL, "2307.09288"),
-    "llama-2-70b": ("69.0", "69.0", ALL, "2307.09288"),
-    # Printed 65.2: cut off, not rounded.
-    "llama-1-65b": ("65.3", "65.3", ALL, "2302.13971 Table 2"),
-    "gpt-2": ("0.124", "0.124", ALL, "released checkpoint"),
-    "gpt-2-medium": ("0.355", "0.355", ALL, "released checkpoint"),
-    "gpt-2-large": ("0.774", "0.774", ALL, "released checkpoint"),
-    "gpt-2-xl": ("1.558", "1.558", ALL, "released checkpoint"),
+# Billions, worked out by hand from each config.json apart from this code: total, then active with
+# embeddings, without the input embedding, without both.
+COUNTS = {
+    "deepseek-moe-2b": ("1.967", "0.3165", "0.3061", "0.2956"),
+    "deepseek-moe-16b": ("16.3757", "2.8287", "2.6189", "2.4092"),
+    "deepseek-moe-145b": ("144.62", "22.195", "21.78", "21.36"),
+    "deepseek-llm-7b": ("6.9104", "6.9104", "6.4909", "6.0715"),
+    "deepseek-llm-67b": ("67.4250", "67.4250", "66.5861", "65.7473"),
+    "deepseek-v2-lite": ("15.7065", "2.6612", "2.4514", "2.2417"),
+    "deepseek-v2": ("235.7414", "21.3758", "20.8515", "20.3272"),
+    "deepseek-v2.5": ("235.7414", "21.3758", "20.8515", "20.3272"),
+    "deepseek-v3": ("671.0264", "37.5523", "36.6256", "35.6989"),
+    "deepseek-v3-0324": ("671.0264", "37.5523", "36.6256", "35.6989"),
+    "deepseek-v3.1": ("671.0264", "37.5523", "36.6256", "35.6989"),
+    "deepseek-r1": ("671.0264", "37.5523", "36.6256", "35.6989"),
+    "deepseek-v3.2": ("671.8779", "38.4038", "37.4771", "36.5505"),
+    "deepseek-v4-flash": ("284.3322", "13.80", "13.27", "12.74"),
+    "deepseek-v4-pro": ("1572.9972", "49.78", "48.85", "47.93"),
+    "moonlight-16b-a3b": ("15.9601", "2.9148", "2.5792", "2.2437"),
+    "kimi-k2": ("1026.4082", "32.86", "31.69", "30.51"),
+    "mixtral-8x7b": ("46.7028", "12.880", "12.749", "12.618"),
+    "qwen1.5-moe-a2.7b": ("14.3158", "2.6892", "2.3780", "2.0668"),
+    "qwen3-30b-a3b": ("30.5321", "3.353", "3.042", "2.731"),
+    "olmoe-1b-7b": ("6.9192", "1.2820", "1.1790", "1.0760"),
+    "gpt-oss-120b": ("116.8292", "5.712", "5.1328", "4.554"),
+    "gpt-oss-20b": ("20.9148", "4.187", "3.6083", "3.029"),
+    "llama-2-7b": ("6.7384", "6.7384", "6.6073", "6.4763"),
+    "llama-2-13b": ("13.0159", "13.0159", "12.8520", "12.6882"),
+    "llama-2-70b": ("68.9766", "68.9766", "68.7145", "68.4524"),
+    "llama-1-65b": ("65.2857", "65.2857", "65.0235", "64.7614"),
+    "gpt-2": ("0.12444", "0.12444", "0.12365", "0.0851"),
+    "gpt-2-medium": ("0.35482", "0.35482", "0.35377", "0.3023"),
+    "gpt-2-large": ("0.77403", "0.77403", "0.77272", "0.7084"),
+    "gpt-2-xl": ("1.55761", "1.55761", "1.55597", "1.4756"),
 }
 
 
 def as_printed(value, like):
-    digits = len(like.partition(".")[2])
-    return f"{value / 1e9:.{digits}f}"
+    """`value` in billions, with as many decimals as `like`."""
+    return f"{value / 1e9:.{len(like.partition('.')[2])}f}"
 
 
-@pytest.mark.parametrize("name", PUBLISHED)
-def test_published_counts(name):
-    published_total, published_active, convention, source = PUBLISHED[name]
+@pytest.mark.parametrize("name", COUNTS)
+def test_counts(name):
     c = counts(arch(name))
-    assert as_printed(c[ALL].total, published_total) == published_total, source
-    assert as_printed(c[convention].active, published_active) == published_active, source
+    found = (c[ALL].total, c[ALL].active, c[NO_INPUT].active, c[NONE].active)
+    assert [as_printed(n, like) for n, like in zip(found, COUNTS[name])] == list(COUNTS[name])
+
+
+# Where a published figure is not our count rounded to its digits: our count, and why.
+EXCEPTIONS = {
+    ("deepseek-v2-lite", "active"): ("2.5", "2.4514, cut off"),
+    ("deepseek-v3.2", "total"): ("672", "the indexer's 0.85B is not in the 671B"),
+    ("qwen3-30b-a3b", "active"): ("3.4", "3.353, cut off"),
+    ("llama-1-65b", "total"): ("65.3", "65.2857, cut off"),
+    ("llama-1-65b", "active"): ("65.3", "65.2857, cut off"),
+    ("llama-2-70b", "total"): ("69", "its name; 68.98"),
+    ("llama-2-70b", "active"): ("69", "its name; 68.98"),
+    ("gpt-2-xl", "total"): ("1.6", "1.5576, cut off"),
+    ("gpt-2-xl", "active"): ("1.6", "1.5576, cut off"),
+}
+UNITS = {"M": 1e6, "B": 1e9, "T": 1e12}
+
+
+@pytest.mark.parametrize("name", sorted(set(published()) - {"gpt-4", "deepseek-v4.1-flash"}))
+def test_published_counts(name):
+    """What `compare` prints as published is our count, to the printed digit, in the convention that
+    the table names."""
+    facts, c = published()[name], counts(arch(name))
+    ours = {"total": c[ALL].total, "active": c[facts.get("convention", ALL)].active}
+    for key, value in ours.items():
+        number, unit = re.findall(r"^([\d.]+)([MBT])$", facts[key])[0]
+        printed = as_printed(value * 1e9 / UNITS[unit], number)
+        want = EXCEPTIONS[name, key][0] if (name, key) in EXCEPTIONS else number
+        assert printed == want, (key, facts["source"])
+        assert (name, key) not in EXCEPTIONS or printed != number, "no exception any more"
+
+
+def test_figures_that_no_convention_gives():
+    # README_WEIGHTS of V3: 36.7B active with one embedding and the head; we count 36.6 with the
+    # head alone and 37.6 with both.
+    v3 = [as_printed(x.active, "36.7") for x in counts(arch("deepseek-v3")).values()]
+    assert v3 == ["37.6", "36.6", "35.7"]
+    # The Kimi K2 report prints 1.04T / 32.6B; its checkpoint has 1.026T.
+    k2 = arch("kimi-k2")
+    assert as_printed(total(k2) / 1e3, "1.04") == "1.03"
+    assert "32.6" not in [as_printed(x.active, "32.6") for x in counts(k2).values()]
+    # The GPT-2 paper's Table 2 prints 117M, 345M, 762M, 1542M; only the last is nearly its
+    # checkpoint, 1558M.
+    sizes = ("gpt-2", "gpt-2-medium", "gpt-2-large", "gpt-2-xl")
+    ours = [round(total(arch(n)) / 1e6) for n in sizes]
+    assert ours == [124, 355, 774, 1558]
 
 
 def test_last_digit():
     """Sums over the tensors of the released checkpoints."""
     assert total(arch("deepseek-v3")) == 671_026_419_200
     assert total(arch("llama-2-7b")) == 6_738_415_616
-    assert sum(p.total for p in arch("deepseek-v3").mtp) == 11_610_068_224
+    # Kimi K2's files hold besides 61 stray tensors of 56 rotary frequencies.
+    assert total(arch("kimi-k2")) == 1_026_408_235_864 - 61 * 56
     assert sum(p.total for p in arch("deepseek-v4.1-flash").apart) == 768_022_850 * 256
+
+
+def test_multi_token_prediction_of_v3():
+    """README_WEIGHTS: 11.5B of its own and 2.4B active with embedding and head. Both are ours
+    without the projection of two hidden states to one, 2 x 7168 x 7168."""
+    a = arch("deepseek-v3")
+    own, used = sum(p.total for p in a.mtp), sum(p.active for p in a.mtp)
+    assert own == 11_610_068_224
+    embeddings = sum(p.total for p in a.parts if p.name in ("embedding", "head"))
+    assert as_printed(used + embeddings, "2.5415") == "2.5415"
+    projection = 2 * 7168 * 7168
+    assert as_printed(own - projection, "11.5") == "11.5"
+    assert as_printed(used + embeddings - projection, "2.4") == "2.4"
+    # Hugging Face's 685B counts the module's copies of embedding and head too.
+    assert as_printed(total(a) + own + embeddings, "684.49") == "684.49"
+
+
+def test_gshard_137b():
+    """2401.06066 Table 6: 136.5B, 21.6B active: 16 standard FFNs, 2 per token, in 62 layers of the
+    145B model's widths. Active parameters agree; the total is 138.1B with all layers MoE, 1.2% off
+    (the baseline's first layer is not described)."""
+    cfg = ModelConfig(
+        vocab_size=102_400, d_model=4096, num_layers=62, num_dense_layers=0,
+        attention=AttentionConfig(num_heads=32, num_kv_heads=32, head_dim=128),
+        moe=MoEConfig(num_experts=16, experts_per_token=2, d_expert=round(4096 * 8 / 3)),
+    )  # fmt: skip
+    a = of_model(cfg)
+    assert as_printed(active(a), "21.6") == "21.6"
+    assert total(a) != pytest.approx(136.5e9, rel=0.01)
+    assert total(a) == pytest.approx(136.5e9, rel=0.0125)
 
 
 def test_conventions():
@@ -118,23 +195,28 @@ def test_v4_1_flash_is_counted_as_far_as_it_is_published():
     a = arch("deepseek-v4.1-flash")
     assert as_printed(total(a), "552") == "552"
     assert as_printed(counts(a)[NO_INPUT].active, "16") == "16"
+    # The Engram tables' 196.61B were cut off to 196.
+    assert as_printed(sum(p.total for p in a.apart), "196.61") == "196.61"
+    # A prompt runs through the encoder half: 8B with the embedding.
+    encoder = counts(a)[NONE].active / 2
+    assert as_printed(encoder + counts(a)[ALL].active - counts(a)[NO_INPUT].active, "8") == "8"
     assert a.attention is None and "compressors" in a.missing
-    assert flops_per_token(a, "decode", 4096).total is None
-    assert cache_elements(a, 1) is None
 
 
 @pytest.mark.parametrize("name", zoo.PRESETS)
 def test_counts_equal_the_parameter_tree(name):
-    """The balance bias is in published counts and is router state in moejax."""
+    """Of the tree that training would allocate. The balance bias is in published counts and is router
+    state in moejax."""
     a, specs = arch(name), param_specs(zoo.load_preset(name))
-    mtp = specs.pop("mtp", {})
+    tree = jax.eval_shape(lambda: init_params(specs, jax.random.key(0)))
+    mtp = tree.pop("mtp", {})
     bias = lambda parts: sum(p.total for p in parts if p.name == "balance bias")  # noqa: E731
-    assert count(specs) == total(a) - bias(a.parts)
+    assert count(tree) == total(a) - bias(a.parts)
     assert count(mtp) == sum(p.total for p in a.mtp) - bias(a.mtp)
     routed = a.part("routed experts")
     if routed:
         m = zoo.load_preset(name).moe
-        experts = count(specs["moe_blocks"]["moe"]["experts"])
+        experts = count(tree["moe_blocks"]["moe"]["experts"])
         assert active(a) == total(a) - experts + experts * m.experts_per_token // m.num_experts
 
 
@@ -156,195 +238,6 @@ def test_counts_equal_the_parameter_tree_with_every_option():
     assert count(specs) + 6 * (2 + 2) == total(a) + sum(p.total for p in a.mtp)
 
 
-# --------------------------------------------------------------------------------------------------
-# FLOPs.
-
-# 2401.06066 Tables 3 and 6, per sequence of 4096 tokens.
-PAPER = {
-    "llama-2-7b": "187.9",
-    "deepseek-llm-7b": "183.5",
-    "deepseek-moe-16b": "74.4",
-    "deepseek-llm-67b": "2057.5",
-}
-
-
-@pytest.mark.parametrize("name", PAPER)
-def test_flops_of_the_deepseek_moe_paper(name):
-    flops = paper_flops(zoo.load_preset(name), 4096)
-    assert flops is not None and f"{flops / 1e12:.1f}" == PAPER[name]
-
-
-@pytest.mark.parametrize(
-    "layers, d, vocab, seq, ffns, printed",
-    [
-        (62, 4096, 102400, 4096, 2, "572.7"),  # GShard 137B, Table 6
-        (9, 1280, 8192, 2048, 2, "4.3"),  # GShard and DeepSeekMoE 2B, Table 1
-        (9, 1280, 8192, 2048, 1, "2.9"),  # dense, hash layer, Switch, Table 1
-        (9, 1280, 8192, 2048, 16, "24.6"),  # dense x 16, Table 2
-        (9, 1280, 8192, 2048, 3, "5.8"),  # GShard x 1.5, Table 2
-    ],
-)
-def test_flops_of_the_papers_baselines(layers, d, vocab, seq, ffns, printed):
-    flops = paper_2401_06066(layers, d, vocab, seq, layers * ffns * 8 * d * d)
-    assert f"{flops / 1e12:.1f}" == printed
-
-
-def test_flops_of_145b_are_the_exception():
-    """Table 6 prints 585.6T (and 374.6T half-activated). Ideal widths give GShard's 572.7T; the
-    rounded width 1408 gives 585.5T, one digit off, and 374.6T."""
-    cfg = zoo.load_preset("deepseek-moe-145b")
-    assert f"{(paper_flops(cfg, 4096) or 0) / 1e12:.1f}" == "572.7"
-    assert f"{(paper_flops(cfg, 4096, ideal=False) or 0) / 1e12:.2f}" == "585.49"
-    hf = zoo.load_hf("deepseek-moe-145b") | {"n_shared_experts": 2, "num_experts_per_tok": 6}
-    half = paper_flops(zoo.config_from_hf(hf), 4096, ideal=False)
-    assert f"{(half or 0) / 1e12:.1f}" == "374.6"
-
-
-def test_ratios_of_the_deepseek_moe_paper():
-    """Abstract and section 5: 16B takes 39.6% of LLaMA 2 7B and 40.5% of DeepSeek 7B (40.54)."""
-    f = {n: paper_flops(zoo.load_preset(n), 4096) or 0 for n in PAPER}
-    assert f"{f['deepseek-moe-16b'] / f['llama-2-7b']:.3f}" == "0.396"
-    assert f["deepseek-moe-16b"] / f["deepseek-llm-7b"] == pytest.approx(0.405, abs=1e-3)
-
-
-def test_paper_mode_knows_where_it_ends():
-    assert paper_flops(zoo.load_preset("llama-2-70b"), 4096) is None
-
-
-@pytest.mark.parametrize("name, printed", [("deepseek-v3", "250"), ("deepseek-v2", "155")])
-def test_flops_of_v2_and_v3(name, printed):
-    """2505.09343 Table 2: GFLOPs per token, training, sequences of 4096, causal."""
-    f = flops_per_token(arch(name), "train", 4096).total
-    assert f is not None and f"{f / 1e9:.0f}" == printed
-
-
-def test_exact_flops_by_hand():
-    """2 layers, d=8, 2 heads of 4 (1 key/value head), FFN 16, V=10, S=6."""
-    cfg = ModelConfig(
-        vocab_size=10, d_model=8, num_layers=2, num_dense_layers=2, d_ff=16,
-        attention=AttentionConfig(num_heads=2, num_kv_heads=1, head_dim=4),
-    )  # fmt: skip
-    a = of_model(cfg)
-    matrices = 2 * (8 * 8 * 2 + 8 * 4 * 2 + 3 * 8 * 16) + 80
-    forward = flops_per_token(a, "forward", 6, causal=False)
-    assert forward.matmul == 2 * matrices
-    assert forward.attention == 2 * 2 * 2 * (4 + 4) * 6
-    assert flops_per_token(a, "train", 6, causal=False).total == 3 * (forward.total or 0)
-    assert flops_per_token(a, "prefill", 6).matmul == 2 * (matrices - 80)
-    assert flops_per_token(a, "forward", 6).attention == (forward.attention or 0) / 2
-    assert flops_per_token(a, "decode", 6).attention == forward.attention
-
-
-def test_mean_keys_is_the_mean():
-    """The closed form against the sum over positions; it counts half a key less per query."""
-    for limit in (0, 3, 100):
-        sees = [min(p, limit) if limit else p for p in range(1, 65)]
-        assert mean_keys(64, limit, True) == pytest.approx(sum(sees) / 64, abs=0.51)
-    assert mean_keys(64, 3, False) == 64
-
-
-def test_sparse_attention_grows_slowly():
-    """2606.19348 Figure 1: at 1M tokens V4-Flash and V4-Pro decode far below V3.2 (10% and 27% in
-    its own precision-weighted FLOPs; here every FLOP counts 1)."""
-    at = {n: flops_per_token(arch(n), "decode", 2**20).total or 0 for n in zoo.COUNTED_PRESETS}
-    assert at["deepseek-v4-flash"] < 0.15 * at["deepseek-v3.2"]
-    assert at["deepseek-v4-pro"] < 0.3 * at["deepseek-v3.2"]
-    assert at["deepseek-v3.2"] < 0.1 * (
-        flops_per_token(arch("deepseek-v3"), "decode", 2**20).total or 0
-    )
-
-
-# --------------------------------------------------------------------------------------------------
-# Cache and checkpoints.
-
-# Numbers per token: 2 x key/value heads x head width x layers, or (latent + rope key) x layers.
-# Those of 2405.04434 Table 9 and 2505.09343 Table 1 are published; the rest follow from the
-# configs.
-CACHE = {
-    "deepseek-llm-67b": 194_560,
-    "deepseek-llm-7b": 245_760,
-    "deepseek-moe-16b": 114_688,
-    "deepseek-v2-lite": 15_552,  # 15.6K, 2405.04434 Table 9
-    "deepseek-v2": 34_560,  # 34.6K, 2405.04434 Table 9
-    "deepseek-v2.5": 34_560,
-    "deepseek-v3": 35_136,  # 70.272 KB in BF16, 2505.09343 Table 1
-    "deepseek-r1": 35_136,
-    "deepseek-v3.2": 35_136,
-    "deepseek-moe-145b": 507_904,
-    "deepseek-moe-2b": 23_040,
-    "gpt-oss-120b": 36_864,
-    "gpt-oss-20b": 24_576,
-    "gpt-2": 18_432,
-    "gpt-2-medium": 49_152,
-    "gpt-2-large": 92_160,
-    "gpt-2-xl": 153_600,
-    "kimi-k2": 35_136,
-    "llama-1-65b": 1_310_720,
-    "llama-2-7b": 262_144,
-    "llama-2-13b": 409_600,
-    "llama-2-70b": 163_840,
-    "mixtral-8x7b": 65_536,
-    "moonlight-16b-a3b": 15_552,
-    "olmoe-1b-7b": 65_536,
-    "qwen1.5-moe-a2.7b": 98_304,
-    "qwen3-30b-a3b": 49_152,
-}
-
-
-@pytest.mark.parametrize("name", CACHE)
-def test_cache_elements(name):
-    assert cache_elements(arch(name), 1) == CACHE[name]
-    if name != "deepseek-v3.2":  # published in a quantised layout
-        assert cache_bytes(arch(name), 100) == 200 * CACHE[name]
-
-
-def test_cache_of_multi_head_attention_in_v2s_ablation():
-    """2405.04434 Table 9: 110.6K for 27 layers of 16 heads of 128."""
-    cfg = ModelConfig(
-        num_layers=27, attention=AttentionConfig(num_heads=16, num_kv_heads=16, head_dim=128)
-    )
-    assert cache_elements(of_model(cfg), 1) == 110_592
-
-
-def test_v2_saves_93_percent_of_the_cache():
-    """2405.04434 abstract: 93.3% less than DeepSeek 67B, with 6 bits against 16."""
-    v2 = cache_bytes(arch("deepseek-v2"), 1, 6 / 8) or 0
-    dense = cache_bytes(arch("deepseek-llm-67b"), 1) or 1
-    assert f"{1 - v2 / dense:.3f}" == "0.933"
-
-
-def test_windows_stop_growing():
-    """gpt-oss: half the layers keep 128 tokens."""
-    for length in (100, 5000):
-        want = 18 * 1024 * (min(length, 128) + length)
-        assert cache_elements(arch("gpt-oss-120b"), length) == want
-
-
-def test_published_quantised_caches():
-    """Bytes per token at 1M tokens: V4-Pro 9.5x and V4-Flash 13.7x below V3.2 (2606.19348)."""
-    million = 2**20
-    v32 = cache_bytes(arch("deepseek-v3.2"), million) or 0
-    assert v32 / million == 48_068
-    assert v32 / (cache_bytes(arch("deepseek-v4-pro"), million) or 1) == pytest.approx(9.5, abs=0.1)
-    assert v32 / (cache_bytes(arch("deepseek-v4-flash"), million) or 1) == pytest.approx(
-        13.7, abs=0.1
-    )
-
-
-@pytest.mark.parametrize("name, gib", [("gpt-oss-120b", "60.8"), ("gpt-oss-20b", "12.8")])
-def test_checkpoint_size_of_gpt_oss(name, gib):
-    """2508.10925: MXFP4 experts, the rest BF16."""
-    assert f"{checkpoint_bytes(arch(name), zoo.load_hf(name)) / 2**30:.1f}" == gib
-
-
-def test_checkpoint_size_of_v3():
-    """The released files' tensors: 688,574,839,360 bytes. Scales of partial blocks are rounded up
-    in the
-    file and not here: 1e-7 of it."""
-    size = checkpoint_bytes(arch("deepseek-v3"), zoo.load_hf("deepseek-v3"))
-    assert size == pytest.approx(688_574_839_360, rel=1e-7)
-
-
 @pytest.mark.parametrize(
     "name, change, text",
     [
@@ -358,8 +251,3 @@ def test_bad_counted_configs(name, change, text):
     with pytest.raises(ConfigError) as e:
         of_hf(zoo.load_hf(name) | change)
     assert text in str(e.value)
-
-
-def test_unknown_phase():
-    with pytest.raises(ValueError, match="expected one of train"):
-        flops_per_token(arch("gpt-2"), "backward", 10)

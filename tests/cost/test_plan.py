@@ -24,6 +24,7 @@ from moejax.cost.architecture import of_model
 from moejax.cost.commands import compare_main, parse_mesh, plan_main
 from moejax.cost.memory import MeshSizes
 from moejax.cost.plan import Run, check_run, headline, of_experiment, plan
+from moejax.cost.published import published
 from moejax.cost.tables import (
     FORMATS,
     Table,
@@ -53,17 +54,18 @@ def test_v3_cost():
     hours = 2_664_000 + 119_000 + 5_000
     price = hardware.load_device("h800").price
     assert roofline.money(hours, price) == 5_576_000
-    assert compare.published()["deepseek-v3"]["gpu_hours"] == hours
-    assert compare.published()["deepseek-v3"]["cost"] == 5_576_000
+    assert published()["deepseek-v3"]["gpu_hours"] == hours
+    assert published()["deepseek-v3"]["cost"] == 5_576_000
     # 2048 devices; a trillion tokens in 180K device hours, 3.7 days.
     rate = 1e12 / (180_000 / 2048 * 3600)
+    assert f"{1e12 / rate / 86_400:.1f}" == "3.7"
     assert roofline.gpu_hours(14.8e12, rate, 2048) == pytest.approx(2_664_000)
 
 
 def test_published_gpu_hours():
     """2405.04434 section 3.2.3: per trillion tokens 172.8K (V2) against 300.6K (67B): 42.5%
     less."""
-    facts = compare.published()
+    facts = published()
     per = {
         n: facts[n]["gpu_hours"] / facts[n]["tokens"] for n in ("deepseek-v2", "deepseek-llm-67b")
     }
@@ -71,9 +73,9 @@ def test_published_gpu_hours():
 
 
 def test_every_published_model_but_closed_ones_is_in_the_zoo():
-    closed = {n for n, f in compare.published().items() if f["open"] == "closed"}
+    closed = {n for n, f in published().items() if f["open"] == "closed"}
     assert closed == {"gpt-4"}
-    assert set(compare.published()) - closed <= set(zoo.PRESETS | zoo.COUNTED_PRESETS)
+    assert set(published()) - closed <= set(zoo.PRESETS | zoo.COUNTED_PRESETS)
 
 
 def test_devices():
@@ -90,8 +92,9 @@ def test_devices():
 
 
 def test_cpu_is_measured():
-    d = hardware.measure_cpu(size=128, repeats=1)
-    assert d.flops["float32"] > 1e8 and d.bandwidth > 1e8 and d.memory > 1e8
+    d = hardware.measure_cpu(size=256, repeats=3)
+    # A busy machine may be slow; a wrong unit would be a thousand times off.
+    assert 1e7 < d.flops["float32"] < 1e14 and 1e7 < d.bandwidth < 1e13 and d.memory > 1e8
     assert d.price is None
 
 
@@ -424,7 +427,7 @@ def test_compare_refuses(tmp_path):
             compare_main(argv)
         assert text in str(e.value)
     (tmp_path / "config.json").write_text("{")
-    with pytest.raises(ConfigError, match="is not JSON"):
+    with pytest.raises(ConfigError, match="is not readable JSON"):
         compare_main([str(tmp_path)])
 
 

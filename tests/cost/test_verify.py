@@ -87,7 +87,7 @@ def test_verify_reports_every_prediction():
     flops, memory, measured = verify.verify(cfg, steps=1)
     assert len(flops.rows) == 1 and len(memory.rows) == 3
     assert all(r[3].endswith("%") for r in (*flops.rows, *memory.rows))
-    values = dict(measured.rows)
+    values = {r[0]: r[1] for r in measured.rows}
     assert values["achieved"].endswith("%") and float(values["tokens/s"].replace(",", "")) > 0
 
 
@@ -98,6 +98,6 @@ def test_receipt_by_hand():
     from moejax.cost.flops import flops_per_token
 
     f = flops_per_token(of_model(cfg.model), "train", 64).total or 0
-    rows = dict(verify.receipt(cfg, 1.0, f, planned=1.2).rows)
+    rows = {r[0]: r[1] for r in verify.receipt(cfg, 1.0, f, planned=1.2).rows}
     assert rows["planned tokens/s"] == "1 (+20.0%)"
     assert rows["achieved"] == "100.0%" and rows["seconds a step"] == "512 s"
