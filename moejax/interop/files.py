@@ -1,9 +1,12 @@
 """The folder of a checkpoint as untrusted input: only regular files inside it, and JSON of sane size."""
 
+import contextlib
 import json
 import os
 import pathlib
+import shutil
 import stat
+from collections.abc import Iterator
 from typing import Any
 
 from moejax.config import ConfigError
@@ -75,3 +78,31 @@ def read_json(folder: pathlib.Path, name: str) -> Any:
 
 def exists(folder: pathlib.Path, name: str) -> bool:
     return os.path.lexists(folder / name)
+
+
+@contextlib.contextmanager
+def whole_folder(path: pathlib.Path) -> Iterator[pathlib.Path]:
+    """A new folder that appears at `path` whole, when the block ends, or not at all.
+
+    Yields a folder beside it to write into; it is removed if the block raises, and by the next call
+    for the same path if the process was killed.
+    """
+    if os.path.lexists(path) and not (path.is_dir() and not any(path.iterdir())):
+        raise InteropError(f"{path} exists already and is not an empty folder; choose another")
+    path = path.absolute()
+    partial = path.with_name(f".{path.name}.moejax-partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        os.rename(partial, path)  # replaces an empty folder, never a full one
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def need_space(folder: pathlib.Path, size: int) -> None:
+    """InteropError if the disk of `folder` has not `size` bytes free."""
+    free = shutil.disk_usage(folder).free
+    if free < size:
+        raise InteropError(f"{folder}: {size:,} bytes are needed, {free:,} are free")

@@ -157,12 +157,16 @@ def config_to_hf(cfg: ModelConfig, model_type: str) -> dict:
         raise ConfigError(f"unknown model_type {model_type!r}; known: {', '.join(FAMILIES)}")
     lost = _lost_fields(cfg, model_type)
     if lost:
-        able = [t for t in FAMILIES if not _lost_fields(cfg, t)]
         raise ConfigError(
             f"a {model_type} config.json cannot express this model: {'; '.join(lost)}. "
-            f"Families that can: {', '.join(able) or 'none'}"
+            f"Families that can: {', '.join(families_for(cfg)) or 'none'}"
         )
     return FAMILIES[model_type].config_to_hf(cfg)
+
+
+def families_for(cfg: ModelConfig) -> list[str]:
+    """The model types whose config.json can express `cfg`."""
+    return [t for t in FAMILIES if not _lost_fields(cfg, t)]
 
 
 def _lost_fields(cfg: ModelConfig, model_type: str) -> list[str]:
