@@ -41,7 +41,8 @@ class Corpus:
 def load_corpus(cfg: DataConfig, *, only_validation: bool = False) -> Corpus:
     """Reads every source of `cfg` and splits it; see `moejax.data.sources` for their syntax.
 
-    `only_validation` splits nothing: all documents are held out, to evaluate a model on them. Bytes are UTF-8 bytes of the text. Empty documents are left out. A domain of a single document
+    `only_validation` splits nothing: all documents are held out, to evaluate a model on them.
+    Bytes are UTF-8 bytes of the text. Empty documents are left out. A domain of a single document
     (one long text file) is cut at a line end, its tail held out.
 
     Raises:
