@@ -10,6 +10,7 @@ under `jit`. Differences between published models are values of these fields, ne
 import dataclasses
 import difflib
 import json
+import math
 import typing
 from typing import Any
 
@@ -537,5 +538,8 @@ def experiment_problems(cfg: ExperimentConfig) -> list[str]:
 
 def divisors_text(n: int) -> str:
     """'1, 2, 4 or 8' for 8, for error messages."""
-    ds = [str(i) for i in range(1, n + 1) if n % i == 0]
+    if n < 1:
+        return "none"
+    small = [i for i in range(1, math.isqrt(n) + 1) if n % i == 0]
+    ds = [str(i) for i in sorted({*small, *(n // i for i in small)})]
     return ds[0] if len(ds) == 1 else ", ".join(ds[:-1]) + f" or {ds[-1]}"

@@ -43,6 +43,7 @@ def config_to_hf(cfg: ModelConfig) -> dict:
         architectures=["OlmoeForCausalLM"],
         model_type=MODEL_TYPE,
         num_key_value_heads=cfg.attention.num_kv_heads,
+        head_dim=cfg.attention.head_dim,
         attention_bias=cfg.attention.qkv_bias,
         clip_qkv=None,
         num_experts=cfg.moe.num_experts,
