@@ -30,6 +30,17 @@ def train_main(argv: list[str]) -> int:
     flags.DEFINE_string(
         "workdir", None, "Folder of the run; resumed if it has one.", flag_values=fv
     )
+    flags.DEFINE_string(
+        "distributed",
+        "none",
+        "'auto': one of several processes, found by Slurm, Open MPI, Kubernetes or a TPU pod.",
+        flag_values=fv,
+    )
+    flags.DEFINE_string(
+        "coordinator", None, "HOST:PORT of process 0, where no cluster says so.", flag_values=fv
+    )
+    flags.DEFINE_integer("num_processes", None, "With --coordinator.", flag_values=fv)
+    flags.DEFINE_integer("process_id", None, "With --coordinator.", flag_values=fv)
     usage = "usage: moejax train --config=experiments/quickstart.py --workdir=runs/quickstart"
     if any(a in ("--help", "-h") for a in argv):
         print(f"{usage}\n\nFlags:\n{fv.get_help()}")
@@ -42,11 +53,18 @@ def train_main(argv: list[str]) -> int:
     if config is None or not fv.workdir:
         raise ConfigError(f"train needs --config and --workdir\n{usage}")
     cfg = from_config_dict(config)
-    from moejax.train.loop import train
+    from moejax.train import processes
+    from moejax.train.loop import Diverged, train
 
-    results = train(cfg, pathlib.Path(fv.workdir))
-    for name, value in results.items():
-        print(f"  {name:16} {value:.4f}")
+    processes.start(fv.distributed, fv.coordinator, fv.num_processes, fv.process_id)
+    try:
+        results = train(cfg, pathlib.Path(fv.workdir))
+    except Diverged as e:
+        print(f"moejax train: {e}", file=sys.stderr)
+        return 3
+    if processes.is_first():
+        for name, value in results.items():
+            print(f"  {name:16} {value:.4f}")
     return 0
 
 

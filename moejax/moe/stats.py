@@ -30,3 +30,21 @@ def summarize(load_LE: jax.Array, dropped_L: jax.Array) -> dict[str, jax.Array]:
         "dead_experts": dead_experts(load_LE).astype(jnp.float32).mean(),
         "drop_fraction": dropped_L.sum() / jnp.maximum(load_LE.sum(), 1.0),
     }
+
+
+def domain_load(routing, domain_T: jax.Array, num_domains: int, num_experts: int) -> jax.Array:
+    """Routes of each domain's tokens to each expert, int32 [num_domains, E].
+
+    `routing` is a `Routing` or a `SlotRouting`, see moejax.moe.routing; empty slots do not count.
+    """
+    if hasattr(routing, "expert_index_TK"):
+        expert = routing.expert_index_TK
+        domain = jnp.broadcast_to(domain_T[:, None], expert.shape)
+        filled = expert >= 0
+    else:
+        token_EC = routing.token_index_EC
+        expert = jnp.broadcast_to(jnp.arange(num_experts)[:, None], token_EC.shape)
+        domain = domain_T[token_EC]
+        filled = token_EC >= 0
+    zeros = jnp.zeros((num_domains, num_experts), jnp.int32)
+    return zeros.at[domain, expert].add(filled.astype(jnp.int32))

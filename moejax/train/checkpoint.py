@@ -152,8 +152,12 @@ class Checkpoints:
             multihost_utils.sync_global_devices("damaged checkpoints set aside")
         self.manager.reload()
 
-    def close(self) -> None:
+    def wait(self) -> None:
+        """Until everything is written."""
         self.manager.wait_until_finished()
+
+    def close(self) -> None:
+        self.wait()
         self.manager.close()
 
 
@@ -215,12 +219,14 @@ FREE = (
 def check_workdir(workdir: pathlib.Path, cfg: ExperimentConfig) -> None:
     """Raises ConfigError naming the keys in which the run of this workdir, if any, has another config.
 
-    What is in FREE may differ: a run can be prolonged, and go on on other devices.
+    What is in FREE may differ: a run can be prolonged, and go on on other devices. An imported model that
+    was not trained here yet may be trained on any data in any way.
     """
     path = workdir / "config.json"
     if not path.exists():
         return
-    lines = _differences(json.loads(path.read_text()), json.loads(to_json(cfg)), "")
+    free = FREE + (("data", "optimizer") if _only_imported(workdir) else ())
+    lines = _differences(json.loads(path.read_text()), json.loads(to_json(cfg)), "", free)
     if lines:
         raise ConfigError(
             f"{workdir} belongs to a run with another config:\n"
@@ -236,14 +242,19 @@ def claim_workdir(workdir: pathlib.Path, cfg: ExperimentConfig) -> None:
     (workdir / "config.json").write_text(to_json(cfg))
 
 
-def _differences(old, new, key: str) -> list[str]:
-    if key in FREE:
+def _only_imported(workdir: pathlib.Path) -> bool:
+    """Whether the only checkpoint is an imported model: training never saves a step 0."""
+    return [p.name for p in workdir.glob("checkpoints/[0-9]*")] == ["0"]
+
+
+def _differences(old, new, key: str, free: tuple[str, ...]) -> list[str]:
+    if key in free:
         return []
     if isinstance(old, dict) and isinstance(new, dict):
         prefix = key + "." if key else ""
         return [
             line
             for k in sorted(old.keys() | new.keys())
-            for line in _differences(old.get(k), new.get(k), prefix + k)
+            for line in _differences(old.get(k), new.get(k), prefix + k, free)
         ]
     return [] if old == new else [f"{key}: {old!r} there, {new!r} now"]

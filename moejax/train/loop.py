@@ -3,184 +3,221 @@
 import dataclasses
 import json
 import pathlib
-import signal
-import time
+from collections.abc import Callable
+from typing import Any
 
 import jax
-import numpy as np
-from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
-from moejax.config import ConfigError, ExperimentConfig
-from moejax.data import load_corpus, load_tokenizer, train_iterator, validation_batches
+from moejax.config import ExperimentConfig
+from moejax.cost.receipt import RunPlan, model_flops_per_token, plan_run
+from moejax.data import Tokenizer, load_corpus, load_tokenizer, train_iterator, validation_batches
 from moejax.params import count
-from moejax.sharding import make_layout
-from moejax.train.checkpoint import Checkpoints, claim_workdir
-from moejax.train.state import create_state
-from moejax.train.step import compile_step, eval_step
+from moejax.sharding import Layout, make_layout, make_mesh
+from moejax.train import processes
+from moejax.train.checkpoint import Checkpoints, check_workdir, claim_workdir
+from moejax.train.metrics import Log, Meter, scalars
+from moejax.train.state import TrainState, create_state, state_shardings
+from moejax.train.step import compile_step
+from moejax.train.validation import compile_eval, evaluate
 
 
 class Diverged(RuntimeError):
     """Too many steps in a row were not finite."""
 
 
-def with_vocabulary(cfg: ExperimentConfig, vocab_size: int) -> ExperimentConfig:
-    """The config with the model's vocabulary taken from the tokenizer."""
-    return dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, vocab_size=vocab_size))
+@dataclasses.dataclass
+class Session:
+    """What the loop works with, besides the state of training."""
+
+    cfg: ExperimentConfig
+    layout: Layout | None
+    tokenizer: Tokenizer
+    domains: tuple[str, ...]
+    data: Any  # grain's iterator over this process's rows
+    held_out: list[dict]
+    checkpoints: Checkpoints
+    log: Log
+    plan: RunPlan | None  # in process 0
+    say: Callable[[str], None]
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.cfg.data.batch_size * self.cfg.data.seq_len
 
 
 def train(cfg: ExperimentConfig, workdir: pathlib.Path) -> dict:
-    """Run or resume an experiment. Returns the last validation metrics.
+    """Run or resume an experiment, on all devices of its mesh. Returns the last validation metrics.
+
+    With several processes (see `processes.start`) every one calls this; process 0 speaks and logs, and
+    `workdir` is on a file system that all see.
 
     Raises ConfigError or DataError before any compute for bad input, and Diverged after
     `train.max_bad_steps` non-finite steps in a row, with the last good checkpoint intact.
     """
-    if make_layout(cfg) is not None:
-        raise ConfigError("train runs on one device: set every mesh axis to 1")
+    devices = processes.ordered_devices()
+    make_mesh(cfg.mesh, devices)  # before the corpus is read
     corpus = load_corpus(cfg.data)
-    workdir.mkdir(parents=True, exist_ok=True)
-    tokenizer = load_tokenizer(cfg.data, corpus, workdir)
-    cfg = with_vocabulary(cfg, tokenizer.vocab_size)
-    claim_workdir(workdir, cfg)
-    (workdir / "corpus.json").write_text(json.dumps(corpus.manifest, indent=1))
-    data = train_iterator(corpus, tokenizer, cfg.data)
-    held_out = list(validation_batches(corpus, tokenizer, cfg.data, cfg.train.eval_batches))
+    with processes.first_goes_first():
+        workdir.mkdir(parents=True, exist_ok=True)
+        tokenizer = load_tokenizer(cfg.data, corpus, workdir)
+        cfg = with_vocabulary(cfg, tokenizer.vocab_size)
+        check_workdir(workdir, cfg)
+        layout = make_layout(cfg, devices)
+        processes.check_layout(layout)
+        if processes.is_first():
+            claim_workdir(workdir, cfg)
+            (workdir / "corpus.json").write_text(json.dumps(corpus.manifest, indent=1))
+    say = print if processes.is_first() else _say_nothing
+    index, parts = processes.rows_here(layout, cfg.data.batch_size, cfg.data.seq_len)
+    session = Session(
+        cfg=cfg,
+        layout=layout,
+        tokenizer=tokenizer,
+        domains=corpus.domains,
+        data=train_iterator(corpus, tokenizer, cfg.data, process_index=index, process_count=parts),
+        held_out=list(validation_batches(corpus, tokenizer, cfg.data, cfg.train.eval_batches)),
+        checkpoints=Checkpoints(workdir, cfg),
+        log=Log(workdir, write=processes.is_first()),
+        plan=plan_run(cfg, layout) if processes.is_first() else None,
+        say=say,
+    )
+    try:
+        return _train(session)
+    finally:
+        session.log.close()
+        session.checkpoints.close()
 
-    checkpoints = Checkpoints(workdir, cfg)
-    restored = checkpoints.restore()
-    key = jax.random.key(cfg.train.seed)
+
+def _train(s: Session) -> dict:
+    restored = s.checkpoints.restore(s.layout)
+    key = jax.random.key(s.cfg.train.seed)
     if restored is None:
-        state = create_state(cfg, key, None)
+        state = create_state(s.cfg, key, s.layout)
     else:
         state, data_state = restored
         if data_state is not None:
-            data.set_state(data_state)
-        print(f"resuming {workdir} at step {int(state.step)}")
-    print(
-        f"{cfg.name}: {count(state.params):,} parameters, domains {', '.join(corpus.domains)}, "
-        f"{cfg.data.batch_size * cfg.data.seq_len:,} tokens per step"
+            s.data.set_state(data_state)
+        s.say(f"resuming {s.checkpoints.workdir} at step {int(state.step)}")
+    mesh = "" if s.layout is None else f", mesh {_mesh_text(s.layout)}"
+    s.say(
+        f"{s.cfg.name}: {count(state.params):,} parameters, domains {', '.join(s.domains)}, "
+        f"{s.tokens_per_step:,} tokens per step{mesh}"
     )
-    try:
-        return _run(
-            cfg, state, data, held_out, tokenizer, corpus.domains, checkpoints, workdir, key
-        )
-    finally:
-        checkpoints.close()
+    if s.plan is not None:
+        s.say(s.plan.headline())
+    if int(state.step) >= s.cfg.train.steps:
+        s.say(f"the run is finished at step {int(state.step)}; raise train.steps to prolong it")
+        eval_fn = compile_eval(s.cfg, num_domains=len(s.domains), layout=s.layout)
+        return _evaluate(s, eval_fn, state)[0]
+    with processes.StopRequest() as stop:
+        return _run(s, state, key, stop)
 
 
-def _run(cfg, state, data, held_out, tokenizer, domains, checkpoints, workdir, key) -> dict:
-    step_fn = compile_step(cfg, num_domains=len(domains), seed_key=key)
-    eval_fn = jax.jit(lambda p, r, b: eval_step(p, r, b, cfg, num_domains=len(domains)))
-    stop = _stop_on_signal()
-    log = Log(workdir)
+def _run(s: Session, state: TrainState, key: jax.Array, stop: processes.StopRequest) -> dict:
+    train_cfg, shardings = s.cfg.train, None
+    if s.layout is not None:
+        shardings = state_shardings(s.cfg, s.layout)
+    options = {"num_domains": len(s.domains), "layout": s.layout}
+    step_fn = compile_step(s.cfg, seed_key=key, shardings=shardings, **options)
+    eval_fn = compile_eval(s.cfg, **options)
     results: dict = {}
+    meter = Meter()
     first = int(state.step)
-    bar = tqdm(total=cfg.train.steps, initial=first, desc=cfg.name, unit="step")
-    started, tokens = time.monotonic(), 0
-    for step in range(first, cfg.train.steps):
-        state, metrics = step_fn(state, next(data))
-        tokens += cfg.data.batch_size * cfg.data.seq_len
-        done = step + 1
-        asked = stop["now"]  # read once: a signal during this step stops the next one
-        last = done == cfg.train.steps or asked
-        if done % cfg.train.log_every == 0 or last:
-            values = jax.device_get(metrics)
-            if values["bad_in_a_row"] >= cfg.train.max_bad_steps:
-                raise Diverged(
-                    f"{values['bad_in_a_row']} steps in a row had a NaN or infinite loss or gradient; "
-                    f"stopped at step {done}. The last good checkpoint in {checkpoints.folder} is intact; "
-                    f"see {log.path} for the steps before, and lower optimizer.learning_rate"
-                )
-            now = time.monotonic()
-            values["tokens_per_second"] = tokens / (now - started)
-            started, tokens = now, 0
-            log.write(done, "train", scalars(values, domains))
-            if "load/moe_blocks" in values:
-                log.append(done, "load", {"load_LE": values["load/moe_blocks"].tolist()})
-            bar.set_postfix(
-                loss=f"{values['cross_entropy']:.3f}", tok_s=f"{values['tokens_per_second']:.0f}"
-            )
+    bar = tqdm(
+        total=train_cfg.steps,
+        initial=first,
+        desc=s.cfg.name,
+        unit="step",
+        disable=not processes.is_first(),
+    )
+    for done in range(first + 1, train_cfg.steps + 1):
+        batch = processes.place_rows(next(s.data), s.layout, s.cfg.data.batch_size)
+        state, metrics = step_fn(state, batch)
+        meter.count(s.tokens_per_step)
+        asked = stop.now(done)  # asked once: a signal during this step stops the next one
+        last = done == train_cfg.steps or asked
+        if done % train_cfg.log_every == 0 or last:
+            bar.set_postfix(_log_step(s, done, jax.device_get(metrics), meter))
         bar.update()
-        if done % cfg.train.eval_every == 0 or last:
-            results = evaluate(eval_fn, state, held_out, domains, tokenizer)
-            log.write(done, "validation", results)
-            tqdm.write(f"step {done}: validation loss {results['loss']:.4f}")
-            started, tokens = time.monotonic(), 0
-        if done % cfg.train.checkpoint_every == 0 or last:
-            if int(state.bad_in_a_row) == 0:
-                checkpoints.save(state, data.get_state())
-            started, tokens = time.monotonic(), 0
+        if done % train_cfg.eval_every == 0 or last:
+            results = _log_evaluation(s, done, eval_fn, state, bar)
+            meter.restart()
+        if done % train_cfg.checkpoint_every == 0 or last:
+            s.checkpoints.save(state, s.data.get_state())
+            meter.restart()
         if asked:
-            tqdm.write(
-                f"stopped on request; saved step {done}, the same command goes on from there"
-            )
             break
     bar.close()
-    log.close()
-    if first == cfg.train.steps:
-        print(f"the run is finished at step {first}; raise train.steps to prolong it")
-        results = evaluate(eval_fn, state, held_out, domains, tokenizer)
+    _finish(s, int(state.step), meter)
     return results
 
 
-def evaluate(eval_fn, state, batches, domains, tokenizer) -> dict:
-    """Loss (nats per token), perplexity and bits per byte over held-out batches, and loss per domain."""
-    sums, num_bytes = None, 0
-    for batch in batches:
-        out = jax.device_get(eval_fn(state.params, state.router_state, batch))
-        sums = out if sums is None else jax.tree.map(np.add, sums, out)
-        num_bytes += int((tokenizer.token_bytes_V[batch["targets"]] * batch["loss_mask"]).sum())
-    assert sums is not None, "validation_batches gave no batch"
-    nll, targets = sums["domain_nll"], sums["domain_targets"]
-    loss = float(nll.sum() / targets.sum())
-    return {
-        "loss": loss,
-        "perplexity": float(np.exp(loss)),
-        "bits_per_byte": float(nll.sum() / np.log(2) / max(num_bytes, 1)),
-        **{f"loss/{d}": float(nll[i] / targets[i]) for i, d in enumerate(domains) if targets[i]},
-    }
+def _log_step(s: Session, done: int, values: dict, meter: Meter) -> dict:
+    """Write the metrics of a step; raises Diverged. Returns what the progress bar shows."""
+    if values["bad_in_a_row"] >= s.cfg.train.max_bad_steps:
+        raise Diverged(
+            f"{values['bad_in_a_row']} steps in a row had a NaN or infinite loss or gradient; "
+            f"stopped at step {done}. The last good checkpoint in {s.checkpoints.folder} is intact; "
+            f"see {s.log.path} for the steps before, and lower optimizer.learning_rate"
+        )
+    values["tokens_per_second"] = speed = meter.read()
+    values["flops_per_second"] = speed * model_flops_per_token(s.cfg)
+    s.log.write(done, "train", scalars(values, s.domains))
+    if "load/moe_blocks" in values:
+        s.log.append(done, "load", {"load_LE": values["load/moe_blocks"].tolist()})
+    return {"loss": f"{values['cross_entropy']:.3f}", "tok_s": f"{speed:.0f}"}
 
 
-def scalars(values: dict, domains) -> dict:
-    """The scalar metrics of a step as floats, the loss of each domain among them."""
-    out = {k: float(v) for k, v in values.items() if np.ndim(v) == 0}
-    for i, d in enumerate(domains):
-        if values["domain_targets"][i]:
-            out[f"loss/{d}"] = float(values["domain_nll"][i] / values["domain_targets"][i])
-    return out
+def _log_evaluation(s: Session, done: int, eval_fn, state: TrainState, bar: tqdm) -> dict:
+    results, load_dLE = _evaluate(s, eval_fn, state)
+    s.log.write(done, "validation", results)
+    if load_dLE is not None:
+        s.log.append(done, "routing", {"domains": list(s.domains), "load_dLE": load_dLE.tolist()})
+    if not bar.disable:
+        bar.write(f"step {done}: validation loss {results['loss']:.4f}")
+    return results
 
 
-class Log:
-    """metrics.jsonl and TensorBoard."""
-
-    def __init__(self, workdir: pathlib.Path):
-        self.path = workdir / "metrics.jsonl"
-        self.file = self.path.open("a")
-        self.board = SummaryWriter(str(workdir / "tensorboard"))
-
-    def write(self, step: int, kind: str, values: dict) -> None:
-        for name, value in values.items():
-            self.board.add_scalar(f"{kind}/{name}", value, step)
-        self.append(step, kind, values)
-
-    def append(self, step: int, kind: str, values: dict) -> None:
-        self.file.write(json.dumps({"step": step, "kind": kind, **values}) + "\n")
-        self.file.flush()
-
-    def close(self) -> None:
-        self.file.close()
-        self.board.close()
+def _evaluate(s: Session, eval_fn, state: TrainState):
+    return evaluate(
+        eval_fn,
+        state.params,
+        state.router_state,
+        s.held_out,
+        s.domains,
+        s.tokenizer,
+        s.layout,
+    )
 
 
-def _stop_on_signal() -> dict:
-    """Ctrl-C and SIGTERM set `now`; the loop then saves and leaves. A second Ctrl-C interrupts."""
-    stop = {"now": False}
+def _finish(s: Session, done: int, meter: Meter) -> None:
+    """Wait until the last step is saved, then say what the run achieved."""
+    s.checkpoints.wait()
+    if done < s.cfg.train.steps:
+        s.say(f"stopped on request; saved step {done}, the same command goes on from there")
+    speed = meter.typical()
+    if speed is not None and s.plan is not None:
+        planned = s.plan.step.tokens_per_second
+        s.log.append(
+            done, "receipt", {"tokens_per_second": speed, "planned_tokens_per_second": planned}
+        )
+        s.say(s.plan.receipt(speed))
 
-    def handle(number, frame):
-        del frame
-        stop["now"] = True
-        signal.signal(number, signal.SIG_DFL)
 
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, handle)
-    return stop
+def with_vocabulary(cfg: ExperimentConfig, vocab_size: int) -> ExperimentConfig:
+    """The config with the model's vocabulary taken from the tokenizer.
+
+    A model may have more rows than its tokenizer.json has tokens: published ones are padded.
+    """
+    if cfg.data.tokenizer not in ("byte", "bpe") and cfg.model.vocab_size >= vocab_size:
+        return cfg
+    return dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, vocab_size=vocab_size))
+
+
+def _mesh_text(layout: Layout) -> str:
+    return ", ".join(f"{a}={n}" for a, n in layout.mesh.shape.items() if n > 1)
+
+
+def _say_nothing(text: str) -> None:
+    del text

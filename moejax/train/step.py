@@ -181,21 +181,29 @@ def train_step(
 
 
 def eval_step(params, router_state, batch, cfg: ExperimentConfig, *, num_domains=1, layout=None):
-    """Sums over a validation batch: per-domain nll and targets, and the load of every MoE layer."""
+    """Sums over a validation batch: nll and targets of each domain, and `domain_load` [domain, L, E], the
+    routes of each domain to each expert of each MoE layer."""
     _, parts = loss_fn(params, router_state, batch, cfg.model, layout=layout)
-    return {
-        **domain_sums(parts.nll_BS, batch, num_domains),
-        **{f"load/{name}": a.load_E for name, a in parts.aux.items()},
-    }
+    sums = domain_sums(parts.nll_BS, batch, num_domains)
+    if "moe_blocks" in parts.aux:
+        domain_T = batch["domain"].reshape(-1)
+        load = functools.partial(
+            stats.domain_load,
+            domain_T=domain_T,
+            num_domains=num_domains,
+            num_experts=cfg.model.moe.num_experts,
+        )
+        sums["domain_load"] = jax.vmap(load, out_axes=1)(parts.aux["moe_blocks"].routing)
+    return sums
 
 
 def compile_step(
     cfg: ExperimentConfig, *, num_domains=1, layout=None, seed_key=None, shardings=None
 ):
-    """`train_step` jitted once, the state donated. `shardings` pins the state's (see `state_shardings`)."""
+    """`train_step` jitted once, the state donated. `shardings` pins the state's (see `state_shardings`);
+    the metrics are then whole on every device."""
     step = functools.partial(
         train_step, cfg=cfg, num_domains=num_domains, layout=layout, seed_key=seed_key
     )
-    return jax.jit(
-        step, donate_argnums=0, out_shardings=None if shardings is None else (shardings, None)
-    )
+    out = None if layout is None or shardings is None else (shardings, layout.replicated)
+    return jax.jit(step, donate_argnums=0, out_shardings=out)

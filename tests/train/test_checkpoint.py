@@ -50,8 +50,10 @@ def saved(workdir, state, steps=(1,)):
     return workdir
 
 
-def on_mesh(**sizes):
-    return make_layout(dataclasses.replace(CFG, mesh=MeshConfig(**({"data": 1} | sizes))))
+def on_mesh(**sizes: int):
+    return make_layout(
+        dataclasses.replace(CFG, mesh=dataclasses.replace(MeshConfig(data=1), **sizes))
+    )
 
 
 def same(a, b):
@@ -112,7 +114,7 @@ def test_nothing_left_to_read_is_an_error(tmp_path, state):
     checkpoints = Checkpoints(tmp_path, CFG)
     with (
         pytest.warns(UserWarning, match="none is left"),
-        pytest.raises(ConfigError, match="no checkpoint in .* can be read"),
+        pytest.raises(ConfigError, match=r"no checkpoint in .* can be read"),
     ):
         checkpoints.restore()
     checkpoints.close()
@@ -147,7 +149,7 @@ def test_another_model_is_named(tmp_path, state):
 
 def test_a_workdir_belongs_to_one_config(tmp_path):
     claim_workdir(tmp_path, CFG)
-    with pytest.raises(ConfigError, match="model.vocab_size: 32 there, 64 now"):
+    with pytest.raises(ConfigError, match=r"model.vocab_size: 32 there, 64 now"):
         model = dataclasses.replace(CFG.model, vocab_size=64)
         claim_workdir(tmp_path, dataclasses.replace(CFG, model=model))
     # A longer run, on another mesh, computed in another way is the same run.

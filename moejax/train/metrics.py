@@ -1,0 +1,77 @@
+"""What a run writes down: metrics.jsonl, TensorBoard, and how fast it went."""
+
+import json
+import pathlib
+import statistics
+import time
+
+import numpy as np
+from tensorboardX import SummaryWriter
+
+
+def scalars(values: dict, domains) -> dict:
+    """The scalar metrics of a step as floats, the loss of each domain among them."""
+    out = {k: float(v) for k, v in values.items() if np.ndim(v) == 0}
+    for i, d in enumerate(domains):
+        if values["domain_targets"][i]:
+            out[f"loss/{d}"] = float(values["domain_nll"][i] / values["domain_targets"][i])
+    return out
+
+
+class Log:
+    """metrics.jsonl and TensorBoard, written by process 0 alone (`write=False` in the others).
+
+    Rows of metrics.jsonl have `step` and `kind`: 'train', 'validation', 'load' (routes per layer and
+    expert of one step), 'routing' (the same over the validation batches, by domain), 'receipt'.
+    """
+
+    def __init__(self, workdir: pathlib.Path, *, write: bool = True):
+        self.path = workdir / "metrics.jsonl"
+        self.file = self.path.open("a") if write else None
+        self.board = SummaryWriter(str(workdir / "tensorboard")) if write else None
+
+    def write(self, step: int, kind: str, values: dict) -> None:
+        """Scalars: to both."""
+        if self.board is not None:
+            for name, value in values.items():
+                self.board.add_scalar(f"{kind}/{name}", value, step)
+        self.append(step, kind, values)
+
+    def append(self, step: int, kind: str, values: dict) -> None:
+        """Anything JSON holds: to metrics.jsonl alone."""
+        if self.file is not None:
+            self.file.write(json.dumps({"step": step, "kind": kind, **values}) + "\n")
+            self.file.flush()
+
+    def close(self) -> None:
+        if self.file is not None and self.board is not None:
+            self.file.close()
+            self.board.close()
+
+
+class Meter:
+    """Tokens per second between readings; pauses (evaluation, saving) and compilation do not count."""
+
+    def __init__(self):
+        self.tokens, self.started = 0, time.monotonic()
+        self.compiling = True
+        self.readings: list[float] = []
+
+    def count(self, tokens: int) -> None:
+        self.tokens += tokens
+
+    def read(self) -> float:
+        """Tokens per second since the last reading or `restart`; call when the device is idle."""
+        speed = self.tokens / (time.monotonic() - self.started)
+        if not self.compiling:
+            self.readings.append(speed)
+        self.compiling = False
+        self.restart()
+        return speed
+
+    def restart(self) -> None:
+        self.tokens, self.started = 0, time.monotonic()
+
+    def typical(self) -> float | None:
+        """Median of the readings, without the first, in which the step was compiled."""
+        return statistics.median(self.readings) if self.readings else None

@@ -1,0 +1,54 @@
+"""Validation: the loss over held-out batches, and which domain goes to which expert."""
+
+from collections.abc import Callable, Sequence
+
+import jax
+import numpy as np
+
+from moejax.config import ExperimentConfig
+from moejax.data import Tokenizer
+from moejax.sharding import Layout
+from moejax.train.processes import place_whole
+from moejax.train.step import eval_step
+
+
+def compile_eval(cfg: ExperimentConfig, *, num_domains: int, layout: Layout | None = None):
+    """`eval_step` jitted: (params, router_state, batch) -> sums, whole on every device."""
+    return jax.jit(
+        lambda params, router_state, batch: eval_step(
+            params, router_state, batch, cfg, num_domains=num_domains, layout=layout
+        ),
+        out_shardings=None if layout is None else layout.replicated,
+    )
+
+
+def evaluate(
+    eval_fn: Callable,
+    params: dict,
+    router_state: dict,
+    batches: Sequence[dict[str, np.ndarray]],
+    domains: Sequence[str],
+    tokenizer: Tokenizer,
+    layout: Layout | None = None,
+) -> tuple[dict[str, float], np.ndarray | None]:
+    """Over held-out batches, each whole in every process.
+
+    Returns:
+      Loss (nats per token), perplexity, bits per byte, and `loss/<domain>`; and the routes of each domain
+      to each expert of each MoE layer, int [domain, L, E], None without MoE layers.
+    """
+    sums, num_bytes = None, 0
+    for batch in batches:
+        out = jax.device_get(eval_fn(params, router_state, place_whole(batch, layout)))
+        sums = out if sums is None else jax.tree.map(np.add, sums, out)
+        num_bytes += int((tokenizer.token_bytes_V[batch["targets"]] * batch["loss_mask"]).sum())
+    assert sums is not None, "no batch to evaluate"
+    nll, targets = sums["domain_nll"], sums["domain_targets"]
+    loss = float(nll.sum() / targets.sum())
+    results = {
+        "loss": loss,
+        "perplexity": float(np.exp(loss)),
+        "bits_per_byte": float(nll.sum() / np.log(2) / max(num_bytes, 1)),
+        **{f"loss/{d}": float(nll[i] / targets[i]) for i, d in enumerate(domains) if targets[i]},
+    }
+    return results, sums.get("domain_load")
