@@ -45,6 +45,12 @@ def names() -> list[str]:
     return [n for n in json.loads(TABLE.read_text()) if not n.startswith("_")]
 
 
+def device_of_kind(kind: str) -> Device | None:
+    """The device of the table that JAX calls `kind` (its `device_kind`); None if there is none."""
+    rows = json.loads(TABLE.read_text())
+    return next((load_device(n) for n in names() if kind in rows[n]["jax_kinds"]), None)
+
+
 def load_device(name: str, price: float | None = None) -> Device:
     """A device of the table, or 'cpu', measured here; `price` (USD per hour) replaces the table's.
 
@@ -93,7 +99,7 @@ def measure_cpu(size: int = 768, repeats: int = 4) -> Device:
     copying = best(lambda: np.copyto(copy, big))
     return Device(
         name="cpu",
-        memory=float(_physical_memory()),
+        memory=float(physical_memory()),
         bandwidth=2 * big.nbytes / copying,
         flops={"float32": 2 * size**3 / matmul},
         link=0.0,
@@ -102,7 +108,8 @@ def measure_cpu(size: int = 768, repeats: int = 4) -> Device:
     )
 
 
-def _physical_memory() -> int:
+def physical_memory() -> int:
+    """Bytes of this machine's memory."""
     import os
 
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

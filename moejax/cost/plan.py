@@ -285,23 +285,6 @@ def of_experiment(cfg: ExperimentConfig, device: Device, devices: int) -> tuple[
     )
 
 
-def headline(cfg: ExperimentConfig, device: Device, devices: int) -> str:
-    """The plan of an experiment in two lines, for the head of a training log."""
-    arch, run = of_experiment(cfg, device, devices)
-    c = counts(arch)["with embeddings"]
-    held = memory.training(
-        cfg.model, run.mesh, run.micro_batch, run.context, accumulate=run.micro_batch < run.batch
-    )
-    e = experiment_step(cfg, run)
-    return (
-        f"plan: {count_text(c.total)} parameters ({count_text(c.active)} active), "
-        f"{bytes_text(held.total)} per device of {bytes_text(device.memory)}\n"
-        f"plan: about {e.tokens_per_second:,.0f} tokens/s on {devices} x {device.name}, bound by "
-        f"{e.limit}; {count_text(run.tokens)} tokens in "
-        f"{seconds_text((run.tokens or 0) / e.tokens_per_second)}"
-    )
-
-
 def experiment_step(cfg: ExperimentConfig, run: Run) -> roofline.Estimate:
     """The estimate of one optimiser step of an experiment."""
     return roofline.training_step(

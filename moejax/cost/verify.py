@@ -13,7 +13,8 @@ from moejax.cost import memory
 from moejax.cost.architecture import of_model
 from moejax.cost.flops import flops_per_token
 from moejax.cost.memory import MeshSizes
-from moejax.cost.tables import Table, bytes_text, flops_text, seconds_text
+from moejax.cost.receipt import error_text, matmul_peak, plan_run, receipt, total_peak
+from moejax.cost.tables import Table, bytes_text, flops_text
 from moejax.models import transformer
 from moejax.models.loss import loss_fn
 from moejax.params import abstract_params
@@ -35,42 +36,12 @@ def verify(cfg: ExperimentConfig, *, steps: int = 3) -> list[Table]:
     seconds = measure(cfg, compiled, layout, steps)
     tokens = cfg.data.batch_size * cfg.data.seq_len
     dtype = jnp.dtype(cfg.model.dtype)
-    peak = matmul_peak(dtype) * mesh.devices
+    peak = total_peak(matmul_peak(dtype), mesh.devices)
     return [
         Table("XLA's FLOPs of loss and gradient", ["", "plan", "XLA", "error"], flops_rows),
         Table("XLA's bytes per device", ["", "plan", "XLA", "error"], memory_rows),
-        receipt(cfg, tokens / seconds, peak),
+        receipt(cfg, tokens / seconds, peak, plan_run(cfg, layout).step.tokens_per_second),
     ]
-
-
-def receipt(
-    cfg: ExperimentConfig, tokens_per_second: float, peak: float, planned: float | None = None
-) -> Table:
-    """What a run achieved, beside a measured matmul peak (FLOP/s over all its devices) and the
-    tokens/s that were planned.
-
-    Model FLOPs are the useful ones: recomputation is not counted, masked scores are not either.
-    """
-    f = flops_per_token(
-        of_model(cfg.model), "train", cfg.data.seq_len, mtp=cfg.model.mtp_depth > 0
-    ).total
-    assert f is not None
-    step = cfg.data.batch_size * cfg.data.seq_len / tokens_per_second
-    rows = [
-        ["tokens/s", f"{tokens_per_second:,.0f}"],
-        ["seconds a step", seconds_text(step)],
-        ["model FLOP/s", flops_text(f * tokens_per_second)],
-        ["matmul peak, measured", flops_text(peak)],
-        ["achieved", f"{f * tokens_per_second / peak:.1%}"],
-    ]
-    if planned is not None:
-        error = _error(planned, tokens_per_second)
-        rows.append(["planned tokens/s", f"{planned:,.0f} ({error})"])
-    return Table("Measured", ["", "value"], rows)
-
-
-def _error(predicted: float, real: float) -> str:
-    return f"{predicted / real - 1:+.1%}" if real else "-"
 
 
 # --------------------------------------------------------------------------------------------------
@@ -117,7 +88,7 @@ def compare_flops(cfg: ExperimentConfig) -> list[list[str]]:
     planned = predicted_flops(cfg)
     counted = xla_flops(cfg)
     return [
-        ["FLOPs of a batch", flops_text(planned), flops_text(counted), _error(planned, counted)]
+        ["FLOPs of a batch", flops_text(planned), flops_text(counted), error_text(planned, counted)]
     ]
 
 
@@ -166,7 +137,7 @@ def compare_memory(cfg: ExperimentConfig, mesh: MeshSizes, xla: Any) -> list[lis
     rows = [("state", state, xla.argument_size_in_bytes)]
     rows.append(("working memory", held.total - state, xla.temp_size_in_bytes))
     rows.append(("both", held.total, xla.argument_size_in_bytes + xla.temp_size_in_bytes))
-    return [[n, bytes_text(p), bytes_text(r), _error(p, r)] for n, p, r in rows]
+    return [[n, bytes_text(p), bytes_text(r), error_text(p, r)] for n, p, r in rows]
 
 
 def planned_memory(cfg: ExperimentConfig, mesh: MeshSizes) -> memory.TrainingMemory:
@@ -210,17 +181,3 @@ def random_batch(cfg: ExperimentConfig) -> dict:
         "loss_mask": jnp.asarray(ones),
         "domain": jnp.asarray(0 * ones),
     }
-
-
-def matmul_peak(dtype, size: int | None = None, repeats: int = 5) -> float:
-    """FLOP/s of the best of a few square matmuls on one device."""
-    size = size or (1024 if jax.default_backend() == "cpu" else 8192)
-    a = jnp.ones((size, size), dtype)
-    multiply = jax.jit(jnp.dot)
-    jax.block_until_ready(multiply(a, a))
-    times = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        jax.block_until_ready(multiply(a, a))
-        times.append(time.perf_counter() - start)
-    return 2 * size**3 / min(times)

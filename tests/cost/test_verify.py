@@ -14,7 +14,9 @@ from moejax.config import (
     MoEConfig,
     TrainConfig,
 )
-from moejax.cost import verify
+from moejax.cost import hardware, receipt, verify
+from moejax.cost.architecture import of_model
+from moejax.cost.flops import flops_per_token
 from moejax.cost.memory import MeshSizes
 from moejax.sharding import make_layout
 
@@ -87,17 +89,34 @@ def test_verify_reports_every_prediction():
     flops, memory, measured = verify.verify(cfg, steps=1)
     assert len(flops.rows) == 1 and len(memory.rows) == 3
     assert all(r[3].endswith("%") for r in (*flops.rows, *memory.rows))
-    values = {r[0]: r[1] for r in measured.rows}
-    assert values["achieved"].endswith("%") and float(values["tokens/s"].replace(",", "")) > 0
+    values = {r[0]: r[2] for r in measured.rows}
+    assert values["of the matmul peak"].endswith("%")
+    assert float(values["tokens/s"].replace(",", "")) > 0
 
 
 def test_receipt_by_hand():
     """At a peak of the model's own FLOPs per token, one token a second achieves all of it."""
     cfg = experiment(dataclasses.replace(MODEL, moe=MoEConfig()))
-    from moejax.cost.architecture import of_model
-    from moejax.cost.flops import flops_per_token
-
     f = flops_per_token(of_model(cfg.model), "train", 64).total or 0
-    rows = {r[0]: r[1] for r in verify.receipt(cfg, 1.0, f, planned=1.2).rows}
-    assert rows["planned tokens/s"] == "1 (+20.0%)"
-    assert rows["achieved"] == "100.0%" and rows["seconds a step"] == "512 s"
+    rows = {r[0]: list(r[1:]) for r in receipt.receipt(cfg, 1.0, f, planned=1.2).rows}
+    assert rows["tokens/s"] == ["1", "1", "+20.0%"]
+    assert rows["seconds a step"] == ["426.7 s", "512 s", "-16.7%"]
+    assert rows["of the matmul peak"][1] == "100.0%"
+
+
+def test_plan_of_a_run():
+    """On virtual devices of one CPU: each has its share of cores and memory."""
+    cfg = experiment(MODEL, mesh=MeshConfig(data=2, expert=4))
+    layout = make_layout(cfg, jax.devices()[:8])
+    plan = receipt.plan_run(cfg, layout)
+    assert plan.run.mesh == MeshSizes(data=2, expert=4)
+    assert plan.run.device.memory < hardware.physical_memory() / 4
+    first, second = plan.headline().split("\n")
+    assert first.startswith("plan: ") and "active" in first and "on 8 x cpu" in second
+    assert "error of the plan" in plan.receipt(plan.step.tokens_per_second)
+    assert "+0.0%" in plan.receipt(plan.step.tokens_per_second)
+
+
+def test_device_at_hand_is_found_in_the_table():
+    assert getattr(hardware.device_of_kind("NVIDIA H100 80GB HBM3"), "name", "") == "h100"
+    assert hardware.device_of_kind("NVIDIA GH200 480GB") is None

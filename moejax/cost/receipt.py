@@ -1,0 +1,180 @@
+"""A training run's plan, printed at its start, and its receipt, printed at its end.
+
+plan = plan_run(cfg, layout)
+print(plan.headline())
+...
+print(plan.receipt(tokens_per_second))
+"""
+
+import dataclasses
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from moejax.config import ExperimentConfig
+from moejax.cost import memory, roofline
+from moejax.cost.architecture import Architecture, of_model
+from moejax.cost.flops import flops_per_token
+from moejax.cost.hardware import Device, device_of_kind, physical_memory
+from moejax.cost.params import counts
+from moejax.cost.plan import Run, experiment_step, of_experiment
+from moejax.cost.tables import (
+    Table,
+    bytes_text,
+    count_text,
+    flops_text,
+    render,
+    seconds_text,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class RunPlan:
+    """What a run is planned to need on the devices it runs on.
+
+    Attributes:
+      cfg, arch, run: the experiment, its architecture, and where it runs.
+      step: the estimate of one optimiser step.
+      memory: bytes on each device.
+    """
+
+    cfg: ExperimentConfig
+    arch: Architecture
+    run: Run
+    step: roofline.Estimate
+    memory: memory.TrainingMemory
+
+    @property
+    def flops_per_token(self) -> float:
+        """Model FLOPs: the useful ones, so neither recomputation nor masked scores."""
+        return model_flops_per_token(self.cfg)
+
+    def headline(self) -> str:
+        """Two lines for the head of a log."""
+        c, device, tokens = counts(self.arch)["with embeddings"], self.run.device, self.run.tokens
+        rate = self.step.tokens_per_second
+        return (
+            f"plan: {count_text(c.total)} parameters ({count_text(c.active)} active), "
+            f"{bytes_text(self.memory.total)} per device of {bytes_text(device.memory)}\n"
+            f"plan: about {rate:,.0f} tokens/s on {self.run.mesh.devices} x {device.name}, bound by "
+            f"{self.step.limit}; {count_text(tokens)} tokens in {seconds_text((tokens or 0) / rate)}"
+        )
+
+    def receipt(self, tokens_per_second: float) -> str:
+        """What was measured beside what was planned, as a table of a few lines."""
+        peak = total_peak(matmul_peak(jnp.dtype(self.cfg.model.dtype)), self.run.mesh.devices)
+        table = receipt(self.cfg, tokens_per_second, peak, self.step.tokens_per_second)
+        stats = jax.local_devices()[0].memory_stats() or {}
+        used = stats.get("peak_bytes_in_use")  # accelerators say; the CPU does not
+        if used:
+            row = ["memory per device", *_pair(self.memory.total, used, bytes_text)]
+            table = dataclasses.replace(table, rows=[*table.rows, row])
+        return render([table])
+
+
+def plan_run(cfg: ExperimentConfig, layout: Any) -> RunPlan:
+    """The plan of `cfg` on this process's kind of devices; `layout` None: one device."""
+    devices = layout.mesh.size if layout else 1
+    arch, run = of_experiment(cfg, this_device(jnp.dtype(cfg.model.dtype)), devices)
+    held = memory.training(
+        cfg.model, run.mesh, run.micro_batch, run.context, accumulate=run.micro_batch < run.batch
+    )
+    return RunPlan(cfg, arch, run, experiment_step(cfg, run), held)
+
+
+def model_flops_per_token(cfg: ExperimentConfig) -> float:
+    """FLOPs of training per token that are useful: no recomputation, no masked score."""
+    f = flops_per_token(
+        of_model(cfg.model), "train", cfg.data.seq_len, mtp=cfg.model.mtp_depth > 0
+    ).total
+    assert f is not None
+    return f
+
+
+def receipt(
+    cfg: ExperimentConfig, tokens_per_second: float, peak: float, planned: float | None = None
+) -> Table:
+    """What a run achieved, beside the planned tokens/s and a measured matmul peak (FLOP/s over all
+    its devices)."""
+    f = model_flops_per_token(cfg)
+    tokens = cfg.data.batch_size * cfg.data.seq_len
+    step, planned_step = tokens / tokens_per_second, planned and tokens / planned
+    return Table(
+        "Receipt",
+        ["", "planned", "measured", "error of the plan"],
+        [
+            ["tokens/s", *_pair(planned, tokens_per_second, lambda n: f"{n:,.0f}")],
+            ["seconds a step", *_pair(planned_step, step, seconds_text)],
+            ["model FLOP/s", *_pair(planned and f * planned, f * tokens_per_second, flops_text)],
+            ["of the matmul peak", "", f"{f * tokens_per_second / peak:.1%}", ""],
+            ["matmul peak", "", flops_text(peak), ""],
+        ],
+    )
+
+
+def _pair(planned: float | None, measured: float, text) -> list[str]:
+    error = error_text(planned, measured) if planned else ""
+    return [text(planned) if planned else "", text(measured), error]
+
+
+def error_text(predicted: float, real: float) -> str:
+    """'+12.0%': the prediction is that much above what is real."""
+    return f"{predicted / real - 1:+.1%}" if real else "-"
+
+
+# --------------------------------------------------------------------------------------------------
+# The devices at hand.
+
+
+def this_device(dtype) -> Device:
+    """The first local device: from the table if it is in there, else measured for a moment."""
+    here = jax.local_devices()[0]
+    known = device_of_kind(here.device_kind)
+    if known is not None:
+        return known
+    shared = _sharing()
+    limit = (here.memory_stats() or {}).get("bytes_limit")
+    return Device(
+        name="cpu" if here.platform == "cpu" else here.device_kind,
+        memory=float(limit or physical_memory() / shared),
+        bandwidth=copy_bandwidth() / shared,
+        flops={jnp.dtype(dtype).name: matmul_peak(dtype) / shared},
+        link=0.0,
+        price=None,
+        source="measured at the start of the run",
+    )
+
+
+def _sharing() -> int:
+    """Devices that share what one of them can do alone: virtual CPU devices share the cores."""
+    return jax.local_device_count() if jax.default_backend() == "cpu" else 1
+
+
+def total_peak(alone: float, devices: int) -> float:
+    """FLOP/s of so many devices, from that of one which works alone."""
+    return alone * devices / _sharing()
+
+
+def matmul_peak(dtype, size: int | None = None) -> float:
+    """FLOP/s of the best of a few square matmuls on one device."""
+    size = size or (1024 if jax.default_backend() == "cpu" else 8192)
+    a = jnp.ones((size, size), dtype)
+    return 2 * size**3 / _best_seconds(jax.jit(jnp.dot), a, a)
+
+
+def copy_bandwidth(size: int = 2**24) -> float:
+    """Bytes per second of the best of a few passes over an array, read and written."""
+    a = jnp.ones(size, jnp.float32)
+    return 2 * a.nbytes / _best_seconds(jax.jit(lambda x: x + 1), a)
+
+
+def _best_seconds(f, *args, repeats: int = 5) -> float:
+    jax.block_until_ready(f(*args))
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        jax.block_until_ready(f(*args))
+        times.append(time.perf_counter() - start)
+    return min(times)
