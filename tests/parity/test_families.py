@@ -15,7 +15,8 @@ from safetensors.numpy import load_file
 
 from moejax.config import ModelConfig
 from moejax.evals.generate import generate
-from moejax.interop.load import load_model, save_model
+from moejax.interop.load import load_model
+from moejax.interop.save import save_model
 from moejax.models import transformer
 from moejax.models.loss import loss_fn
 
