@@ -1,0 +1,232 @@
+"""`moejax import` and `moejax export`: between a Hugging Face folder and the folder of a run."""
+
+import dataclasses
+import json
+import pathlib
+
+import jax
+from absl import flags
+
+from moejax.config import (
+    ConfigError,
+    DataConfig,
+    ExperimentConfig,
+    MeshConfig,
+    ModelConfig,
+    to_json,
+)
+from moejax.data.tokenizer import FILE_NAME, JsonTokenizer
+from moejax.interop.checkpoint import CONFIG, open_checkpoint
+from moejax.interop.files import InteropError, exists, parse_json, read_bytes, whole_folder
+from moejax.interop.load import read_model
+from moejax.interop.save import save_model
+from moejax.models.zoo import config_from_hf, config_to_hf, families_for
+from moejax.models.zoo.architecture import architecture
+from moejax.params import count
+from moejax.sharding import RULES, Layout, make_mesh
+from moejax.train.checkpoint import Checkpoints
+from moejax.train.run import Run, load_run
+
+# Files of a checkpoint that a run keeps under hf/, so that `export` can write them again and
+# `generate` can read what it needs.
+KEPT_FOLDER = "hf"
+TOKENIZER_CONFIG = "tokenizer_config.json"
+KEPT = (
+    CONFIG,
+    TOKENIZER_CONFIG,
+    "generation_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+)
+
+
+def import_main(argv: list[str]) -> int:
+    """`moejax import`: make the folder of a run from a Hugging Face folder."""
+    fv = flags.FlagValues()
+    flags.DEFINE_string(
+        "hf_dir", None, "Folder with config.json, safetensors and tokenizer.json.", flag_values=fv
+    )
+    flags.DEFINE_string("workdir", None, "Folder to make; must not exist.", flag_values=fv)
+    usage = "usage: moejax import --hf_dir=models/deepseek-moe-16b --workdir=runs/16b"
+    if not _parse(fv, argv, usage, ("hf_dir", "workdir")):
+        return 0
+    import_run(pathlib.Path(fv.hf_dir), pathlib.Path(fv.workdir))
+    return 0
+
+
+def export_main(argv: list[str]) -> int:
+    """`moejax export`: write the newest checkpoint of a run as a Hugging Face folder."""
+    fv = flags.FlagValues()
+    flags.DEFINE_string("workdir", None, "Folder of a run.", flag_values=fv)
+    flags.DEFINE_string("hf_dir", None, "Folder to make; must not exist.", flag_values=fv)
+    flags.DEFINE_string(
+        "model_type", None, "Family to write; an imported run keeps its own.", flag_values=fv
+    )
+    usage = "usage: moejax export --workdir=runs/16b --hf_dir=models/mine [--model_type=deepseek]"
+    if not _parse(fv, argv, usage, ("workdir", "hf_dir")):
+        return 0
+    export_run(pathlib.Path(fv.workdir), pathlib.Path(fv.hf_dir), fv.model_type)
+    return 0
+
+
+def _parse(fv: flags.FlagValues, argv: list[str], usage: str, needed: tuple[str, ...]) -> bool:
+    """False if help was asked for, and printed."""
+    if any(a in ("--help", "-h") for a in argv):
+        print(f"{usage}\n\nFlags:\n{fv.get_help()}")
+        return False
+    try:
+        rest = fv(["moejax", *argv])[1:]
+    except flags.Error as e:
+        raise ConfigError(f"{e}\n{usage}") from e
+    if rest or not all(fv[name].value for name in needed):
+        flag_names = " and ".join(f"--{name}" for name in needed)
+        raise ConfigError(f"{flag_names} are needed, and nothing without a flag\n{usage}")
+    return True
+
+
+def import_run(hf_dir: pathlib.Path, workdir: pathlib.Path) -> None:
+    """Make `workdir` a run: config.json, tokenizer.json, hf/, and a checkpoint of step 0.
+
+    It appears whole, when everything is written, or not at all. Nothing outside of it and of a
+    temporary folder beside it is written.
+
+    Raises:
+      ConfigError: see `load_model`; no tokenizer.json, or one that does not fit; workdir is taken.
+    """
+    checkpoint = open_checkpoint(hf_dir)
+    text = _tokenizer_text(hf_dir)
+    kept = {name: read_bytes(hf_dir, name) for name in KEPT if exists(hf_dir, name)}
+    with whole_folder(workdir) as folder:
+        model = read_model(checkpoint, layout=_host(), progress=True)
+        cfg, params, router_state, account = model
+        tokenizer = JsonTokenizer(text, str(hf_dir / FILE_NAME))
+        if tokenizer.vocab_size > cfg.vocab_size:
+            raise InteropError(
+                f"{hf_dir / FILE_NAME} has {tokenizer.vocab_size} tokens, the model's vocabulary "
+                f"only {cfg.vocab_size}: they do not belong together"
+            )
+        experiment = ExperimentConfig(
+            name=workdir.name,
+            model=cfg,
+            data=DataConfig(
+                tokenizer=str((hf_dir / FILE_NAME).resolve()),
+                vocab_size=cfg.vocab_size,
+                seq_len=min(DataConfig.seq_len, cfg.max_seq_len),
+            ),
+        )
+        (folder / FILE_NAME).write_text(text, "utf-8")
+        (folder / KEPT_FOLDER).mkdir()
+        for name, content in kept.items():
+            (folder / KEPT_FOLDER / name).write_bytes(content)
+        checkpoints = Checkpoints(folder, experiment)
+        checkpoints.save_model(params, router_state)
+        checkpoints.close()
+        (folder / CONFIG).write_text(to_json(experiment))
+    print(
+        f"{account.table()}\n{workdir}: {checkpoint.hf['model_type']}, {count(params):,} parameters. "
+        f'Try moejax generate --workdir={workdir} --prompt="..."'
+    )
+
+
+def _tokenizer_text(hf_dir: pathlib.Path) -> str:
+    if not exists(hf_dir, FILE_NAME):
+        raise InteropError(
+            f"{hf_dir} has no {FILE_NAME}, without which no text can be encoded. `transformers` makes "
+            "one: AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR)"
+        )
+    try:
+        return read_bytes(hf_dir, FILE_NAME).decode("utf-8")
+    except UnicodeDecodeError as e:
+        raise InteropError(f"{hf_dir / FILE_NAME}: not UTF-8 ({e})") from e
+
+
+def export_run(workdir: pathlib.Path, hf_dir: pathlib.Path, model_type: str | None = None) -> None:
+    """Write the newest checkpoint of a run, with the files of its tokenizer, as a Hugging Face folder.
+
+    An imported run gets its own config.json back, without the quantisation it no longer has.
+
+    Raises:
+      ConfigError: not a run; hf_dir is taken; the family cannot express the model, or is not known.
+    """
+    run = load_run(workdir, _host())
+    kept_folder = workdir / KEPT_FOLDER
+    kept = {n: read_bytes(kept_folder, n) for n in KEPT if exists(kept_folder, n)}
+    own = parse_json(kept[CONFIG], str(kept_folder / CONFIG)) if CONFIG in kept else {}
+    model_type = model_type or own.get("model_type") or _only_family(run.cfg.model)
+    config = own if own.get("model_type") == model_type else {}
+    if not config or not _describes(config, run.cfg.model):
+        config = {**config_to_hf(run.cfg.model, model_type), **_token_ids(run)}
+    dtype = jax.tree.leaves(run.params)[0].dtype.name
+    config = _stored_as(config, dtype)
+    extra = dict(kept)
+    if config != own:
+        extra[CONFIG] = (json.dumps(config, indent=2) + "\n").encode()
+    if exists(workdir, FILE_NAME):
+        extra[FILE_NAME] = read_bytes(workdir, FILE_NAME)
+        extra.setdefault(TOKENIZER_CONFIG, _tokenizer_config(run, extra[FILE_NAME]))
+    save_model(
+        hf_dir,
+        run.cfg.model,
+        run.params,
+        run.router_state,
+        model_type,
+        extra_files=extra,
+        progress=True,
+    )
+    print(f"{hf_dir}: {model_type}, step {run.step}, {count(run.params):,} parameters in {dtype}")
+
+
+def _only_family(cfg: ModelConfig) -> str:
+    able = families_for(cfg)
+    if len(able) == 1:
+        return able[0]
+    if able:
+        raise InteropError(
+            f"several families can express this model: --model_type={'|'.join(able)}"
+        )
+    raise InteropError("no Hugging Face family can express this model")
+
+
+def _describes(hf: dict, cfg: ModelConfig) -> bool:
+    """Whether a config.json still is the one of this model."""
+    theirs = config_from_hf(hf)
+    if not cfg.mtp_depth:  # it may have been left out of the files; see mapping.as_saved
+        theirs = dataclasses.replace(theirs, mtp_depth=0)
+    return architecture(theirs) == architecture(cfg)
+
+
+def _stored_as(config: dict, dtype: str) -> dict:
+    """The config.json of weights stored in `dtype`, not quantised."""
+    config = {k: v for k, v in config.items() if k != "quantization_config"}
+    name = "dtype" if "dtype" in config else "torch_dtype"  # transformers 5 and before
+    return config if config.get(name) == dtype else {**config, name: dtype}
+
+
+def _token_ids(run: Run) -> dict:
+    t = run.tokenizer
+    return {"bos_token_id": t.bos_id, "eos_token_id": t.eos_id, "pad_token_id": t.pad_id}
+
+
+def _tokenizer_config(run: Run, tokenizer_json: bytes) -> bytes:
+    """What `transformers` needs beside a tokenizer.json that moejax trained."""
+    added = parse_json(tokenizer_json, FILE_NAME)["added_tokens"]
+    names = {token["id"]: token["content"] for token in added}
+    tokens = {key.removesuffix("_id"): names[i] for key, i in _token_ids(run).items()}
+    values = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "model_max_length": run.cfg.model.max_seq_len,
+        **tokens,
+    }
+    return (json.dumps(values, indent=2) + "\n").encode()
+
+
+def _host() -> Layout | None:
+    """Arrays only pass through, so they stay on the host, where there is most memory."""
+    try:
+        cpu = jax.devices("cpu")[:1]
+    except RuntimeError:  # JAX_PLATFORMS leaves the CPU out
+        return None
+    return Layout(make_mesh(MeshConfig(data=1), cpu), tuple(RULES.items()))
