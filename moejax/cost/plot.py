@@ -4,74 +4,91 @@ import pathlib
 
 from moejax.config import ConfigError
 from moejax.cost.compare import Row
+from moejax.cost.tables import UNKNOWN, bytes_text, count_text, flops_text
 
-BLUE, LIGHT, ORANGE, GREEN = "#1f5fa8", "#a9c9ea", "#d9822b", "#3a8f5c"
+MOE, DENSE, INK, PALE, BAND = "#1769aa", "#c4622d", "#222222", "#8a8f98", "#f4f5f7"
 
 
 def plot(rows: list[Row], path: str, context: int) -> None:
-    """Writes a PNG (or what the suffix says) to `path`; its directory must exist."""
+    """Writes a PNG (or what the suffix says) to `path`; its directory must exist.
+
+    Dots on logarithmic axes, since models differ by factors of thousands: active parameters filled,
+    total hollow, joined by a line, so that a mixture of experts is as long as it is sparse.
+    """
+    # Not pyplot: no window system, no global figures.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
     if not pathlib.Path(path).parent.is_dir():
         raise ConfigError(f"--plot={path}: {pathlib.Path(path).parent} does not exist")
-    import matplotlib
+    suffix = pathlib.Path(path).suffix.lstrip(".").lower() or "png"
+    known = FigureCanvasAgg.get_supported_filetypes()
+    if suffix not in known:
+        raise ConfigError(f"--plot={path}: .{suffix} is not one of {', '.join(sorted(known))}")
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    height = 1.6 + 0.42 * len(rows)
-    figure, axes = plt.subplots(
-        1, 3, figsize=(12, height), sharey=True, layout="constrained", width_ratios=(1.3, 1, 1)
-    )
-    places = range(len(rows))
+    figure = Figure(figsize=(12.5, 1.75 + 0.4 * len(rows)), layout="constrained")
+    axes = figure.subplots(1, 3, sharey=True, width_ratios=(1.5, 1, 1))
     panels = (
-        (axes[0], [("total", LIGHT), ("active", BLUE)], 1e9, "parameters (billions)"),
-        (axes[1], [("flops", ORANGE)], 1e9, "training GFLOPs per token"),
-        (
-            axes[2],
-            [("cache_context", GREEN)],
-            2**20,
-            f"KV cache in MiB, up to {context:,} tokens",
-        ),
+        (axes[0], ("active", "total"), count_text, 10, "parameters"),
+        (axes[1], ("flops",), flops_text, 10, "training FLOPs per token"),
+        (axes[2], ("cache_context",), bytes_text, 16, f"KV cache at {context:,} tokens"),
     )
-    for ax, series, unit, label in panels:
-        values = {key: [_number(getattr(r, key), unit) for r in rows] for key, _ in series}
-        known = [v for vs in values.values() for v in vs if v]
-        least = min(known, default=1.0) / 3
-        for key, color in series:
-            for y, v in zip(places, values[key]):
-                if v:
-                    # From the axis' lower end: bars on a log scale have no zero.
-                    ax.barh(y, v - least, left=least, height=0.68, color=color)
-        for y, row in zip(places, rows):
-            texts = [_label(getattr(row, k), values[k][y]) for k, _ in series]
-            end = max([values[k][y] or least for k, _ in series])
-            text = " / ".join(dict.fromkeys(texts))
-            ax.text(end * 1.12, y, text, va="center", fontsize=8, color="#333333")
-        ax.set_xscale("log")
-        ax.set_xlim(least, max(known, default=1.0) * 12)
-        ax.set_xlabel(f"{label}, log scale", fontsize=9)
-        ax.tick_params(labelsize=8.5, length=0)
-        ax.set_ylim(len(rows) - 0.5, -0.5)
-        ax.spines[["top", "right", "left"]].set_visible(False)
-    axes[0].set_yticks(list(places), [r.name for r in rows])
-    handles = [plt.Rectangle((0, 0), 1, 1, color=c) for c in (LIGHT, BLUE)]
-    axes[0].legend(
-        handles,
-        ["total", "active"],
-        fontsize=8,
-        frameon=False,
-        ncols=2,
-        loc="lower left",
-        bbox_to_anchor=(0, 1),
-    )
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
+    for ax, keys, text, base, label in panels:
+        _panel(ax, rows, keys, text, base)
+        ax.set_title(label, loc="left", fontsize=10.5, color=INK, pad=10)
+    axes[0].set_yticks(range(len(rows)), [r.name for r in rows], fontsize=10, color=INK)
+    _legend(figure)
+    figure.get_layout_engine().set(wspace=0.03)
+    figure.savefig(path, dpi=160, facecolor="white")
 
 
-def _number(value, unit) -> float | None:
-    return None if value is None or isinstance(value, str) else value / unit
+def _panel(ax, rows: list[Row], keys: tuple[str, ...], text, base: int) -> None:
+    values = [[v for k in keys if (v := _number(getattr(r, k)))] for r in rows]
+    known = [v for row in values for v in row] or [1.0]
+    ratio = max(known) / min(known)
+    # Room for the labels: a fifth of the span to the left, a third to the right.
+    low, high = min(known) / max(4, ratio**0.2), max(known) * max(9, ratio**0.33)
+    for y, (row, found) in enumerate(zip(rows, values)):
+        if y % 2 == 0:
+            ax.axhspan(y - 0.5, y + 0.5, color=BAND, zorder=0)
+        if not found:
+            said = getattr(row, keys[0]) or UNKNOWN
+            ax.text(low, y, f" {said}", va="center", fontsize=9, color=PALE, style="italic")
+            continue
+        color = MOE if row.kind == "MoE" else DENSE
+        ax.plot([found[0], found[-1]], [y, y], color=color, lw=3, alpha=0.35, zorder=2)
+        ax.plot(found[-1], y, "o", ms=9, mfc="white", mec=color, mew=2, zorder=3)
+        ax.plot(found[0], y, "o", ms=9, mfc=color, mec=color, mew=2, zorder=4)
+        right = dict(textcoords="offset points", va="center", fontsize=9, color=INK, zorder=5)
+        ax.annotate(text(found[-1]), (found[-1], y), (9, -0.5), ha="left", **right)
+        if found[-1] > found[0]:
+            ax.annotate(text(found[0]), (found[0], y), (-9, -0.5), ha="right", **right)
+    ax.set_xscale("log", base=base)
+    ax.set(xlim=(low, high), ylim=(len(rows) - 0.5, -0.5))
+    ax.xaxis.set_major_formatter(lambda x, _: text(x))
+    ax.xaxis.set_minor_formatter(lambda x, _: "")
+    ax.tick_params(labelsize=8.5, length=0, labelcolor=PALE)
+    ax.tick_params(which="minor", length=0)
+    ax.grid(axis="x", color="#dcdfe4", lw=0.8, zorder=1)
+    ax.spines[:].set_visible(False)
 
 
-def _label(value, scaled) -> str:
-    if scaled is None:
-        return value or "unknown"
-    return f"{scaled:,.0f}" if scaled >= 100 else f"{scaled:.3g}"
+def _legend(figure) -> None:
+    from matplotlib.lines import Line2D
+
+    def dot(color, fill, label):
+        return Line2D([], [], marker="o", ls="", ms=8, mfc=fill, mec=color, mew=2, label=label)
+
+    handles = [
+        dot(MOE, MOE, "mixture of experts: active"),
+        dot(MOE, "white", "mixture of experts: total"),
+        dot(DENSE, DENSE, "dense"),
+    ]
+    figure.legend(
+        handles=handles, loc="outside upper left", ncols=3, frameon=False, fontsize=9.5,
+        handletextpad=0.2, columnspacing=1.6,
+    )  # fmt: skip
+
+
+def _number(value) -> float | None:
+    return None if isinstance(value, str) else value
