@@ -1,0 +1,200 @@
+"""DeepSeek-V3 with multi-token prediction against float64 NumPy written from the papers' equations.
+
+Token by token and head by head, without a mask, a scan or a cache; it shares no code with moejax. The
+published implementations do not contain the MTP loss, and this needs neither of them.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from moejax.config import AttentionConfig, ModelConfig, MoEConfig, RopeConfig
+from moejax.models import transformer
+from moejax.models.loss import loss_fn
+from moejax.params import map_specs
+
+MLA = AttentionConfig(
+    kind="mla", num_heads=2, q_lora_rank=7, kv_lora_rank=6, qk_nope_head_dim=4, qk_rope_head_dim=4,
+    v_head_dim=5, rope=RopeConfig(theta=100.0, interleaved=True),
+)  # fmt: skip
+CFG = ModelConfig(
+    vocab_size=23, d_model=12, num_layers=2, num_dense_layers=1, d_ff=14, norm_eps=1e-5,
+    attention=MLA, mtp_depth=2, mtp_loss_weight=0.3,
+    moe=MoEConfig(
+        num_experts=6, experts_per_token=2, d_expert=5, shared_experts=1, score="sigmoid",
+        normalize_weights=True, routed_scaling=2.5, num_groups=3, topk_groups=2,
+        group_score="top2_sum", bias_update="sign", sequence_loss=0.1,
+    ),
+)  # fmt: skip
+S = 9
+# A row of two documents and padding, and a row of one document.
+SEGMENTS_BS = np.array([[1, 1, 1, 1, 1, 2, 2, 2, 0], [1] * S])
+TOKENS_BS = np.random.default_rng(0).integers(0, 23, (2, S + 1))
+
+
+def documents():
+    """(row, first position, tokens with one more than is read) of each document."""
+    for row, start, stop in ((0, 0, 5), (0, 5, 8), (1, 0, S)):
+        yield row, start, TOKENS_BS[row, start : stop + 1]
+
+
+def batch() -> dict:
+    positions = np.zeros_like(SEGMENTS_BS)
+    for row, start, tokens in documents():
+        positions[row, start : start + len(tokens) - 1] = np.arange(len(tokens) - 1)
+    fields = {
+        "tokens": TOKENS_BS[:, :-1] * (SEGMENTS_BS > 0),
+        "targets": TOKENS_BS[:, 1:],
+        "segment_ids": SEGMENTS_BS,
+        "positions": positions,
+        "loss_mask": SEGMENTS_BS > 0,
+    }
+    return {k: jnp.asarray(v, jnp.int32) for k, v in fields.items()}
+
+
+# ---------------------------------------------------------------------------------------------------
+# The oracle. x_TD is one document; p are parameters as float64 NumPy arrays.
+
+
+def rms_norm(p, x, eps):
+    return x / np.sqrt((x * x).mean(axis=-1, keepdims=True) + eps) * p["scale"]
+
+
+def turn(x_H, position):
+    """RoPE (2104.09864 eq. 34): adjacent pairs as complex numbers."""
+    pairs = x_H[0::2] + 1j * x_H[1::2]
+    theta = MLA.rope.theta ** (-np.arange(len(pairs)) / len(pairs))
+    return pairs * np.exp(1j * position * theta)
+
+
+def latent_attention(p, x_TD):
+    """2405.04434 eq. 37-47."""
+    n, nope, rope = MLA.num_heads, MLA.qk_nope_head_dim, MLA.qk_rope_head_dim
+    q_TNH = (rms_norm(p["q_norm"], x_TD @ p["w_q_a"], 1e-6) @ p["w_q_b"]).reshape(len(x_TD), n, -1)
+    kv_a = x_TD @ p["w_kv_a"]
+    latent = rms_norm(p["kv_norm"], kv_a[:, : MLA.kv_lora_rank], 1e-6)
+    kv_TNH = (latent @ p["w_kv_b"]).reshape(len(x_TD), n, -1)
+    rope_key = [turn(k, t) for t, k in enumerate(kv_a[:, MLA.kv_lora_rank :])]
+    out = np.zeros((len(x_TD), n, MLA.v_head_dim))
+    for t in range(len(x_TD)):
+        for head in range(n):
+            q = q_TNH[t, head]
+            q_rope = turn(q[nope:], t)
+            logits = np.array([
+                q[:nope] @ kv_TNH[j, head, :nope] + (q_rope * rope_key[j].conj()).real.sum()
+                for j in range(t + 1)
+            ]) / np.sqrt(nope + rope)  # fmt: skip
+            weight = np.exp(logits - logits.max())
+            out[t, head] = weight / weight.sum() @ kv_TNH[: t + 1, head, nope:]
+    return out.reshape(len(x_TD), -1) @ p["w_o"]
+
+
+def swiglu(p, x, at=()):
+    gate = x @ p["w_gate"][at]
+    return (gate / (1 + np.exp(-gate)) * (x @ p["w_up"][at])) @ p["w_down"][at]
+
+
+def moe(p, bias_E, x_TD):
+    """2412.19437 eq. 12-16; also (scores, chosen) of each token."""
+    m, y_TD, seen = CFG.moe, swiglu(p["shared"], x_TD), []
+    size = m.num_experts // m.num_groups
+    for t, x_D in enumerate(x_TD):
+        s_E = 1 / (1 + np.exp(-(x_D @ p["router"]["kernel"])))
+        c_E = s_E + bias_E
+        worth = [np.sort(c_E[g * size : (g + 1) * size])[-2:].sum() for g in range(m.num_groups)]
+        kept = np.argsort(worth)[-m.topk_groups :]
+        allowed = [i for i in range(m.num_experts) if i // size in kept]
+        chosen = sorted(allowed, key=lambda i: c_E[i])[-m.experts_per_token :]
+        for i in chosen:
+            weight = m.routed_scaling * s_E[i] / s_E[chosen].sum()
+            y_TD[t] += weight * swiglu(p["experts"], x_D, i)
+        seen.append((s_E, chosen))
+    return y_TD, seen
+
+
+def block(p, x_TD, bias_E=None):
+    x_TD = x_TD + latent_attention(p["attn"], rms_norm(p["attn_norm"], x_TD, CFG.norm_eps))
+    h_TD = rms_norm(p["ffn_norm"], x_TD, CFG.norm_eps)
+    y_TD, seen = moe(p["moe"], bias_E, h_TD) if "moe" in p else (swiglu(p["ffn"], h_TD), None)
+    return x_TD + y_TD, seen
+
+
+def nll(p, hidden_TD, targets):
+    logits = hidden_TD @ p["head"]
+    log_z = np.log(np.exp(logits).sum(axis=-1))
+    return [z - row[t] for z, row, t in zip(log_z, logits, targets)]
+
+
+def sequence_loss(routes) -> float:
+    """2412.19437 eq. 17-20 for the tokens of one sequence."""
+    m = CFG.moe
+    f_E = np.zeros(m.num_experts)
+    for _, chosen in routes:
+        f_E[chosen] += m.num_experts / (m.experts_per_token * len(routes))
+    return f_E @ np.mean([s / s.sum() for s, _ in routes], axis=0)
+
+
+def oracle(params, state):
+    """(mean cross-entropy, mean over depths of the MTP cross-entropy, balance loss)."""
+    pick = lambda tree, i: jax.tree.map(lambda a: a[i], tree)  # noqa: E731
+    layers = 1 + CFG.mtp_depth
+    main, depths = [], [[] for _ in range(CFG.mtp_depth)]
+    routes = {(layer, row): [] for layer in range(layers) for row in range(2)}
+    for row, _, tokens in documents():
+        read = len(tokens) - 1
+        x_TD, _ = block(pick(params["dense_blocks"], 0), params["embed"]["tokens"][tokens[:-1]])
+        x_TD, seen = block(
+            pick(params["moe_blocks"], 0), x_TD, state["moe_blocks"]["expert_bias"][0]
+        )
+        routes[0, row] += seen
+        h_TD = rms_norm(params["final_norm"], x_TD, CFG.norm_eps)
+        main += nll(params, h_TD, tokens[1:])
+        for k in range(1, CFG.mtp_depth + 1):
+            # Eq. 21-23: position i reads t_{i+k} and predicts t_{i+k+1}. A position without such a target
+            # in its document does not count, and what stands behind is not read before it.
+            p = pick(params["mtp"], k - 1)
+            known = max(read - k + 1, 0)
+            ahead = np.zeros((read, CFG.d_model))
+            ahead[:known] = params["embed"]["tokens"][tokens[k : k + known]]
+            both = np.concatenate(
+                [rms_norm(p["embed_norm"], ahead, CFG.norm_eps),
+                 rms_norm(p["hidden_norm"], h_TD, CFG.norm_eps)], axis=-1,
+            )  # fmt: skip
+            bias_E = state["mtp"]["expert_bias"][k - 1]
+            h_TD, _ = block(p["block"], both @ p["proj"], bias_E)
+            counted = max(read - k, 0)
+            normed = rms_norm(p["norm"], h_TD[:counted], CFG.norm_eps)
+            depths[k - 1] += nll(params, normed, tokens[k + 1 : k + 1 + counted])
+    balance = [sequence_loss(routes[0, row]) for row in range(2)]
+    return np.mean(main), np.mean([np.mean(d) for d in depths]), np.mean(balance)
+
+
+@pytest.fixture(scope="module")
+def model():
+    noise = np.random.default_rng(1)
+
+    def values(spec):
+        # Norms away from 1 and a bias away from 0, else their places would not matter.
+        if spec.init == "ones":
+            return noise.uniform(0.5, 1.5, spec.shape).astype(np.float32)
+        return (0.3 * noise.normal(size=spec.shape)).astype(np.float32)
+
+    state = jax.eval_shape(lambda: transformer.init_router_state(CFG))
+    bias = lambda a: (0.3 * noise.normal(size=a.shape)).astype(np.float32)  # noqa: E731
+    return map_specs(values, transformer.param_specs(CFG)), jax.tree.map(bias, state)
+
+
+def test_losses_equal_the_equations(model):
+    params, state = model
+    loss, parts = jax.jit(lambda p, s, b: loss_fn(p, s, b, CFG))(params, state, batch())
+    exact = jax.tree.map(lambda a: np.asarray(a, np.float64), (params, state))
+    main, mtp, trunk_balance = oracle(*exact)
+    # float32 against float64: losses near 3, three blocks deep.
+    np.testing.assert_allclose(parts.cross_entropy, main, rtol=1e-5)
+    np.testing.assert_allclose(parts.mtp, mtp, rtol=1e-5)
+    assert abs(main - mtp) > 1e-2
+    per_layer = parts.aux["moe_blocks"].losses["sequence"]
+    np.testing.assert_allclose(per_layer, [0.1 * trunk_balance], rtol=1e-5)
+    every = [*per_layer, *parts.aux["mtp"].losses["sequence"]]
+    np.testing.assert_allclose(loss, main + 0.3 * mtp + np.mean(every), rtol=1e-5)
