@@ -5,15 +5,14 @@ import pathlib
 import sys
 
 from absl import flags
-from ml_collections import config_flags
 
+from moejax import command_line
 from moejax.config import (
     CHOICES,
     ConfigError,
     ExperimentConfig,
     ModelConfig,
     choice_problem,
-    from_config_dict,
 )
 from moejax.cost import compare as comparing
 from moejax.cost.hardware import load_device
@@ -24,47 +23,38 @@ from moejax.cost.roofline import EFFICIENCY
 from moejax.cost.tables import FORMATS, bytes_text, render
 from moejax.models import zoo
 
-
-def _parse(name: str, usage: str, fv: flags.FlagValues, argv: list[str]) -> list[str] | None:
-    """Positional arguments; None after --help. A bad flag becomes a ConfigError with the usage."""
-    if any(a in ("--help", "-h", "-help") for a in argv):
-        print(f"{usage}\n\nFlags:\n{fv.get_help()}")
-        return None
-    try:
-        return fv([name, *argv])[1:]
-    # ml_collections reports a bad override by these.
-    except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as e:
-        raise ConfigError(f"{e}\n{usage}") from e
-
-
 PLAN_USAGE = """\
 usage: moejax plan MODEL                       a published model by name, e.g. deepseek-moe-16b
        moejax plan --hf_config=DIR             a Hugging Face config.json, or its directory
-       moejax plan --config=experiments/x.py   an experiment; --config.model...= overrides work"""
+       moejax plan --config=experiments/x.py   an experiment; --config.model...= overrides work
+   e.g. moejax plan deepseek-v3 --device=h800 --mesh=fsdp=64,expert=8 --batch=15360 --tokens=14.8e12"""
 
 
 def _plan_flags(argv: list[str]) -> flags.FlagValues:
     fv = flags.FlagValues()
-    config_flags.DEFINE_config_file(
-        "config", None, "Experiment to plan.", flag_values=fv, sys_argv=["plan", *argv]
-    )
+    command_line.define_config(fv, argv, "Experiment to plan.")
     text, whole, real = flags.DEFINE_string, flags.DEFINE_integer, flags.DEFINE_float
     text("model", None, "Name of a published model.", flag_values=fv)
     text("hf_config", None, "A Hugging Face config.json, or its directory.", flag_values=fv)
     text("device", "h100", "A device of the table, or 'cpu' (measured).", flag_values=fv)
-    text("mesh", None, "Devices per axis: data=1,fsdp=8,expert=4,tensor=1.", flag_values=fv)
-    whole("devices", 1, "Devices of an experiment whose mesh has a -1.", flag_values=fv)
+    text(
+        "mesh",
+        None,
+        "Devices per axis, e.g. data=1,fsdp=8,expert=4,tensor=1 [one device].",
+        flag_values=fv,
+    )
+    whole("devices", 1, "Devices there are, for an experiment whose mesh has a -1.", flag_values=fv)
     whole("batch", None, "Sequences per step, or served at once.", flag_values=fv)
     whole("micro_batch", None, "Sequences per forward and backward pass.", flag_values=fv)
     whole("context", None, "Tokens per sequence [4096, or the maximum].", flag_values=fv)
     real("tokens", None, "Training budget in tokens, e.g. 2e12.", flag_values=fv)
-    real("price", None, "USD per device and hour.", flag_values=fv)
-    real("efficiency", EFFICIENCY, "Part of the peak FLOP/s reached.", flag_values=fv)
-    text("dtype", None, "Compute dtype [bfloat16].", flag_values=fv)
-    text("remat", None, "Rematerialisation in training [full].", flag_values=fv)
-    flags.DEFINE_enum("format", "table", FORMATS, "How to print.", flag_values=fv)
+    real("price", None, "USD per device and hour [the table's, if any].", flag_values=fv)
+    real("efficiency", EFFICIENCY, "Part of the peak FLOP/s that training reaches.", flag_values=fv)
+    text("dtype", None, "Compute dtype of training [bfloat16].", flag_values=fv)
+    text("remat", None, "Rematerialisation in training: none, dots or [full].", flag_values=fv)
+    flags.DEFINE_enum("format", "table", FORMATS, "table, markdown or csv.", flag_values=fv)
     flags.DEFINE_boolean(
-        "verify", False, "Compile and run the real step, and compare.", flag_values=fv
+        "verify", False, "Compile and run the real step of --config, and compare.", flag_values=fv
     )
     return fv
 
@@ -72,7 +62,7 @@ def _plan_flags(argv: list[str]) -> flags.FlagValues:
 def plan_main(argv: list[str]) -> int:
     """`moejax plan ...`; argv without the command's name. Raises ConfigError for bad input."""
     fv = _plan_flags(argv)
-    names = _parse("plan", PLAN_USAGE, fv, argv)
+    names = command_line.parse("plan", PLAN_USAGE, fv, argv)
     if names is None:
         return 0
     wanted = [*names, *([fv.model] if fv.model else [])]
@@ -81,7 +71,7 @@ def plan_main(argv: list[str]) -> int:
         raise ConfigError(f"plan takes one model, not {given}\n{PLAN_USAGE}")
     device = load_device(fv.device, fv.price)
     if fv.config is not None:
-        experiment = _experiment(fv.config)
+        experiment = command_line.experiment(fv)
         arch, run = of_experiment(experiment, device, fv.devices)
         cfg: ModelConfig | None = experiment.model
         note = ""
@@ -90,8 +80,7 @@ def plan_main(argv: list[str]) -> int:
         arch, cfg, note = _load(wanted[0] if wanted else None, fv.hf_config)
         run = Run(device, context=min(4096, arch.max_seq_len))
     run = _override(run, fv, arch.max_seq_len)
-    if cfg is not None:
-        cfg = _computed(cfg, fv, published=fv.config is None)
+    cfg = _computed(cfg, fv, published=fv.config is None)
     print(render(plan(arch, cfg, run, note), fv.format))
     if fv.verify:
         if fv.config is None:
@@ -102,14 +91,6 @@ def plan_main(argv: list[str]) -> int:
 
         print(render(verify(experiment), fv.format))
     return 0
-
-
-def _experiment(config) -> ExperimentConfig:
-    """The frozen config; a file that ml_collections could not load is reported when first used."""
-    try:
-        return from_config_dict(config)
-    except OSError as e:
-        raise ConfigError(f"--config: {e}") from e
 
 
 def _load(name: str | None, hf_config: str | None):
@@ -159,18 +140,20 @@ def _override(run: Run, fv, max_seq_len: int) -> Run:
     return dataclasses.replace(run, micro_batch=min(micro, run.batch))
 
 
-def _computed(cfg: ModelConfig, fv, published: bool) -> ModelConfig:
+def _computed(cfg: ModelConfig | None, fv, published: bool) -> ModelConfig | None:
     """How it is computed: published models in bfloat16 with full remat, unless a flag says else."""
-    defaults = {"dtype": "bfloat16", "remat": "full"} if published else {}
+    changes = {"dtype": "bfloat16", "remat": "full"} if published else {}
     for key in ("dtype", "remat"):
-        value = fv[key].value or defaults.get(key)
+        value = fv[key].value
         if value is None:
             continue
-        problem = choice_problem(key, value, CHOICES[key])
+        problem = choice_problem("--" + key, value, CHOICES[key])
+        if problem is None and cfg is None:
+            problem = f"--{key} is for training, and this model can only be counted"
         if problem:
             raise ConfigError(problem)
-        cfg = dataclasses.replace(cfg, **{key: value})
-    return cfg
+        changes[key] = value
+    return cfg and dataclasses.replace(cfg, **changes)
 
 
 def parse_mesh(text: str) -> MeshSizes:
@@ -189,8 +172,8 @@ def parse_mesh(text: str) -> MeshSizes:
 
 
 COMPARE_USAGE = """\
-usage: moejax compare MODEL MODEL ... [--baseline=MODEL] [--format=table|markdown|csv]
-[--plot=X.png]"""
+usage: moejax compare MODEL MODEL ...          names of published models, or config.json files
+   e.g. moejax compare deepseek-moe-16b llama-2-7b gpt-2-xl gpt-4 --baseline=llama-2-7b --plot=x.png"""
 
 
 def compare_main(argv: list[str]) -> int:
@@ -198,9 +181,11 @@ def compare_main(argv: list[str]) -> int:
     fv = flags.FlagValues()
     flags.DEFINE_string("baseline", "", "Model FLOPs are relative to [the first].", flag_values=fv)
     flags.DEFINE_integer("context", 4096, "Tokens per sequence.", flag_values=fv)
-    flags.DEFINE_enum("format", "table", FORMATS, "How to print.", flag_values=fv)
-    flags.DEFINE_string("plot", None, "Write a picture to this file.", flag_values=fv)
-    models = _parse("compare", COMPARE_USAGE, fv, argv)
+    flags.DEFINE_enum("format", "table", FORMATS, "table, markdown or csv.", flag_values=fv)
+    flags.DEFINE_string(
+        "plot", None, "Draw the comparison into this file (.png, .svg, .pdf).", flag_values=fv
+    )
+    models = command_line.parse("compare", COMPARE_USAGE, fv, argv)
     if models is None:
         return 0
     rows = comparing.compare(models, fv.baseline, fv.context)

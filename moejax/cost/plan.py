@@ -5,6 +5,8 @@ import textwrap
 import types
 from typing import Any, cast
 
+import numpy as np
+
 from moejax.config import ConfigError, DataConfig, ExperimentConfig, ModelConfig, divisors_text
 from moejax.cost import memory, roofline
 from moejax.cost.architecture import Architecture, of_model
@@ -60,7 +62,10 @@ def check_run(cfg: ModelConfig | None, run: Run) -> None:
         # The rules of training themselves; they need jax, so only a real mesh pays for it.
         from moejax.sharding import RULES, Layout, layout_problems
 
-        mesh = cast(Any, types.SimpleNamespace(shape=dataclasses.asdict(run.mesh)))
+        platform = "tpu" if run.device.name.startswith("tpu") else "gpu"
+        device = types.SimpleNamespace(platform="cpu" if run.device.name == "cpu" else platform)
+        shape, devices = dataclasses.asdict(run.mesh), np.array([device])
+        mesh = cast(Any, types.SimpleNamespace(shape=shape, devices=devices))
         experiment = ExperimentConfig(model=cfg, data=DataConfig(batch_size=run.micro_batch))
         found = layout_problems(experiment, Layout(mesh, tuple(RULES.items())))
         key = "data.batch_size / train.accumulation"

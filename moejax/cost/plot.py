@@ -46,8 +46,8 @@ def _panel(ax, rows: list[Row], keys: tuple[str, ...], text, base: int) -> None:
     values = [[v for k in keys if (v := _number(getattr(r, k)))] for r in rows]
     known = [v for row in values for v in row] or [1.0]
     ratio = max(known) / min(known)
-    # Room for the labels: a fifth of the span to the left, a third to the right.
-    low, high = min(known) / max(4, ratio**0.2), max(known) * max(9, ratio**0.33)
+    # Room for the labels: a fifth of the span to the left, two fifths to the right.
+    low, high = min(known) / max(4, ratio**0.2), max(known) * max(9, ratio**0.42)
     for y, (row, found) in enumerate(zip(rows, values)):
         if y % 2 == 0:
             ax.axhspan(y - 0.5, y + 0.5, color=BAND, zorder=0)

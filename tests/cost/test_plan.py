@@ -396,7 +396,7 @@ BAD = {
     "device": (["gpt-2", "--device=h10"], "did you mean h100"),
     "mesh axis": (["gpt-2", "--mesh=pipeline=2"], "one of data, fsdp, expert, tensor"),
     "mesh size": (["gpt-2", "--mesh=fsdp=0"], "size at least 1"),
-    "mesh does not divide": (["gpt-2", "--mesh=fsdp=7"], "fsdp may be 1, 2, 3, 4, 6"),
+    "mesh does not divide": (["gpt-2", "--mesh=fsdp=7"], "their product may be 1, 2, 3, 4, 6"),
     "counted mesh": (["deepseek-v4-pro", "--mesh=expert=7"], "expert may be 1, 2, 3, 4, 6, 8"),
     "no file": (["--hf_config=/nowhere"], "/nowhere does not exist"),
     "context": (["gpt-2", "--context=5000"], "maximum of 1024"),

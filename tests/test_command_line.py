@@ -1,0 +1,63 @@
+"""Flags of a command: every mistake is a ConfigError that names it and what would work."""
+
+import pytest
+from absl import flags
+
+from moejax import command_line
+from moejax.config import ConfigError
+
+# ml_collections loads a config file in a way Python calls deprecated.
+pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
+
+USAGE = "usage: moejax try --size=3"
+GOOD = """\
+from moejax.config import ConfigError, ExperimentConfig, to_config_dict
+
+def get_config(variant=""):
+    if variant:
+        raise ConfigError(f"no variant {variant!r}; leave it out")
+    return to_config_dict(ExperimentConfig(name="tiny"))
+"""
+
+
+def parse(*argv):
+    fv = flags.FlagValues()
+    command_line.define_config(fv, list(argv), "An experiment.")
+    flags.DEFINE_integer("size", 3, "How many.", flag_values=fv)
+    return command_line.parse("try", USAGE, fv, list(argv)), fv
+
+
+def test_arguments_and_overrides(tmp_path):
+    (tmp_path / "x.py").write_text(GOOD)
+    rest, fv = parse("a", f"--config={tmp_path}/x.py", "--config.model.d_model=64", "b")
+    assert rest == ["a", "b"] and fv.size == 3
+    cfg = command_line.experiment(fv)
+    assert cfg.name == "tiny" and cfg.model.d_model == 64
+
+
+def test_help_lists_the_commands_own_flags(capsys):
+    rest, _ = parse("--help")
+    out = capsys.readouterr().out
+    assert rest is None and out.startswith(USAGE)
+    assert "How many. [3]" in out and "flagfile" not in out
+
+
+@pytest.mark.parametrize(
+    "flag, text",
+    [
+        ("--siz=2", "size"),
+        ("--size=two", "'two'"),
+        ("--config={0}/x.py --config.model.d_modl=2", "unknown key 'd_modl': Did you mean \"d_model\""),
+        ("--config={0}/x.py --config.model.d_model=two", "'two'"),
+        ("--config={0}/x.py:big", "no variant 'big'; leave it out"),
+        ("--config={0}/text.py", "text.py is not Python, line 1"),
+        ("--config={0}/none.py", "No such file or directory"),
+        ("--config={0}", "Is a directory"),
+    ],
+)  # fmt: skip
+def test_mistakes(flag, text, tmp_path):
+    (tmp_path / "x.py").write_text(GOOD)
+    (tmp_path / "text.py").write_text("A page of text.\n")
+    with pytest.raises(ConfigError) as e:
+        command_line.experiment(parse(*flag.format(tmp_path).split())[1])
+    assert text in str(e.value) and "Traceback" not in str(e.value)
