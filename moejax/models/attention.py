@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from moejax import axes
 from moejax.config import AttentionConfig, ModelConfig
+from moejax.linear import linear
 from moejax.models import cache as kv_cache
 from moejax.models.norm import norm, norm_specs
 from moejax.models.rope import rotate, softmax_scale
@@ -95,17 +96,22 @@ def attend(q_BSNH, k_BTMH, v_BTMH, mask_BST, scale: float, sinks_N=None) -> jax.
     `sinks_N` adds exp(sink) to each head's denominator (gpt-oss, 2508.10925).
     """
     b, s, n, h = q_BSNH.shape
-    m = k_BTMH.shape[2]
-    q = (q_BSNH * scale).reshape(b, s, m, n // m, h)
-    logits = jnp.einsum(
-        "BSMGH,BTMH->BMGST",
-        q,
-        k_BTMH,
-        preferred_element_type=jnp.promote_types(q.dtype, jnp.float32),
+    t, m = k_BTMH.shape[1:3]
+    # Heads first: then every product, of the backward pass too, is a batch of matrices as they lie in
+    # memory, which halves the time on CPU. The queries of one key head are the rows of one matrix.
+    q_BMGSH = (q_BSNH * scale).reshape(b, s, m, n // m, h).transpose(0, 2, 3, 1, 4)
+    q_BMQH = q_BMGSH.reshape(b, m, n // m * s, h)
+    k_BMTH, v_BMTH = (a.transpose(0, 2, 1, 3) for a in (k_BTMH, v_BTMH))
+    logits_BMQT = jnp.einsum(
+        "BMQH,BMTH->BMQT",
+        q_BMQH,
+        k_BMTH,
+        preferred_element_type=jnp.promote_types(q_BMQH.dtype, jnp.float32),
     )
-    p = _softmax(logits, mask_BST, sinks_N)
-    out = jnp.einsum("BMGST,BTMH->BSMGH", p.astype(v_BTMH.dtype), v_BTMH)
-    return out.reshape(b, s, n, -1)
+    p = _softmax(logits_BMQT.reshape(b, m, n // m, s, t), mask_BST, sinks_N).astype(v_BMTH.dtype)
+    out_BMQH = jnp.einsum("BMQT,BMTH->BMQH", p.reshape(b, m, -1, t), v_BMTH)
+    out_BSMGH = out_BMQH.reshape(b, m, n // m, s, -1).transpose(0, 3, 1, 2, 4)
+    return out_BSMGH.reshape(b, s, n, -1)
 
 
 def _softmax(logits_BMGST, mask_BST, sinks_N):
@@ -165,16 +171,11 @@ def attention(
         mask = visible(where.positions_BS, slots, window=window)
     absorbed = cache is not None and not prefill
     out_BSNH = core(params, q, keys, mask, cfg.attention, absorbed)
-    y_BSD = jnp.dot(out_BSNH.reshape(*x_BSD.shape[:2], -1), params["w_o"].astype(x_BSD.dtype))
-    if "b_o" in params:
-        y_BSD = y_BSD + params["b_o"].astype(x_BSD.dtype)[None, None]
-    return y_BSD, cache
+    return _linear(params, out_BSNH.reshape(*x_BSD.shape[:2], -1), "o"), cache
 
 
 def _linear(params, x, name):
-    y = jnp.dot(x, params[f"w_{name}"].astype(x.dtype))
-    bias = params.get(f"b_{name}")
-    return y if bias is None else y + bias.astype(x.dtype)[None, None]
+    return linear(x, params[f"w_{name}"], params.get(f"b_{name}"))
 
 
 def _project_mha(params, x_BSD, cfg: ModelConfig, where: Where):

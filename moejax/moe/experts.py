@@ -16,6 +16,7 @@ import jax.numpy as jnp
 
 from moejax import axes
 from moejax.config import MoEConfig
+from moejax.linear import linear
 from moejax.moe import windowed_ffn
 from moejax.moe.grouped_matmul import grouped_matmul
 from moejax.moe.varying import vary_together
@@ -88,10 +89,7 @@ def ffn(params: Params, x: jax.Array, activation: str, limit: float = 0.0) -> ja
 
 
 def _linear(params, name, x):
-    y = x @ params[f"w_{name}"].astype(x.dtype)
-    if f"b_{name}" in params:
-        y = y + jnp.broadcast_to(params[f"b_{name}"].astype(x.dtype), y.shape)
-    return y
+    return linear(x, params[f"w_{name}"], params.get(f"b_{name}"))
 
 
 # --------------------------------------------------------------------------------------------------

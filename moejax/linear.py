@@ -1,0 +1,17 @@
+"""The linear map that every layer uses."""
+
+import jax
+import jax.numpy as jnp
+
+
+def linear(x: jax.Array, w_DF: jax.Array, b_F: jax.Array | None = None) -> jax.Array:
+    """x (..., D) @ w (D, F) + b, computed in x's dtype: (..., F).
+
+    The leading dimensions are merged first. With more than one of them, the gradient of w contracts
+    several dimensions at once, which XLA:CPU does by writing transposed copies of both operands (an FFN
+    with its gradients takes 1.45 times as long); with one it is a plain product.
+    """
+    y = jnp.dot(x.reshape(-1, x.shape[-1]), w_DF.astype(x.dtype))
+    if b_F is not None:
+        y = y + b_F.astype(x.dtype)[None]
+    return y.reshape(*x.shape[:-1], w_DF.shape[1])
