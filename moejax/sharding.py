@@ -14,7 +14,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from moejax import axes
-from moejax.config import ConfigError, ExperimentConfig, MeshConfig, divisors_text
+from moejax.config import ConfigError, ExperimentConfig, MeshConfig, MoEConfig, divisors_text
 from moejax.params import Tree, map_specs
 
 # Logical axis -> mesh axes. Two dimensions of one array must not meet on one mesh axis.
@@ -36,6 +36,18 @@ RULES: dict[str, tuple[str, ...]] = {
     axes.ACT_MLP: (axes.TENSOR,),
 }
 
+# Logical axes that meet in one array: parameters, then activations.
+TOGETHER = (
+    (axes.VOCAB, axes.EMBED),
+    (axes.EMBED, axes.HEADS),
+    (axes.EMBED, axes.KV_HEADS),
+    (axes.EMBED, axes.LATENT),
+    (axes.LATENT, axes.HEADS),
+    (axes.EMBED, axes.MLP),
+    (axes.EXPERT, axes.EXPERT_EMBED, axes.EXPERT_MLP),
+    (axes.BATCH, axes.SEQ, axes.ACT_EMBED),
+)
+
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
@@ -51,6 +63,18 @@ class Layout:
     def size(self, logical: str) -> int:
         """Number of shards of one logical axis."""
         return math.prod(self.mesh.shape[a] for a in self.mesh_axes(logical))
+
+    def used(self, logical: str | None) -> tuple[str, ...]:
+        """Mesh axes of one logical axis that hold more than one device."""
+        return tuple(a for a in self.mesh_axes(logical) if self.mesh.shape[a] > 1)
+
+    def dividing(self, logical: str | None, size: int) -> tuple[str, ...]:
+        """Of `used`, those over which a dimension of this size can be split evenly."""
+        taken, shards = (), 1
+        for a in self.used(logical):
+            if size % (shards * self.mesh.shape[a]) == 0:
+                taken, shards = (*taken, a), shards * self.mesh.shape[a]
+        return taken
 
     def spec(self, *logical: str | None) -> PartitionSpec:
         """PartitionSpec of an array with these logical axes; raises if two claim one mesh axis."""
@@ -70,7 +94,10 @@ class Layout:
         return NamedSharding(self.mesh, self.spec(*logical))
 
     def constrain(self, x: jax.Array, *logical: str | None) -> jax.Array:
-        return jax.lax.with_sharding_constraint(x, self.sharding(*logical))
+        """`x` laid out by the table. A dimension stays whole over an axis that does not divide it: a few
+        rows when generating (sizes of training are checked by `layout_problems`)."""
+        parts = [self.dividing(name, n) or None for name, n in zip(logical, x.shape, strict=True)]
+        return jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh, PartitionSpec(*parts)))
 
     def of_specs(self, specs: Tree) -> Tree:
         """Shardings of a tree of ParamSpec."""
@@ -120,7 +147,7 @@ def make_mesh(cfg: MeshConfig, devices=None) -> Mesh:
     elif fixed > len(devices):
         raise ConfigError(
             f"mesh ({text}) needs {fixed} devices, there are {len(devices)}; "
-            f"the product may be {divisors_text(len(devices))}, or leave one axis at -1"
+            f"the product may be {divisors_text(len(devices))}, or set data=-1 to use what is left"
         )
     need = math.prod(sizes.values())
     grid = np.asarray(devices[:need]).reshape(tuple(sizes.values()))
@@ -165,12 +192,40 @@ def layout_problems(cfg: ExperimentConfig, layout: Layout) -> list[str]:
         if moe.shared_width:
             sized.append((axes.MLP, "the shared experts' width", moe.shared_width))
     problems = []
+    for names in TOGETHER:
+        try:
+            layout.spec(*names)
+        except ConfigError as e:
+            problems.append(str(e))
     for logical, key, value in sized:
         shards = layout.size(logical)
         if value % shards:
-            where = "+".join(layout.mesh_axes(logical))
+            where = " * ".join(f"{a}={layout.mesh.shape[a]}" for a in layout.mesh_axes(logical))
             problems.append(
-                f"{key}={value} does not divide over mesh axes {where} of size {shards}; "
-                f"{where} may be {divisors_text(value)}"
+                f"{key}={value} does not divide over {shards} devices (mesh axes {where}); "
+                f"their product may be {divisors_text(value)}"
             )
+    if m.num_moe_layers and moe.dispatcher == "dropless":
+        problems += _strategy_problems(moe, layout)
+    return problems
+
+
+def _strategy_problems(moe: MoEConfig, layout: Layout) -> list[str]:
+    """Why the expert-parallel strategy or its kernel cannot run on this mesh, as sentences."""
+    problems = []
+    batch, experts = layout.used(axes.BATCH), layout.used(axes.EXPERT)
+    apart = [a for a in experts if a not in batch]
+    if moe.expert_parallel == "all_to_all" and apart:
+        problems.append(
+            f"model.moe.expert_parallel='all_to_all' exchanges tokens between the devices that hold the "
+            f"batch, but experts are split over mesh axis {apart[0]!r} of size "
+            f"{layout.mesh.shape[apart[0]]}, which holds no batch (batch={'+'.join(batch) or 'none'}): "
+            f"'ring' would work, or mesh.rules=('batch={'+'.join((*batch, *apart))}',)"
+        )
+    platform = layout.mesh.devices.flat[0].platform
+    if moe.grouped_matmul == "tokamax" and platform == "cpu":
+        problems.append(
+            "model.moe.grouped_matmul='tokamax' has no kernels for platform 'cpu': "
+            "'auto' or 'blocked' would work"
+        )
     return problems

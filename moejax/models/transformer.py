@@ -167,7 +167,14 @@ def block(
     if totals is not None:
         totals = BatchTotals(totals.num_tokens, totals.num_sequences, *layer.load)
     y, aux = moe_layer.moe(
-        p["moe"], layer.state, h, cfg, totals=totals, replay_TK=layer.replay_TK, **moe_args
+        p["moe"],
+        layer.state,
+        h,
+        cfg,
+        totals=totals,
+        replay_TK=layer.replay_TK,
+        layout=layout,
+        **moe_args,
     )
     return _constrain(x_BSD + y, layout), cache, aux
 

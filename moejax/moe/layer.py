@@ -11,10 +11,12 @@ import jax.numpy as jnp
 from moejax import axes
 from moejax.config import ModelConfig
 from moejax.moe.dispatch import DISPATCHERS
+from moejax.moe.dispatch.expert_parallel import expert_parallel
 from moejax.moe.experts import expert_param_specs, ffn, ffn_param_specs
 from moejax.moe.routers import ROUTERS
 from moejax.moe.routing import BatchTotals
 from moejax.params import ParamSpec
+from moejax.sharding import Layout
 
 
 class MoEAux(NamedTuple):
@@ -60,6 +62,7 @@ def moe(
     token_ids_BS: jax.Array | None = None,
     replay_TK: jax.Array | None = None,
     totals: BatchTotals | None = None,
+    layout: Layout | None = None,
     key: jax.Array | None = None,
 ) -> tuple[jax.Array, MoEAux]:
     """One MoE layer.
@@ -73,6 +76,7 @@ def moe(
       token_ids_BS: for routers that look at them.
       replay_TK: expert indices to force; weights are still computed.
       totals: totals of the global batch when this is one micro-batch of it.
+      layout: the mesh and its table; None on one device.
       key: for routers that draw random numbers.
 
     Returns:
@@ -93,8 +97,11 @@ def moe(
         replay_TK=replay_TK,
         totals=totals,
     )
-    # On several devices the compiler partitions the dispatcher: global semantics, one program.
-    y_TD, dropped = DISPATCHERS[cfg.moe.dispatcher](params["experts"], x_TD, out.routing, cfg.moe)
+    experts = params["experts"]
+    if layout is not None and cfg.moe.dispatcher == "dropless":
+        y_TD, dropped = expert_parallel(experts, x_TD, out.routing, cfg.moe, layout)
+    else:  # on a mesh the compiler partitions these: global semantics, one program
+        y_TD, dropped = DISPATCHERS[cfg.moe.dispatcher](experts, x_TD, out.routing, cfg.moe)
     y_BSD = y_TD.reshape(b, s, d)
     if "shared" in params:
         shared_BSD = ffn(params["shared"], x_BSD, cfg.moe.activation, cfg.moe.activation_limit)

@@ -24,7 +24,7 @@ class SortedRoutes(NamedTuple):
 
     Attributes:
       route_R: the route in each row, sorted by expert; within an expert, in token order.
-      row_TK: the row of each route.
+      row_TK: the row of each route, R or more where it has none.
       group_sizes_E: rows of each expert. Empty slots lie past their sum.
     """
 
@@ -50,13 +50,22 @@ def sort_routes(expert_index_TK: jax.Array, num_experts: int) -> SortedRoutes:
     return SortedRoutes(route_R, row_R.reshape(expert_index_TK.shape), group_sizes_E)
 
 
+def limit_rows(routes: SortedRoutes, num_rows: int) -> tuple[SortedRoutes, jax.Array]:
+    """The first `num_rows` rows, and how many routes that drops (those of the last experts)."""
+    if num_rows >= routes.route_R.size:
+        return routes, jnp.zeros((), jnp.int32)
+    kept_E = jnp.diff(jnp.minimum(jnp.cumsum(routes.group_sizes_E), num_rows), prepend=0)
+    dropped = (routes.group_sizes_E - kept_E).sum()
+    return SortedRoutes(routes.route_R[:num_rows], routes.row_TK, kept_E), dropped
+
+
 def dropless(
     params: Params,
     x_TD: jax.Array,
     routing: Routing,
     moe: MoEConfig,
     *,
-    num_experts: int | None = None,
+    num_rows: int | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """y_T = sum over K of combine_weights_TK * expert_ffn[expert_index_TK](x_T), nothing dropped.
 
@@ -66,26 +75,35 @@ def dropless(
       routing: expert_index_TK (int32, -1 = empty slot, contributes nothing) and combine_weights_TK
         (float32).
       moe: activation and grouped matmul implementation.
-      num_experts: how many experts `params` holds; read from `params` if None.
+      num_rows: rows to compute, where fewer than T K routes can be taken (most of them are another
+        device's): no more than these are moved or held.
 
     Returns:
-      y_TD in x's dtype, and the number of dropped routes: 0.
+      y_TD in x's dtype, and the number of routes dropped for want of rows; 0 without `num_rows`.
     """
-    routes = sort_routes(routing.expert_index_TK, num_experts or params["w_down"].shape[0])
+    routes = sort_routes(routing.expert_index_TK, params["w_down"].shape[0])
+    dropped = jnp.zeros((), jnp.int32)
+    if num_rows is not None:
+        routes, dropped = limit_rows(routes, num_rows)
     x_RD = dispatch(*vary_together(x_TD, routes.route_R, routes.row_TK))
     y_RD = expert_ffn(params, x_RD, routes.group_sizes_E, moe)
     y_TD = combine(*vary_together(y_RD, routing.combine_weights_TK, routes.route_R, routes.row_TK))
-    return y_TD, jnp.zeros((), jnp.int32)
+    return y_TD, dropped
 
 
 def _no_gradient(x):
     return np.zeros(x.shape, jax.dtypes.float0)
 
 
+def _take(a: jax.Array, index: jax.Array) -> jax.Array:
+    """a[index], zero past the end: a route without a row, a row without a route."""
+    return a.at[index].get(mode="fill", fill_value=0)
+
+
 @jax.custom_vjp
 def dispatch(x_TD: jax.Array, route_R: jax.Array, row_TK: jax.Array) -> jax.Array:
-    """x_RD: the token of every row."""
-    return x_TD[route_R // row_TK.shape[1]]
+    """x_RD: the token of every row; zero where route_R is T K (no route)."""
+    return _take(x_TD, route_R // row_TK.shape[1])
 
 
 def _dispatch_forward(x_TD, route_R, row_TK):
@@ -95,7 +113,7 @@ def _dispatch_forward(x_TD, route_R, row_TK):
 def _dispatch_backward(residuals, dx_RD):
     route_R, row_TK = residuals
     # Rows past the groups hold zeros: expert_ffn gives them no gradient.
-    dx_TD = sum(dx_RD[row_T].astype(_wide(dx_RD)) for row_T in row_TK.T)
+    dx_TD = sum(_take(dx_RD, row_T).astype(_wide(dx_RD)) for row_T in row_TK.T)
     return dx_TD.astype(dx_RD.dtype), _no_gradient(route_R), _no_gradient(row_TK)
 
 
@@ -110,7 +128,7 @@ def combine(
     wide = _wide(y_RD)
     # A sum of K gathers, not a reduction of one: XLA fuses it and writes nothing of size T K D.
     y_TD = sum(
-        y_RD[row_T].astype(wide) * weight_T.astype(wide)[:, None]
+        _take(y_RD, row_T).astype(wide) * weight_T.astype(wide)[:, None]
         for row_T, weight_T in zip(row_TK.T, weights_TK.T)
     )
     return y_TD.astype(y_RD.dtype)
@@ -123,10 +141,13 @@ def _combine_forward(y_RD, weights_TK, route_R, row_TK):
 def _combine_backward(residuals, dy_TD):
     y_RD, weights_TK, route_R, row_TK = residuals
     wide = _wide(y_RD)
-    weight_R = weights_TK.reshape(-1)[route_R].astype(wide)
-    dy_RD = dy_TD[route_R // row_TK.shape[1]].astype(wide) * weight_R[:, None]
+    weight_R = _take(weights_TK.reshape(-1), route_R).astype(wide)
+    dy_RD = _take(dy_TD, route_R // row_TK.shape[1]).astype(wide) * weight_R[:, None]
     dweights_TK = jnp.stack(
-        [jnp.sum(y_RD[row_T].astype(wide) * dy_TD.astype(wide), axis=1) for row_T in row_TK.T],
+        [
+            jnp.sum(_take(y_RD, row_T).astype(wide) * dy_TD.astype(wide), axis=1)
+            for row_T in row_TK.T
+        ],
         axis=1,
     )
     return (

@@ -1,0 +1,94 @@
+"""On any mesh and in any way of computing it, one step is the step of the dense oracle on one device.
+
+Loss, cross-entropy, every balance loss, every gradient, every load and the router's new bias. The cases
+of CORE each combine several ways; PRODUCT (`pytest -m product`) is the rest of the table.
+"""
+
+import functools
+
+import jax
+import numpy as np
+import pytest
+from mesh_case import assert_same, config, layout_of, make_inputs, oracle, run
+
+from moejax.train.state import state_of_model
+from moejax.train.step import compile_step
+
+EXPERTS_ON_DATA = ("expert=data",)
+ALL = dict(fsdp=2, expert=2, tensor=2)
+
+the_oracle = functools.cache(oracle)
+
+CORE = {
+    "data": dict(mesh=dict(data=8)),
+    "ring": dict(mesh=dict(data=2, expert=4), skewed=True, remat="full"),
+    "all_to_all": dict(
+        mesh=dict(data=2, expert=4), expert_parallel="all_to_all", skewed=True, scan=False
+    ),
+    "ring on all axes": dict(mesh=ALL, accumulation=2, remat="full"),
+    "all_to_all on all axes": dict(mesh=ALL, expert_parallel="all_to_all", mtp=1),
+    "experts on the batch's axis": dict(
+        mesh=dict(data=4, rules=EXPERTS_ON_DATA), expert_parallel="all_to_all", accumulation=2
+    ),
+    "capacity": dict(mesh=dict(data=2, fsdp=2, tensor=2), dispatcher="capacity", accumulation=2),
+}
+
+
+def check(skewed=False, mtp=0, **how):
+    want = the_oracle(skewed=skewed, mtp=mtp)
+    got = run(skewed=skewed, mtp=mtp, **how)
+    assert set(got["balance"]) == {"expert", "sequence", "device", "communication", "z"}
+    assert all(np.all(d == 0) for d in got["dropped"].values())
+    assert_same(got, want)
+    if skewed:  # one device of the expert axis owns every busy expert, the others none
+        for load_LE in got["load"].values():
+            assert (load_LE[:, 2:] == 0).all() and (load_LE[:, :2] > 0).all()
+
+
+@pytest.mark.parametrize("name", CORE)
+def test_core(name):
+    check(**CORE[name])
+
+
+def test_float32():
+    """The dtype of training. Two float32 sums of n terms differ by some sqrt(n) 6e-8 of their
+    terms' size: 1e-5 and, where terms cancel, 1e-6 of gradients of order 0.1 leave a factor of ten."""
+    how = dict(dtype="float32", mesh=ALL)
+    assert_same(run(**how), the_oracle(), dict(rtol=1e-5, atol=1e-6))
+
+
+def two_steps(**how):
+    """Parameters, optimiser and router state after two steps of `train_step`, and metrics."""
+    cfg = config(**how)
+    with jax.enable_x64(True):
+        layout = layout_of(cfg)
+        params, router_state, batch = make_inputs(cfg.model, False)
+        state = state_of_model(cfg, params, router_state, layout)
+        step = compile_step(cfg, layout=layout)
+        for _ in range(2):
+            state, metrics = step(state, batch)
+        return jax.device_get((state, metrics))
+
+
+def test_two_steps():
+    got = two_steps(mesh=ALL, accumulation=2, expert_parallel="all_to_all")
+    want = two_steps(dispatcher="dense")
+    # Adam divides gradients by their size + 1e-8: errors of 1e-16 grow to 1e-8 of the learning rate.
+    assert_same(got, want, dict(rtol=1e-8, atol=1e-9))
+    assert int(want[0].skipped) == 0 and float(want[1]["drop_fraction"]) == 0
+
+
+# ---------------------------------------------------------------------------------------------------
+# The rest of the table.
+
+MESHES = {
+    "data": dict(data=4),
+    "fsdp": dict(fsdp=4),
+    "expert": dict(expert=8),
+    "tensor": dict(tensor=2),
+    "data*expert": dict(data=2, expert=2),
+    "data*fsdp*expert": dict(data=2, fsdp=2, expert=2),
+    "expert*tensor": dict(expert=4, tensor=2),
+    "experts on data": dict(data=4, tensor=2, rules=EXPERTS_ON_DATA),
+    "experts apart": dict(data=2, expert=2, rules=("batch=data",)),
+}
