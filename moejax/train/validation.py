@@ -34,21 +34,26 @@ def evaluate(
     """Over held-out batches, each whole in every process.
 
     Returns:
-      Loss (nats per token), perplexity, bits per byte, and `loss/<domain>`; and the routes of each domain
-      to each expert of each MoE layer, int [domain, L, E], None without MoE layers.
+      Loss (nats per token), perplexity, bits per byte, `loss/<domain>` and `bits_per_byte/<domain>`; and
+      the routes of each domain to each expert of each MoE layer, int [domain, L, E], None without MoE layers.
     """
-    sums, num_bytes = None, 0
+    sums, bytes_d = None, np.zeros(len(domains))
     for batch in batches:
         out = jax.device_get(eval_fn(params, router_state, place_whole(batch, layout)))
         sums = out if sums is None else jax.tree.map(np.add, sums, out)
-        num_bytes += int((tokenizer.token_bytes_V[batch["targets"]] * batch["loss_mask"]).sum())
+        np.add.at(
+            bytes_d, batch["domain"], tokenizer.token_bytes_V[batch["targets"]] * batch["loss_mask"]
+        )
     assert sums is not None, "no batch to evaluate"
     nll, targets = sums["domain_nll"], sums["domain_targets"]
     loss = float(nll.sum() / targets.sum())
+    bits_d = nll / np.log(2) / np.maximum(bytes_d, 1)
+    seen = [(i, d) for i, d in enumerate(domains) if targets[i]]
     results = {
         "loss": loss,
         "perplexity": float(np.exp(loss)),
-        "bits_per_byte": float(nll.sum() / np.log(2) / max(num_bytes, 1)),
-        **{f"loss/{d}": float(nll[i] / targets[i]) for i, d in enumerate(domains) if targets[i]},
+        "bits_per_byte": float(nll.sum() / np.log(2) / max(bytes_d.sum(), 1)),
+        **{f"loss/{d}": float(nll[i] / targets[i]) for i, d in seen},
+        **{f"bits_per_byte/{d}": float(bits_d[i]) for i, d in seen},
     }
     return results, sums.get("domain_load")

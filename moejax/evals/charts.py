@@ -1,0 +1,81 @@
+"""The report's pictures: matplotlib figures as PNG bytes, drawn without any global state."""
+
+import io
+
+import numpy as np
+from matplotlib.figure import Figure
+
+COLOURS = ("#2f6fb3", "#d1662a", "#3c8f4b", "#8a5fb0", "#b8860b", "#5b6770", "#c2427b", "#1b8a8f")
+
+
+def png(figure: Figure) -> bytes:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=110, bbox_inches="tight")
+    return buffer.getvalue()
+
+
+def lines(panels: list[tuple[str, str, dict]], width: float = 10.0, x_label: str = "step") -> bytes:
+    """Panels side by side, each (title, y label, {name: (x, y)}); a single point is drawn as a dot."""
+    figure = Figure(figsize=(width, 3.2), layout="constrained")
+    for axes, (title, label, series) in zip(
+        figure.subplots(1, len(panels), squeeze=False)[0], panels
+    ):
+        for (name, (x, y)), colour in zip(series.items(), COLOURS * (len(series) // 8 + 1)):
+            few = len(x) <= 12
+            axes.plot(x, y, label=name, color=colour, lw=1.6, marker="o" if few else "", ms=3.5)
+        axes.set_title(title, fontsize=10, loc="left")
+        axes.set_xlabel(x_label)
+        axes.set_ylabel(label)
+        axes.grid(alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+        if len(series) > 1:
+            axes.legend(fontsize=8, frameon=False)
+    return png(figure)
+
+
+def load_over_time(steps: list[int], load_sLE: np.ndarray, layers: list[int]) -> bytes:
+    """A heat map per layer: step by expert, load over the mean load (1 = balanced)."""
+    figure = Figure(figsize=(10, 1.0 + 2.3 * (-(-len(layers) // 3))), layout="constrained")
+    columns = min(3, len(layers))
+    grid = figure.subplots(-(-len(layers) // columns), columns, squeeze=False).ravel()
+    image = None
+    for axes, layer in zip(grid, layers):
+        load_sE = load_sLE[:, layer]
+        relative = load_sE / np.maximum(load_sE.mean(axis=1, keepdims=True), 1e-9)
+        edges = [*steps, steps[-1] + (steps[-1] - steps[-2] if len(steps) > 1 else 1)]
+        image = axes.pcolormesh(
+            edges, np.arange(load_sE.shape[1] + 1), relative.T, cmap="viridis", vmin=0, vmax=2.5
+        )
+        axes.set_title(f"MoE layer {layer}", fontsize=10, loc="left")
+        axes.set_xlabel("step")
+        axes.set_ylabel("expert")
+    for axes in grid[len(layers) :]:
+        axes.set_visible(False)
+    figure.colorbar(image, ax=list(grid), label="load / mean load", shrink=0.85, extend="max")
+    return png(figure)
+
+
+def domains_to_experts(domain_dLE: np.ndarray, domains: list[str], layers: list[int]) -> bytes:
+    """A heat map per layer: domain by expert, the domain's share of routes over the uniform share.
+    Experts are ordered by the domain they favour, so that specialists stand side by side, unused ones last."""
+    d, _, e = domain_dLE.shape
+    figure = Figure(figsize=(10, (0.75 + 0.28 * d) * len(layers) + 0.4), layout="constrained")
+    grid = figure.subplots(len(layers), 1, squeeze=False)[:, 0]
+    image = None
+    for axes, layer in zip(grid, layers):
+        share_dE = domain_dLE[:, layer] / np.maximum(
+            domain_dLE[:, layer].sum(axis=1, keepdims=True), 1
+        )
+        relative = share_dE * e
+        favourite = np.where(relative.max(axis=0) > 0, relative.argmax(axis=0), d)
+        order = np.lexsort((-relative.max(axis=0), favourite))
+        image = axes.imshow(relative[:, order], aspect="auto", cmap="viridis", vmin=0, vmax=2.5)
+        axes.set_title(f"MoE layer {layer}", fontsize=10, loc="left")
+        axes.set_yticks(range(d), domains, fontsize=8)
+        if e <= 64:
+            axes.set_xticks(range(e), [str(i) for i in order], fontsize=6)
+        else:
+            axes.set_xticks([])
+    grid[-1].set_xlabel("expert")
+    figure.colorbar(image, ax=list(grid), label="share / uniform share", shrink=0.9, extend="max")
+    return png(figure)

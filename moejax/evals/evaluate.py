@@ -1,0 +1,116 @@
+"""`moejax evaluate`: loss, perplexity and bits per byte of held-out text, overall and by domain."""
+
+import dataclasses
+import json
+import math
+import pathlib
+
+from absl import flags
+from tqdm import tqdm
+
+from moejax.config import ConfigError, DataConfig
+from moejax.cost.tables import Table, render
+from moejax.data import load_corpus, validation_batches
+from moejax.evals.writer import mesh_layout
+from moejax.train.run import load_run, read_config
+from moejax.train.validation import compile_eval, evaluate
+
+USAGE = """\
+usage: moejax evaluate --workdir=RUN                              the run's own held-out documents
+       moejax evaluate --workdir=RUN --sources=wiki=FILES,..      text, .jsonl[.gz|.zst] or .parquet"""
+
+
+def held_out(data: DataConfig, sources: tuple[str, ...]) -> tuple[DataConfig, object]:
+    """The data config and corpus to evaluate on: the run's own held-out documents, or every document
+    of `sources`."""
+    if not sources:
+        return data, load_corpus(data)
+    data = dataclasses.replace(data, sources=sources, weights=(), max_bytes=0)
+    return data, load_corpus(data, only_validation=True)
+
+
+def evaluate_run(
+    workdir: pathlib.Path,
+    sources: tuple[str, ...] = (),
+    *,
+    num_batches: int | None = None,
+    seq_len: int | None = None,
+    batch_size: int | None = None,
+    mesh: str | None = None,
+) -> dict[str, float]:
+    """Evaluates the newest checkpoint of a run, trained or imported.
+
+    Args:
+      workdir: the run's folder.
+      sources: as `data.sources` of a config; () for the run's own held-out documents.
+      num_batches: at most so many batches; None for all of the text.
+      seq_len, batch_size: instead of the run's. Documents longer than seq_len are cut into pieces, and a
+        piece does not see the one before: a longer seq_len gives a lower loss.
+      mesh: 'data=2,tensor=4', None for one device.
+
+    Returns:
+      See `moejax.train.validation.evaluate`. Raises ConfigError (DataError for the text) for bad input.
+    """
+    cfg = read_config(workdir)
+    data = dataclasses.replace(
+        cfg.data, seq_len=seq_len or cfg.data.seq_len, batch_size=batch_size or cfg.data.batch_size
+    )
+    if data.seq_len > cfg.model.max_seq_len:
+        raise ConfigError(
+            f"seq_len={data.seq_len} exceeds the model's model.max_seq_len={cfg.model.max_seq_len}"
+        )
+    data, corpus = held_out(data, sources)
+    layout = None if mesh is None else mesh_layout(dataclasses.replace(cfg, data=data), mesh)
+    run = load_run(workdir, layout)
+    batches = validation_batches(corpus, run.tokenizer, data, num_batches)
+    eval_fn = compile_eval(run.cfg, num_domains=len(corpus.domains), layout=layout)
+    progress = tqdm(batches, desc="evaluate", unit="batch", total=len(batches), leave=False)
+    return evaluate(
+        eval_fn, run.params, run.router_state, progress, corpus.domains, run.tokenizer, layout
+    )[0]
+
+
+def results_table(results: dict[str, float], title: str) -> Table:
+    """One row for all text and one per domain."""
+    names = [n.removeprefix("loss/") for n in results if n.startswith("loss/")]
+    rows = [["all", results["loss"], results["bits_per_byte"]]]
+    rows += [[n, results[f"loss/{n}"], results[f"bits_per_byte/{n}"]] for n in names]
+    body = [[n, f"{loss:.4f}", f"{math.exp(loss):,.2f}", f"{bits:.4f}"] for n, loss, bits in rows]
+    return Table(title, ["domain", "nats per token", "perplexity", "bits per byte"], body)
+
+
+def evaluate_main(argv: list[str]) -> int:
+    """`moejax evaluate ...`; argv without the command's name. Raises ConfigError for bad input."""
+    fv = flags.FlagValues()
+    text, whole = flags.DEFINE_string, flags.DEFINE_integer
+    text("workdir", None, "Folder of a run, trained or imported.", flag_values=fv)
+    flags.DEFINE_list("sources", [], "Text: 'domain=FILES', several with commas.", flag_values=fv)
+    whole("batches", None, "At most so many [all].", flag_values=fv, lower_bound=1)
+    whole("seq_len", None, "Tokens per sequence [the run's].", flag_values=fv, lower_bound=1)
+    whole("batch_size", None, "Sequences at once [the run's].", flag_values=fv, lower_bound=1)
+    text("mesh", None, "Devices per axis: data=2,tensor=4 [one device].", flag_values=fv)
+    text("json", None, "Also write the results to this file.", flag_values=fv)
+    if any(a in ("--help", "-h") for a in argv):
+        print(f"{USAGE}\n\nFlags:\n{fv.get_help()}")
+        return 0
+    try:
+        rest = fv(["evaluate", *argv])[1:]
+    except flags.Error as e:
+        raise ConfigError(f"{e}\n{USAGE}") from e
+    if rest or not fv.workdir:
+        raise ConfigError(
+            f"{f'unexpected {rest}' if rest else 'evaluate needs --workdir'}\n{USAGE}"
+        )
+    results = evaluate_run(
+        pathlib.Path(fv.workdir),
+        tuple(fv.sources),
+        num_batches=fv.batches,
+        seq_len=fv.seq_len,
+        batch_size=fv.batch_size,
+        mesh=fv.mesh,
+    )
+    where = ", ".join(fv.sources) or "held-out documents"
+    print(render([results_table(results, f"{fv.workdir} on {where}")]))
+    if fv.json:
+        pathlib.Path(fv.json).write_text(json.dumps(results, indent=1) + "\n")
+    return 0

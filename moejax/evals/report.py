@@ -1,0 +1,307 @@
+"""`moejax report`: one self-contained HTML page of a run, for people who would rather see than read."""
+
+import base64
+import dataclasses
+import json
+import pathlib
+
+import jinja2
+import numpy as np
+from absl import flags
+
+from moejax.config import ConfigError, to_json
+from moejax.cost.architecture import of_model
+from moejax.cost.params import active, total
+from moejax.cost.tables import count_text
+from moejax.data import load_corpus, validation_batches
+from moejax.evals import charts
+from moejax.evals.generate import generate
+from moejax.evals.routing import count_tokens, domain_information, favourite_tokens
+from moejax.train.run import Run, load_run
+
+ROUTED_BATCHES = 8  # held-out batches whose routes are counted
+PROMPT_TOKENS, SAMPLE_TOKENS = 24, 120
+
+
+@dataclasses.dataclass(frozen=True)
+class Section:
+    """One part of the page; empty fields are left out."""
+
+    title: str
+    text: str
+    image: str = ""
+    table: tuple = ()
+    experts: tuple = ()
+    samples: tuple = ()
+
+
+def write_report(workdir: pathlib.Path) -> pathlib.Path:
+    """Writes `report.html` into a run's folder and returns its path.
+
+    Reads metrics.jsonl and the newest checkpoint, and runs the model over held-out text. Raises
+    ConfigError if the folder holds no trained run.
+    """
+    rows = read_metrics(workdir / "metrics.jsonl")
+    run = load_run(workdir)
+    corpus = load_corpus(run.cfg.data)
+    sections = [loss_section(rows), validation_table(rows)]
+    if run.cfg.model.num_moe_layers and "routing" in rows:
+        sections += [
+            load_section(rows),
+            balance_section(rows),
+            *routing_sections(rows, run, corpus),
+        ]
+    sections += [samples_section(run, corpus), optimisation_section(rows)]
+    path = workdir / "report.html"
+    path.write_text(page(run, rows, sections))
+    return path
+
+
+def read_metrics(path: pathlib.Path) -> dict[str, dict[int, dict]]:
+    """metrics.jsonl as kind -> step -> row. A step that was run again after a crash counts once, as it
+    was run last; a last line cut off by a crash is left out."""
+    if not path.exists():
+        raise ConfigError(f"{path.parent} has no metrics.jsonl: moejax train writes it")
+    rows: dict[str, dict[int, dict]] = {}
+    for line in path.read_text().splitlines():
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError:
+            continue
+        rows.setdefault(row["kind"], {})[row["step"]] = row
+    if "train" not in rows or "validation" not in rows:
+        raise ConfigError(f"{path} holds no finished evaluation yet; go on training and try again")
+    return {kind: dict(sorted(by_step.items())) for kind, by_step in rows.items()}
+
+
+def few_layers(num_layers: int, most: int = 6) -> list[int]:
+    """At most `most` layers, evenly spread, the first and the last among them."""
+    return sorted({round(i) for i in np.linspace(0, num_layers - 1, min(most, num_layers))})
+
+
+def _series(rows: dict[int, dict], name: str) -> tuple[list[int], list[float]]:
+    steps = [s for s, r in rows.items() if name in r]
+    return steps, [rows[s][name] for s in steps]
+
+
+def _names(rows: dict[int, dict], prefix: str) -> list[str]:
+    return sorted({k for r in rows.values() for k in r if k.startswith(prefix)})
+
+
+def _image(data: bytes) -> str:
+    return base64.b64encode(data).decode()
+
+
+def loss_section(rows) -> Section:
+    train, held_out = rows["train"], rows["validation"]
+    by_domain = {n.removeprefix("loss/"): _series(held_out, n) for n in _names(held_out, "loss/")}
+    panels = [
+        (
+            "Cross-entropy",
+            "nats per token",
+            {
+                "training batch": _series(train, "cross_entropy"),
+                "held-out text": _series(held_out, "loss"),
+            },
+        ),
+        ("Held-out text, by domain", "nats per token", by_domain),
+    ]
+    text = "How well the model predicts the next token; lower is better."
+    return Section("Loss", text, _image(charts.lines(panels)))
+
+
+def validation_table(rows) -> Section:
+    step, last = list(rows["validation"].items())[-1]
+    head = ("domain", "loss (nats per token)", "perplexity")
+    body = [("all", last["loss"])]
+    body += [(n.removeprefix("loss/"), last[n]) for n in _names({step: last}, "loss/")]
+    table = [head] + [(n, f"{v:.4f}", f"{np.exp(v):.1f}") for n, v in body]
+    text = f"Held-out documents at step {step}: {last['bits_per_byte']:.3f} bits per byte of text."
+    return Section("Validation", text, table=tuple(table))
+
+
+def load_section(rows) -> Section:
+    loads = rows["load"]
+    load_sLE = np.array([r["load_LE"] for r in loads.values()])
+    image = charts.load_over_time(list(loads), load_sLE, few_layers(load_sLE.shape[1]))
+    text = (
+        "Each row is an expert, each column a step. 1 is its fair share of the tokens; dark rows starve, "
+        "bright ones are crowded."
+    )
+    return Section("Load of every expert over time", text, _image(image))
+
+
+def balance_section(rows) -> Section:
+    train = rows["train"]
+    panels = [
+        ("MaxVio (0 = balanced)", "max load / mean - 1", {"": _series(train, "max_vio")}),
+        ("Entropy of the load", "fraction of log E", {"": _series(train, "load_entropy")}),
+        ("Experts without a token", "mean over layers", {"": _series(train, "dead_experts")}),
+    ]
+    if any(_series(train, "drop_fraction")[1]):
+        panels.append(("Routes dropped", "fraction", {"": _series(train, "drop_fraction")}))
+    text = "Means over the MoE layers of one training batch. MaxVio: 2408.15664, section 4.1."
+    return Section("Balance", text, _image(charts.lines(panels)))
+
+
+def routing_sections(rows, run: Run, corpus) -> list[Section]:
+    """What the experts specialise in, on held-out text: by domain, and by token."""
+    last = list(rows["routing"].values())[-1]
+    load_dLE, domains = np.array(last["load_dLE"]), last["domains"]
+    layers = few_layers(load_dLE.shape[1])
+    batches = validation_batches(corpus, run.tokenizer, run.cfg.data, ROUTED_BATCHES)
+    token_EV = count_tokens(run.params, run.router_state, run.cfg.model, batches, layers)
+    return [
+        domain_section(load_dLE, domains, layers),
+        information_section(rows["routing"], layers),
+        expert_section(load_dLE, domains, token_EV, run.tokenizer),
+    ]
+
+
+def domain_section(load_dLE: np.ndarray, domains: list[str], layers: list[int]) -> Section:
+    text = (
+        "How much more than its uniform share of a domain's held-out tokens each expert receives. "
+        "Experts stand in the order of the domain that they favour."
+    )
+    image = charts.domains_to_experts(load_dLE, domains, layers)
+    return Section("Which domain goes to which expert", text, _image(image))
+
+
+def information_section(routing: dict[int, dict], layers: list[int]) -> Section:
+    series = {
+        f"MoE layer {layer}": (
+            list(routing),
+            [domain_information(np.array(r["load_dLE"])[:, layer]) for r in routing.values()],
+        )
+        for layer in layers
+    }
+    text = (
+        "Mutual information of domain and expert over the entropy of the domain, on held-out text: "
+        "0 when all domains use the experts alike, 1 when a single route tells the domain."
+    )
+    image = charts.lines([("", "I(domain; expert) / H(domain)", series)])
+    return Section("How much a route tells of the domain", text, _image(image))
+
+
+def expert_section(load_dLE, domains, token_EV, tokenizer, most: int = 4) -> Section:
+    """The most specialised experts of each layer, with their favourite tokens."""
+    found = []
+    for layer, counts in token_EV.items():
+        load_dE = load_dLE[:, layer]
+        share_dE = load_dE / np.maximum(load_dE.sum(axis=1, keepdims=True), 1)
+        partial_E = share_dE.max(axis=0) / np.maximum(share_dE.mean(axis=0), 1e-9)
+        # An expert with next to no tokens is partial by chance.
+        partial_E[load_dE.sum(axis=0) < 0.2 * load_dE.sum() / load_dE.shape[1]] = 0
+        chosen = [int(e) for e in np.argsort(-partial_E)[:most] if partial_E[e] > 0]
+        for expert in sorted(chosen):
+            tokens = [
+                tokenizer.pieces[t].decode("utf-8", "replace").replace("\n", "⏎")
+                for t in favourite_tokens(counts, expert, 12)
+            ]
+            domain = domains[int(share_dE[:, expert].argmax())]
+            found.append(dict(layer=layer, expert=expert, domain=domain, tokens=tokens))
+    text = (
+        f"The {most} experts of each layer that are most partial to one domain, on held-out text."
+    )
+    return Section("What experts read", text, experts=tuple(found))
+
+
+def samples_section(run: Run, corpus) -> Section:
+    """One continuation of a held-out document's beginning per domain."""
+    prompts = [
+        [run.tokenizer.bos_id, *run.tokenizer.encode(documents[0].text[:400])[:PROMPT_TOKENS]]
+        for documents in corpus.validation.values()
+    ]
+    texts = continue_prompts(run, prompts, SAMPLE_TOKENS)
+    samples = [dict(prompt=_decode(run, p[1:]), text=text) for p, text in zip(prompts, texts)]
+    text = "Beginnings of held-out documents (blue), continued by the model (temperature 0.8, top-p 0.95)."
+    return Section("Samples", text, samples=tuple(samples))
+
+
+def continue_prompts(run: Run, prompts: list[list[int]], max_new: int) -> list[str]:
+    """The continuation of each prompt, up to the end of the document."""
+    max_new = min(max_new, run.cfg.model.max_seq_len - max(map(len, prompts)))
+    eos = run.tokenizer.eos_id
+    rows = generate(
+        run.params,
+        run.router_state,
+        run.cfg.model,
+        prompts,
+        max_new,
+        temperature=0.8,
+        top_p=0.95,
+        stop_ids=(eos,),
+    )
+    return [_decode(run, (i for i in row if i != eos)) for row in rows]
+
+
+def _decode(run: Run, ids) -> str:
+    return b"".join(run.tokenizer.pieces[int(i)] for i in ids).decode("utf-8", "replace")
+
+
+def optimisation_section(rows) -> Section:
+    train = rows["train"]
+    panels = [
+        ("Learning rate", "", {"": _series(train, "learning_rate")}),
+        ("Gradient norm, before clipping", "", {"": _series(train, "grad_norm")}),
+        ("Speed", "tokens per second", {"": _series(train, "tokens_per_second")}),
+    ]
+    text = "The optimiser's schedule, the size of its gradients, and the speed of the run."
+    return Section("Optimisation", text, _image(charts.lines(panels)))
+
+
+def page(run: Run, rows, sections: list[Section]) -> str:
+    """The whole page; everything that comes from data is escaped."""
+    cfg, arch = run.cfg, of_model(run.cfg.model)
+    step, last_train = list(rows["train"].items())[-1]
+    held_out = list(rows["validation"].values())[-1]
+    tokens = step * cfg.data.batch_size * cfg.data.seq_len
+    cards = [
+        (f"{held_out['loss']:.3f}", "validation loss"),
+        (f"{held_out['bits_per_byte']:.3f}", "bits per byte"),
+        (count_text(total(arch)), "parameters"),
+        (count_text(active(arch)), "of them active per token"),
+        (count_text(tokens), "training tokens"),
+        (f"{np.median(_series(rows['train'], 'tokens_per_second')[1]):,.0f}", "tokens per second"),
+        (f"{int(last_train['skipped'])}", "skipped steps"),
+    ]
+    m = cfg.model
+    kind = (
+        f"{m.moe.num_experts} routed experts, {m.moe.experts_per_token} per token, "
+        f"{m.moe.shared_experts} shared; {m.num_moe_layers} MoE layers of {m.num_layers}"
+        if m.num_moe_layers
+        else f"dense, {m.num_layers} layers"
+    )
+    folder = pathlib.Path(__file__).parent
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(folder), autoescape=True, undefined=jinja2.StrictUndefined
+    )
+    return environment.get_template("report.html").render(
+        name=cfg.name,
+        subtitle=f"{kind}. Width {m.d_model}, sequences of {cfg.data.seq_len} tokens, step {step}.",
+        cards=cards,
+        sections=sections,
+        config=to_json(cfg),
+    )
+
+
+USAGE = "usage: moejax report --workdir=runs/quickstart"
+
+
+def report_main(argv: list[str]) -> int:
+    """`moejax report ...`; argv without the command's name. Raises ConfigError for bad input."""
+    fv = flags.FlagValues()
+    flags.DEFINE_string(
+        "workdir", None, "Folder of a trained run; report.html goes there.", flag_values=fv
+    )
+    if any(a in ("--help", "-h") for a in argv):
+        print(f"{USAGE}\n\nFlags:\n{fv.get_help()}")
+        return 0
+    try:
+        rest = fv(["report", *argv])[1:]
+    except flags.Error as e:
+        raise ConfigError(f"{e}\n{USAGE}") from e
+    if rest or not fv.workdir:
+        raise ConfigError(f"{f'unexpected {rest}' if rest else 'report needs --workdir'}\n{USAGE}")
+    print(f"wrote {write_report(pathlib.Path(fv.workdir))}")
+    return 0

@@ -1,0 +1,105 @@
+"""The report: one page that needs nothing else, its numbers, and hostile text kept as text."""
+
+import base64
+import dataclasses
+import json
+import re
+import shutil
+
+import numpy as np
+import pytest
+
+from moejax.config import ConfigError, from_json, to_json
+from moejax.evals import report
+from moejax.evals.routing import count_tokens, domain_information, favourite_tokens, pairs
+from moejax.moe.routing import Routing, SlotRouting
+from moejax.train.run import load_run
+
+
+def test_page_is_whole_and_alone(trained, capsys):
+    assert report.report_main([f"--workdir={trained}"]) == 0
+    assert "report.html" in capsys.readouterr().out
+    page = (trained / "report.html").read_text()
+    images = re.findall(r'src="data:image/png;base64,([^"]+)"', page)
+    assert len(images) == 6
+    assert all(base64.b64decode(i).startswith(b"\x89PNG") for i in images)
+    for title in (
+        "Loss",
+        "Load of every expert over time",
+        "Balance",
+        "Which domain goes to which expert",
+        "How much a route tells of the domain",
+        "What experts read",
+        "Samples",
+        "Optimisation",
+    ):
+        assert f"<h2>{title}</h2>" in page
+    assert not re.search(r'(src|href)="(?!data:)', page)  # self-contained
+    rows = report.read_metrics(trained / "metrics.jsonl")
+    assert f"{rows['validation'][20]['loss']:.3f}" in page
+
+
+def test_names_and_text_are_escaped(trained, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(trained, run)
+    cfg = from_json((run / "config.json").read_text())
+    cfg = dataclasses.replace(cfg, name="<script>alert(1)</script>")
+    (run / "config.json").write_text(to_json(cfg))
+    page = report.write_report(run).read_text()
+    assert "<script>" not in page and "&lt;script&gt;" in page
+
+
+def test_metrics_of_a_crashed_run(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    rows = [
+        {"step": 1, "kind": "train", "cross_entropy": 9.0},
+        {"step": 2, "kind": "train", "cross_entropy": 8.0},
+        {"step": 1, "kind": "validation", "loss": 1.0},
+        {"step": 2, "kind": "train", "cross_entropy": 7.0},
+    ]
+    path.write_text("\n".join(map(json.dumps, rows)) + '\n{"step": 3, "ki')
+    got = report.read_metrics(path)
+    assert [r["cross_entropy"] for r in got["train"].values()] == [9.0, 7.0]
+    path.write_text(json.dumps(rows[0]))
+    with pytest.raises(ConfigError, match="no finished evaluation"):
+        report.read_metrics(path)
+    with pytest.raises(ConfigError, match=r"no metrics\.jsonl"):
+        report.read_metrics(tmp_path / "other" / "metrics.jsonl")
+
+
+def test_routes_by_token(trained):
+    run = load_run(trained)
+    tokens = np.tile(np.array([97, 98, 99, 48], np.int32), (2, 8))
+    batch = {
+        "tokens": tokens,
+        "positions": np.tile(np.arange(32, dtype=np.int32), (2, 1)),
+        "segment_ids": (np.arange(32) < 24).astype(np.int32) * np.ones((2, 1), np.int32),
+    }
+    counts = count_tokens(run.params, run.router_state, run.cfg.model, [batch, batch], [1])[1]
+    # 2 batches x 2 rows x 6 times each token (the rest is padding) x 2 experts per token.
+    assert counts.sum() == 2 * 2 * 24 * 2
+    assert set(np.flatnonzero(counts.sum(axis=0))) == {97, 98, 99, 48}
+    assert set(counts.sum(axis=0)[[97, 98, 99, 48]]) == {48}
+
+
+def test_both_forms_of_routing_give_the_same_pairs():
+    token_form = Routing(np.array([[0, 1], [1, -1], [2, 0]]), np.ones((3, 2)))
+    slot_form = SlotRouting(np.array([[0, 2], [1, 0], [2, -1]]), np.ones((3, 2)))
+    same = [set(zip(*map(np.ndarray.tolist, pairs(r)))) for r in (token_form, slot_form)]
+    assert same[0] == same[1] == {(0, 0), (0, 1), (1, 1), (2, 2), (2, 0)}
+
+
+def test_domain_information():
+    assert domain_information(np.array([[5, 0], [0, 5]])) == pytest.approx(1.0)
+    assert domain_information(np.array([[4, 4], [2, 2]])) == pytest.approx(0.0, abs=1e-12)
+    assert domain_information(np.zeros((2, 2))) == 0.0
+    # p = [[3/8, 1/8], [1/8, 3/8]]: I = log 2 - H(1/4), H(domain) = log 2.
+    h = -(0.25 * np.log(0.25) + 0.75 * np.log(0.75))
+    want = 1 - h / np.log(2)
+    assert domain_information(np.array([[3, 1], [1, 3]])) == pytest.approx(want)
+
+
+def test_favourite_tokens():
+    token_EV = np.array([[50, 10, 0, 3], [10, 50, 6, 0]])
+    assert favourite_tokens(token_EV, 0, 2) == [0]  # token 3 was seen too rarely
+    assert favourite_tokens(token_EV, 1, 1) == [1]
