@@ -45,7 +45,15 @@ def pytest_terminal_summary(terminalreporter, config):
         return
     write = terminalreporter.write_line
     terminalreporter.section("largest absolute difference to the original (float32)")
-    kinds = ["configurations", "logits", "padded", "gradient", "routes equal", "tokens equal"]
+    kinds = [
+        "configurations",
+        "logits",
+        "padded",
+        "gradient",
+        "balance loss",
+        "routes equal",
+        "tokens equal",
+    ]
     write("| family | " + " | ".join(kinds) + " |")
     write("|---" * (len(kinds) + 1) + "|")
     for family in sorted(table):

@@ -58,13 +58,14 @@ def deepseek_moe(keys: dict) -> torch.nn.Module:
     return model
 
 
-def randomise(model: torch.nn.Module, seed: int):
+def randomise(model: torch.nn.Module, seed: int, config=None):
     """Weights that keep activations and logits near 1, spread the routes, and leave no term unused.
 
     Norm scales are not 1, biases, sinks and selection biases not 0.
     """
     g = torch.Generator().manual_seed(seed)
-    tied = model.config.tie_word_embeddings
+    config = config or model.config
+    tied = config.tie_word_embeddings
     named = dict(model.named_parameters())
     named |= {k: v for k, v in model.named_buffers() if k.endswith("e_score_correction_bias")}
     with torch.no_grad():
@@ -84,7 +85,7 @@ def randomise(model: torch.nn.Module, seed: int):
             else:
                 # Linear is [out, in]; GPT-2's Conv1D and gpt-oss's experts are [.., in, out].
                 in_first = "transformer.h." in name or (
-                    p.ndim == 3 and "gpt_oss" in model.config.model_type
+                    p.ndim == 3 and "gpt_oss" in config.model_type
                 )
                 gain = 3.0 if leaf in ("gate", "router") else 1.0
                 p.copy_(noise * gain * p.shape[-2 if in_first else -1] ** -0.5)
