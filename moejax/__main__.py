@@ -69,50 +69,10 @@ def train_main(argv: list[str]) -> int:
 
 
 def generate_main(argv: list[str]) -> int:
-    """`moejax generate`: continue a prompt with a trained run, streaming to the terminal."""
-    fv = flags.FlagValues()
-    flags.DEFINE_string("workdir", None, "Folder of a run.", flag_values=fv)
-    flags.DEFINE_string("prompt", "", "Text to continue.", flag_values=fv)
-    flags.DEFINE_integer("max_new", 200, "Tokens to write.", flag_values=fv)
-    flags.DEFINE_float("temperature", 0.8, "0 = greedy.", flag_values=fv)
-    flags.DEFINE_integer("top_k", 0, "Sample among the k likeliest; 0 = all.", flag_values=fv)
-    flags.DEFINE_float("top_p", 0.95, "Sample within this probability mass.", flag_values=fv)
-    flags.DEFINE_integer("seed", 0, "The same seed gives the same text.", flag_values=fv)
-    usage = 'usage: moejax generate --workdir=runs/quickstart --prompt="def "'
-    if any(a in ("--help", "-h") for a in argv):
-        print(f"{usage}\n\nFlags:\n{fv.get_help()}")
-        return 0
-    try:
-        fv(["generate", *argv])
-    except flags.Error as e:
-        raise ConfigError(f"{e}\n{usage}") from e
-    if not fv.workdir:
-        raise ConfigError(f"generate needs --workdir\n{usage}")
-    from moejax.data import StreamDecoder
-    from moejax.evals.generate import generate
-    from moejax.train.run import load_run
+    """`moejax generate`; its module is loaded when called, as JAX is."""
+    from moejax.evals import commands
 
-    run = load_run(pathlib.Path(fv.workdir))
-    tokenizer = run.tokenizer
-    decoder = StreamDecoder(tokenizer)
-    prompt = [tokenizer.bos_id, *tokenizer.encode(fv.prompt)]
-    print(fv.prompt, end="", flush=True)
-    for token in generate(
-        run.params,
-        run.router_state,
-        run.cfg.model,
-        [prompt],
-        fv.max_new,
-        temperature=fv.temperature,
-        top_k=fv.top_k,
-        top_p=fv.top_p,
-        seed=fv.seed,
-        stop_ids=(tokenizer.eos_id,),
-    ):
-        if token[0] != tokenizer.eos_id:
-            print(decoder.push([int(token[0])]), end="", flush=True)
-    print(decoder.flush())
-    return 0
+    return commands.generate_main(argv)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -135,6 +135,18 @@ class JsonTokenizer:
     def encode(self, text: str) -> list[int]:
         return self._tokenizer.encode(text, add_special_tokens=False).ids
 
+    def encode_framed(self, text: str) -> list[int]:
+        """Ids of a text with what the file itself puts around every text (its post-processor)."""
+        return self._tokenizer.encode(text, add_special_tokens=True).ids
+
+    def encode_marked(self, text: str) -> list[int]:
+        """Ids of a text that spells special tokens and means them, as a rendered chat template does."""
+        self._tokenizer.encode_special_tokens = False
+        try:
+            return self._tokenizer.encode(text, add_special_tokens=False).ids
+        finally:
+            self._tokenizer.encode_special_tokens = True
+
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
         return [e.ids for e in self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
 

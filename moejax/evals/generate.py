@@ -1,65 +1,295 @@
-"""Generation with a KV cache: batched prompts of different lengths, greedy or sampled, token by token."""
+"""Generation with a KV cache: prompts of different lengths in one batch, greedy, sampled or speculative.
 
+Prompts are read in one pass (`prefill`); then `decode` runs many tokens in one call on the device and
+returns to the host only to hand them out. Shapes are rounded up to a few sizes (`round_up`), so repeated
+calls compile rarely. What a row says does not depend on the rows beside it: its random numbers follow
+from the seed and its own number, finished rows are routed to no expert, and no route is dropped.
+"""
+
+import dataclasses
 import functools
-from collections.abc import Iterator
+import math
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from moejax import axes
 from moejax.config import ConfigError, ModelConfig
+from moejax.evals import speculative
+from moejax.evals.sample import Sampling, row_keys, sample
 from moejax.models import transformer
-from moejax.models.cache import init_cache
+from moejax.models.cache import Cache, cache_shapes, init_cache
 from moejax.moe.routers import ROUTERS
+from moejax.params import path_name
+from moejax.sharding import Layout
+
+# Tokens per call of `decode`: the first calls are short, so that a reader sees text at once.
+CHUNKS = (1, 2, 4, 8, 16)
+NOTHING = -1  # in the place of a token: the row has none here
 
 
-def sample(logits_BV, key, temperature: float, top_k: int, top_p: float) -> jax.Array:
-    """One token per row. Temperature 0 is greedy; top_k 0 and top_p 1 cut nothing.
+class State(NamedTuple):
+    """Where every row stands; all that decoding carries from token to token.
 
-    top_p keeps the smallest set of tokens whose probability reaches it (1904.09751).
+    Attributes:
+      token_B: the row's last token, not yet in the cache.
+      position_B: its position.
+      left_B: tokens that the row may still say; 0 = finished.
+      cache: keys and values of everything before `token_B`.
+      draft: of speculative decoding, else None.
     """
-    if temperature == 0:
-        return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
-    scaled = logits_BV / temperature
-    if top_k:
-        kth = jax.lax.top_k(scaled, top_k)[0][:, -1:]
-        scaled = jnp.where(scaled < kth, -jnp.inf, scaled)
-    if top_p < 1:
-        ordered = jnp.sort(scaled, axis=-1)[:, ::-1]
-        p = jax.nn.softmax(ordered, axis=-1)
-        inside = jnp.cumsum(p, axis=-1) - p < top_p  # the token that crosses top_p is kept
-        least = jnp.min(jnp.where(inside, ordered, jnp.inf), axis=-1, keepdims=True)
-        scaled = jnp.where(scaled < least, -jnp.inf, scaled)
-    return jax.random.categorical(key, scaled, axis=-1).astype(jnp.int32)
+
+    token_B: jax.Array
+    position_B: jax.Array
+    left_B: jax.Array
+    cache: Cache
+    draft: speculative.Draft | None
 
 
-@functools.partial(jax.jit, static_argnames=("cfg", "length"))
-def prefill(params, router_state, tokens_BS, lengths_B, cfg: ModelConfig, length: int):
-    """Read the (right-padded) prompts. Returns the logits after each row's last token, and the cache."""
-    mask = jnp.arange(tokens_BS.shape[1])[None] < lengths_B[:, None]
-    cache = init_cache(cfg, tokens_BS.shape[0], length)
-    out = transformer.forward(
-        params, router_state, tokens_BS, cfg, mask_BS=mask, cache=cache, prefill=True
-    )
-    last = jnp.take_along_axis(out.hidden_BSD, (lengths_B - 1)[:, None, None], axis=1)
-    return transformer.logits(params, last)[:, 0], out.cache
+@dataclasses.dataclass
+class Stats:
+    """What a call of `stream` measured; compilation is part of the first call's times.
+
+    Attributes:
+      prompt_tokens, new_tokens: over all rows, padding left out.
+      prefill_seconds, decode_seconds: wall time. The first new token of a row belongs to the prefill.
+      passes: row-passes of the trunk after the prefill.
+      accepted: of those, how many gave a second token (speculative decoding).
+      cache_bytes: of the keys and values of all rows.
+    """
+
+    prompt_tokens: int = 0
+    new_tokens: int = 0
+    first_tokens: int = 0
+    prefill_seconds: float = 0.0
+    decode_seconds: float = 0.0
+    passes: int = 0
+    accepted: int = 0
+    cache_bytes: int = 0
+
+    def __str__(self) -> str:
+        text = (
+            f"prefill {self.prompt_tokens} tokens, {_rate(self.prompt_tokens, self.prefill_seconds)}; "
+            f"decode {self.new_tokens - self.first_tokens} tokens, "
+            f"{_rate(self.new_tokens - self.first_tokens, self.decode_seconds)}; "
+            f"cache {self.cache_bytes / 2**20:.1f} MiB"
+        )
+        if self.accepted:
+            text += f"; {self.accepted / self.passes:.0%} of {self.passes} guesses accepted"
+        return text
 
 
-@functools.partial(jax.jit, static_argnames=("cfg",), donate_argnames=("cache",))
-def decode(params, router_state, token_B, position_B, cache, cfg: ModelConfig):
-    """One more token per row. Returns logits and the cache, updated in place."""
+def _rate(tokens: int, seconds: float) -> str:
+    return f"{tokens / seconds:.0f} tokens/s" if seconds else "0 s"
+
+
+def round_up(n: int, least: int = 16) -> int:
+    """`n` rounded up to one of four sizes per power of two: at most a quarter of padding, few shapes."""
+    if n <= least:
+        return least
+    step = max(2 ** (math.ceil(math.log2(n)) - 3), least // 4)
+    return math.ceil(n / step) * step
+
+
+def prepare(params: dict, cfg: ModelConfig, layout: Layout | None = None) -> dict:
+    """The parameters as decoding reads them; do it once for several calls of `stream`.
+
+    In the compute dtype where that is narrower (the router, norms and sinks compute in float32 and stay),
+    and on one device with the layers apart, so that none is copied out of a stack for each token.
+    """
+
+    def cast(path, a):
+        name = path_name(path)
+        wide = any(word in name for word in ("router", "norm", "sinks"))
+        return (
+            a if wide or a.dtype.itemsize <= jnp.dtype(cfg.dtype).itemsize else a.astype(cfg.dtype)
+        )
+
+    apart = any(isinstance(v, list) for v in params.values())
+    params = jax.tree_util.tree_map_with_path(cast, params)
+    return params if apart or layout is not None else transformer.unstack(params)
+
+
+def for_inference(cfg: ModelConfig) -> ModelConfig:
+    """The same model, nothing dropped: with a capacity, a row's text would depend on its neighbours."""
+    if cfg.moe.dispatcher != "capacity":
+        return cfg
+    return dataclasses.replace(cfg, moe=dataclasses.replace(cfg.moe, dispatcher="dropless"))
+
+
+def place(cache: Cache, layout: Layout | None) -> Cache:
+    """The cache laid out: rows like the batch, key/value heads over their mesh axes."""
+    if layout is None:
+        return cache
+    heads = {"k": (axes.KV_HEADS, None), "v": (axes.KV_HEADS, None)}
+    return {
+        name: layout.constrain(a, None, axes.BATCH, None, *heads.get(name, (None,)))
+        for name, a in cache.items()
+    }
+
+
+@functools.partial(jax.jit, static_argnames=("cfg", "length", "how", "with_draft", "layout"))
+def prefill(
+    params,
+    router_state,
+    tokens_BS,
+    lengths_B,
+    max_new_B,
+    keys_B,
+    stop_ids,
+    cfg: ModelConfig,
+    length: int,
+    how: Sampling,
+    with_draft: bool,
+    layout: Layout | None,
+) -> State:
+    """Read the (right-padded) prompts into a cache of `length` slots and choose each row's first token."""
+    batch, width = tokens_BS.shape
+    mask_BS = jnp.arange(width)[None] < lengths_B[:, None]
+    mask_BS &= (max_new_B > 0)[:, None]
     out = transformer.forward(
         params,
         router_state,
-        token_B[:, None],
+        tokens_BS,
         cfg,
-        positions_BS=position_B[:, None],
-        cache=cache,
+        mask_BS=mask_BS,
+        cache=place(init_cache(cfg, batch, length), layout),
+        prefill=True,
+        layout=layout,
     )
-    return transformer.logits(params, out.hidden_BSD)[:, 0], out.cache
+    last = jnp.take_along_axis(out.hidden_BSD, (lengths_B - 1)[:, None, None], axis=1)
+    token_B = sample(transformer.logits(params, last)[:, 0], keys_B, lengths_B, how)
+    draft = None
+    if with_draft:
+        next_BS = jnp.pad(tokens_BS[:, 1:], ((0, 0), (0, 1)))
+        next_BS = next_BS.at[jnp.arange(batch), lengths_B - 1].set(token_B)
+        draft = speculative.guess(
+            params,
+            router_state,
+            out.hidden_BSD,
+            next_BS,
+            None,
+            lengths_B - 1,
+            place(init_cache(cfg, batch, length, layers=1), layout),
+            cfg,
+            mask_BS=mask_BS,
+            prefill=True,
+            layout=layout,
+        )
+    left_B = jnp.where(_is_stop(token_B, stop_ids), 0, jnp.maximum(max_new_B - 1, 0))
+    return State(token_B, lengths_B, left_B, place(out.cache, layout), draft)
 
 
-def generate(
+def _is_stop(token_B, stop_ids):
+    return (token_B[:, None] == stop_ids[None]).any(axis=1)
+
+
+class Spoken(NamedTuple):
+    """What one call of `decode` gave.
+
+    Attributes:
+      tokens_BC: NOTHING where a row had no token; a row's tokens are in order, not always side by side.
+      passes_B: forward passes in which the row took part.
+      accepted_B: of those, how many gave two tokens.
+    """
+
+    tokens_BC: jax.Array
+    passes_B: jax.Array
+    accepted_B: jax.Array
+
+
+@functools.partial(jax.jit, static_argnames=("cfg", "how", "layout"), donate_argnames=("state",))
+def decode(
+    params,
+    router_state,
+    state: State,
+    steps,
+    keys_B,
+    stop_ids,
+    cfg: ModelConfig,
+    how: Sampling,
+    layout: Layout | None,
+) -> tuple[State, Spoken]:
+    """Up to `steps` (a traced integer, at most CHUNKS[-1]) forward passes, until all rows are finished.
+
+    One token a pass; with a draft, one or two. The cache is updated in place.
+    """
+    per_pass = 1 if state.draft is None else 2
+    zero_B = jnp.zeros_like(state.left_B)
+    tokens_BC = jnp.full((state.token_B.shape[0], CHUNKS[-1] * per_pass), NOTHING, jnp.int32)
+
+    def more(carry):
+        i, state, _ = carry
+        return (i < steps) & (state.left_B > 0).any()
+
+    def one(carry):
+        i, state, spoken = carry
+        active_B = state.left_B > 0
+        new_Bn, cache, draft = _one_pass(
+            params, router_state, state, active_B, keys_B, cfg, how, layout
+        )
+        # A row says its tokens one after the other: a stop or its limit keeps back the second.
+        left_B, token_B, said = state.left_B, state.token_B, []
+        for new_B in new_Bn:
+            speaks_B = (left_B > 0) & (new_B != NOTHING)
+            token_B = jnp.where(speaks_B, new_B, token_B)
+            left_B = jnp.where(
+                speaks_B, jnp.where(_is_stop(new_B, stop_ids), 0, left_B - 1), left_B
+            )
+            said.append(jnp.where(speaks_B, new_B, NOTHING))
+        said_Bn = jnp.stack(said, axis=1)
+        number_B = (said_Bn != NOTHING).sum(axis=1, dtype=jnp.int32)
+        state = State(token_B, state.position_B + number_B, left_B, place(cache, layout), draft)
+        tokens_BC = jax.lax.dynamic_update_slice_in_dim(
+            spoken.tokens_BC, said_Bn, i * per_pass, axis=1
+        )
+        spoken = Spoken(
+            tokens_BC,
+            spoken.passes_B + active_B.astype(jnp.int32),
+            spoken.accepted_B + (number_B > 1).astype(jnp.int32),
+        )
+        return i + 1, state, spoken
+
+    start = (jnp.int32(0), state, Spoken(tokens_BC, zero_B, zero_B))
+    _, state, spoken = jax.lax.while_loop(more, one, start)
+    return state, spoken
+
+
+def _one_pass(params, router_state, state: State, active_B, keys_B, cfg, how, layout):
+    """One forward pass: the rows' next tokens (a list of [B], NOTHING where there is none), the cache and
+    the draft."""
+    if state.draft is not None:
+        true_B2, accepted_B, cache, draft = speculative.guess_round(
+            params,
+            router_state,
+            state.token_B,
+            state.position_B,
+            active_B,
+            state.cache,
+            state.draft,
+            cfg,
+            layout=layout,
+        )
+        return [true_B2[:, 0], jnp.where(accepted_B, true_B2[:, 1], NOTHING)], cache, draft
+    out = transformer.forward(
+        params,
+        router_state,
+        state.token_B[:, None],
+        cfg,
+        positions_BS=state.position_B[:, None],
+        mask_BS=active_B[:, None],
+        cache=state.cache,
+        layout=layout,
+    )
+    logits_BV = transformer.logits(params, out.hidden_BSD)[:, 0]
+    return [sample(logits_BV, keys_B, state.position_B + 1, how)], out.cache, None
+
+
+def stream(
     params,
     router_state,
     cfg: ModelConfig,
@@ -70,16 +300,124 @@ def generate(
     top_k: int = 0,
     top_p: float = 1.0,
     seed: int = 0,
+    first_row: int = 0,
     stop_ids: tuple[int, ...] = (),
-) -> Iterator[np.ndarray]:
-    """Yields one token per prompt (int32 [B]) until all have stopped or `max_new` is reached.
+    stop: Callable[[int], bool] | None = None,
+    speculative_decoding: bool = False,
+    layout: Layout | None = None,
+    stats: Stats | None = None,
+) -> Iterator[list[list[int]]]:
+    """Continue prompts; yields the new tokens of every row, a few at a time.
 
-    A row that has stopped repeats its stop token. The same seed gives the same text.
+    Args:
+      params: of the model, as trained or from `prepare`.
+      router_state: of the model.
+      cfg: the model's config.
+      prompts: token ids of each row.
+      max_new: tokens per row, at most.
+      temperature, top_k, top_p: see `Sampling`; temperature 0 is greedy.
+      seed: the same seed gives the same text.
+      first_row: number of the first row, when the prompts are part of a longer list: a row's draws depend
+        on the seed and its number.
+      stop_ids: tokens that end a row; the stop token itself is yielded.
+      stop: asked for every row (from 0) when its newest tokens have been taken; True ends the row.
+      speculative_decoding: guess with the MTP head and verify; greedy only.
+      layout: the mesh that `params` lie on, None for one device.
+      stats: filled in as tokens come.
 
     Raises:
-      ConfigError: an empty prompt, a total longer than model.max_seq_len, a router that is not causal, or a
-        sampling parameter out of range.
+      ConfigError: an empty prompt, a total longer than model.max_seq_len, a router that is not causal, a
+        sampling parameter out of range, speculation without an MTP head or with a temperature.
     """
+    how = Sampling(temperature, top_k, top_p)
+    _check(cfg, prompts, max_new, how, speculative_decoding)
+    cfg, stats = for_inference(cfg), stats or Stats()
+    params = prepare(params, cfg, layout)
+    started = time.perf_counter()
+    tokens_BS, lengths_B, max_new_B = _pad(prompts, max_new, cfg, layout)
+    # A guess is read before its row's end is known: one slot more.
+    length = round_up(int(lengths_B.max()) + max_new + int(speculative_decoding))
+    keys_B = row_keys(seed, first_row, len(lengths_B))
+    stops = jnp.asarray(stop_ids, jnp.int32).reshape(-1)  # traced: other stops compile nothing
+    stats.prompt_tokens += sum(map(len, prompts))
+    stats.cache_bytes = cache_bytes(cfg, len(lengths_B), length)
+    state = prefill(
+        params,
+        router_state,
+        tokens_BS,
+        lengths_B,
+        max_new_B,
+        keys_B,
+        stops,
+        cfg,
+        length,
+        how,
+        speculative_decoding,
+        layout,
+    )
+    rows = [[int(t)] for t in np.asarray(state.token_B)[: len(prompts)]]
+    stats.prefill_seconds += time.perf_counter() - started
+    stats.first_tokens += len(rows)
+    stats.new_tokens += len(rows)
+    yield rows
+    call = 0
+    while True:
+        state = _stop_rows(state, stop, len(prompts))
+        if not np.asarray(state.left_B).any():
+            return
+        started = time.perf_counter()
+        steps = CHUNKS[min(call, len(CHUNKS) - 1)]
+        state, spoken = decode(params, router_state, state, steps, keys_B, stops, cfg, how, layout)
+        tokens_BC = np.asarray(spoken.tokens_BC)[: len(prompts)]
+        rows = [[int(t) for t in row if t != NOTHING] for row in tokens_BC]
+        stats.decode_seconds += time.perf_counter() - started
+        stats.new_tokens += sum(map(len, rows))
+        stats.passes += int(spoken.passes_B.sum())
+        stats.accepted += int(spoken.accepted_B.sum())
+        yield rows
+        call += 1
+
+
+def _stop_rows(state: State, stop, num_rows: int) -> State:
+    if stop is None:
+        return state
+    left_B = np.array(state.left_B)
+    for row in range(num_rows):
+        if left_B[row] and stop(row):
+            left_B[row] = 0
+    return state._replace(left_B=jnp.asarray(left_B))
+
+
+def generate(
+    params, router_state, cfg: ModelConfig, prompts: list[list[int]], max_new: int, **options: Any
+) -> list[list[int]]:
+    """The new tokens of every row, its stop token included; `options` as for `stream`."""
+    rows: list[list[int]] = [[] for _ in prompts]
+    for new in stream(params, router_state, cfg, prompts, max_new, **options):
+        for row, tokens in zip(rows, new):
+            row.extend(tokens)
+    return rows
+
+
+def cache_bytes(cfg: ModelConfig, batch: int, length: int) -> int:
+    """Bytes of the keys and values; per token 2 M H elements a layer, for MLA kv_lora + rope."""
+    shapes = cache_shapes(cfg, batch, length).values()
+    return sum(math.prod(s) for s in shapes) * jnp.dtype(cfg.dtype).itemsize
+
+
+def _pad(prompts, max_new: int, cfg: ModelConfig, layout: Layout | None):
+    """Tokens [B,S], lengths and limits [B]; on a mesh, idle rows that say nothing fill the batch up."""
+    idle = -len(prompts) % (1 if layout is None else layout.size(axes.BATCH))
+    width = min(round_up(max(map(len, prompts))), cfg.max_seq_len)
+    tokens_BS = np.zeros((len(prompts) + idle, width), np.int32)
+    for row, prompt in enumerate(prompts):
+        tokens_BS[row, : len(prompt)] = prompt
+    lengths_B = np.array([len(p) for p in prompts] + [1] * idle, np.int32)
+    max_new_B = np.array([max_new] * len(prompts) + [0] * idle, np.int32)
+    return tokens_BS, lengths_B, max_new_B
+
+
+def _check(cfg: ModelConfig, prompts, max_new, how: Sampling, speculative_decoding: bool) -> None:
     if cfg.num_moe_layers and not ROUTERS[cfg.moe.router].causal:
         raise ConfigError(
             f"model.moe.router={cfg.moe.router!r} is not causal: a token's route depends on later ones, so the "
@@ -89,32 +427,18 @@ def generate(
         raise ConfigError(
             "generate needs at least one token in every prompt: start with the bos token"
         )
-    if temperature < 0 or not 0 < top_p <= 1 or not 0 <= top_k <= cfg.vocab_size:
-        raise ConfigError(
-            f"temperature={temperature} must be >= 0, top_p={top_p} in (0, 1], "
-            f"top_k={top_k} between 0 and the vocabulary of {cfg.vocab_size}"
-        )
-    longest = max(map(len, prompts))
-    if longest + max_new > cfg.max_seq_len:
-        raise ConfigError(
-            f"{longest} prompt tokens and {max_new} new ones exceed model.max_seq_len={cfg.max_seq_len}; "
-            f"max_new may be {max(cfg.max_seq_len - longest, 0)}"
-        )
-    tokens = np.zeros((len(prompts), longest), np.int32)
     for row, prompt in enumerate(prompts):
-        tokens[row, : len(prompt)] = prompt
-    position = jnp.array([len(p) for p in prompts], jnp.int32)
-    params = transformer.unstack(params)
-    logits, cache = prefill(params, router_state, tokens, position, cfg, longest + max_new)
-    choose = jax.jit(functools.partial(sample, temperature=temperature, top_k=top_k, top_p=top_p))
-    key = jax.random.key(seed)
-    stopped = np.zeros(len(prompts), bool)
-    token = jnp.zeros(len(prompts), jnp.int32)
-    for i in range(max_new):
-        token = jnp.where(stopped, token, choose(logits, jax.random.fold_in(key, i)))
-        yield np.asarray(token)
-        stopped |= np.isin(np.asarray(token), stop_ids)
-        if stopped.all() or i + 1 == max_new:
-            return
-        logits, cache = decode(params, router_state, token, position, cache, cfg)
-        position = position + 1
+        if not 0 <= min(prompt) <= max(prompt) < cfg.vocab_size:
+            raise ConfigError(
+                f"prompt {row} holds a token outside the vocabulary of {cfg.vocab_size}: it was made with "
+                "another tokenizer"
+            )
+    how.check(cfg.vocab_size)
+    if speculative_decoding:
+        speculative.check(cfg, how.temperature)
+    longest = max(map(len, prompts))
+    if max_new < 1 or longest + max_new > cfg.max_seq_len:
+        raise ConfigError(
+            f"{longest} prompt tokens and max_new={max_new} must fit model.max_seq_len={cfg.max_seq_len}; "
+            f"max_new may be 1 to {max(cfg.max_seq_len - longest, 0)}"
+        )

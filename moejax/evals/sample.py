@@ -1,0 +1,55 @@
+"""Choosing the next token from logits: greedy, or a draw among the likeliest."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from moejax.config import ConfigError
+
+
+class Sampling(NamedTuple):
+    """How to choose; static under jit.
+
+    Attributes:
+      temperature: divides the logits; 0 = greedy, and the other two are not looked at.
+      top_k: draw among the k likeliest tokens; 0 = all.
+      top_p: draw within the smallest set of tokens whose probability reaches it (1904.09751).
+    """
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+
+    def check(self, vocab_size: int) -> None:
+        """ConfigError naming the value that is out of range."""
+        if self.temperature < 0 or not 0 < self.top_p <= 1 or not 0 <= self.top_k <= vocab_size:
+            raise ConfigError(
+                f"temperature={self.temperature} must be >= 0, top_p={self.top_p} in (0, 1], "
+                f"top_k={self.top_k} between 0 and the vocabulary of {vocab_size}"
+            )
+
+
+def row_keys(seed: int, first_row: int, num_rows: int) -> jax.Array:
+    """A key for each row, from the seed and the row's number alone: what a row draws does not depend on
+    which rows stand beside it."""
+    fold = jax.vmap(jax.random.fold_in, in_axes=(None, 0))
+    return fold(jax.random.key(seed), jnp.arange(first_row, first_row + num_rows))
+
+
+def sample(logits_BV, keys_B, position_B, how: Sampling) -> jax.Array:
+    """One token per row, int32 [B]. `position_B`: of the token to choose; folded into the row's key."""
+    if how.temperature == 0:
+        return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
+    scaled = logits_BV / how.temperature
+    if how.top_k:
+        kth = jax.lax.top_k(scaled, how.top_k)[0][:, -1:]
+        scaled = jnp.where(scaled < kth, -jnp.inf, scaled)
+    if how.top_p < 1:
+        ordered = jnp.sort(scaled, axis=-1)[:, ::-1]
+        p = jax.nn.softmax(ordered, axis=-1)
+        inside = jnp.cumsum(p, axis=-1) - p < how.top_p  # the token that crosses top_p is kept
+        least = jnp.min(jnp.where(inside, ordered, jnp.inf), axis=-1, keepdims=True)
+        scaled = jnp.where(scaled < least, -jnp.inf, scaled)
+    keys_B = jax.vmap(jax.random.fold_in)(keys_B, position_B)
+    return jax.vmap(jax.random.categorical)(keys_B, scaled).astype(jnp.int32)

@@ -1,0 +1,157 @@
+"""Prompts of imported checkpoints: templates (hostile ones too), special tokens, defaults."""
+
+import json
+
+import pytest
+import tokenizers
+
+from moejax.config import ConfigError
+from moejax.data.tokenizer import ByteTokenizer, JsonTokenizer
+from moejax.evals import chat, chat_render
+
+# The form of published templates: special tokens, roles, trimmed blocks, errors of their own.
+TEMPLATE = """\
+{{ bos_token }}
+{%- for message in messages %}
+    {%- if message['role'] == 'system' %}
+{{- message.content + '\\n' }}
+    {%- elif message['role'] == 'user' %}
+{{- '<|user|>' + message['content'].strip() }}
+    {%- elif message['role'] == 'assistant' %}
+{{- '<|assistant|>' + message['content'] + eos_token }}
+    {%- else %}
+{{- raise_exception('unknown role ' + message['role']) }}
+    {%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"""
+HELLO = [{"role": "user", "content": " Hello <|user|>"}]
+
+
+def write(tmp_path, **files):
+    folder = tmp_path / chat.FOLDER
+    folder.mkdir(exist_ok=True)
+    for name, content in files.items():
+        text = content if isinstance(content, str) else json.dumps(content)
+        (folder / name.replace("__", ".")).write_text(text)
+    return chat.read_prompt_files(tmp_path)
+
+
+def with_template(tmp_path, template):
+    tokens = {"bos_token": "<s>", "eos_token": {"content": "</s>", "lstrip": False}}
+    return write(tmp_path, tokenizer_config__json={**tokens, "chat_template": template})
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    words = {
+        w: i
+        for i, w in enumerate(["<unk>", "<s>", "</s>", "<|user|>", "<|assistant|>", "Hello", "a"])
+    }
+    model = tokenizers.models.WordLevel(words, unk_token="<unk>")
+    made = tokenizers.Tokenizer(model)
+    made.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    made.add_special_tokens(["<s>", "</s>", "<|user|>", "<|assistant|>"])
+    made.post_processor = tokenizers.processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", 1)]
+    )
+    described = json.loads(made.to_str())
+    described["decoder"] = {"type": "WordPiece", "prefix": "##", "cleanup": False}
+    return JsonTokenizer(json.dumps(described), "test")
+
+
+def test_conversation_is_rendered_and_its_special_tokens_recognised(tmp_path, tokenizer):
+    files = with_template(tmp_path, TEMPLATE)
+    talk = [
+        {"role": "system", "content": "a"},
+        *HELLO,
+        {"role": "assistant", "content": "Hello"},
+        {"role": "user", "content": "a"},
+    ]
+    text = "<s>a\n<|user|>Hello <|user|><|assistant|>Hello</s><|user|>a<|assistant|>"
+    assert chat.render_chat(files, talk) == text
+    assert chat.encode_chat(files, talk, tokenizer) == [1, 6, 3, 5, 3, 4, 5, 2, 3, 6, 4]
+
+
+def test_the_file_goes_before_the_config_and_default_before_the_others(tmp_path):
+    named = [{"name": "tool_use", "template": "tools"}, {"name": "default", "template": "plain"}]
+    assert chat.render_chat(with_template(tmp_path, named), HELLO) == "plain"
+    files = write(tmp_path, chat_template__jinja="{{ messages | tojson }} <é>")
+    assert chat.render_chat(files, [{"role": "user", "content": "<é>"}]) == (
+        '[{"role": "user", "content": "<é>"}] <é>'
+    )
+
+
+@pytest.mark.parametrize(
+    "template, message",
+    [
+        ("{{ raise_exception('no system role') }}", "no system role"),
+        ("{% for %}", "TemplateSyntaxError"),
+        ("{{ messages[7].content }}", "UndefinedError"),
+        ("{{ 1 / 0 }}", "ZeroDivisionError"),
+        # Ways out of the sandbox.
+        ("{{ ''.__class__.__mro__[1].__subclasses__() }}", "SecurityError"),
+        ("{{ raise_exception.__globals__['sys'].exit(0) }}", "SecurityError"),
+        ("{% include '/etc/passwd' %}", "no loader"),
+        ("{{ messages.append(1) }}", "SecurityError"),
+        # Ways to take everything.
+        ("{{ 'a' * 10 ** 11 }}", "MemoryError"),
+        ("{{ '%99999999999d' % 1 }}", "Error"),
+        ("{{ range(10 ** 9) | list }}", "Range too big"),
+    ],
+)
+def test_hostile_templates_are_answered(tmp_path, template, message):
+    with pytest.raises(ConfigError, match=message):
+        chat.render_chat(with_template(tmp_path, template), HELLO)
+
+
+def test_a_template_without_end_is_ended(tmp_path, monkeypatch):
+    """Ten thousand million turns without output: only a limit on the process ends it."""
+    monkeypatch.setattr(chat, "RENDER_SECONDS", 1)
+    loop = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
+    with pytest.raises(ConfigError, match="did not end in 1 seconds"):
+        chat.render_chat(with_template(tmp_path, loop), HELLO)
+    assert chat_render.CPU_SECONDS > 0
+
+
+@pytest.mark.parametrize(
+    "files, message",
+    [
+        ({}, r"no chat template: neither .*chat_template\.jinja"),
+        ({"tokenizer_config__json": "{"}, "tokenizer_config.json is not JSON"),
+        ({"tokenizer_config__json": "[1]"}, "must hold a JSON object"),
+        ({"tokenizer_config__json": {"chat_template": 7}}, "chat_template is not a text"),
+        ({"generation_config__json": "x" * (chat.MOST_BYTES + 1)}, "cannot be meant"),
+    ],
+)
+def test_bad_files_are_named(tmp_path, files, message):
+    with pytest.raises(ConfigError, match=message):
+        chat.render_chat(write(tmp_path, **files), HELLO)
+
+
+def test_messages_are_checked():
+    assert chat.check_messages(HELLO, "x") == HELLO
+    for bad in ([], {}, [1], [{"role": "user"}], [{"role": "user", "content": 1}]):
+        with pytest.raises(ConfigError, match="x must be a list like"):
+            chat.check_messages(bad, "x")
+
+
+def test_a_prompt_starts_as_its_checkpoint_wants(tmp_path, tokenizer):
+    """The separator for runs trained here; else add_bos_token, else what tokenizer.json itself adds."""
+    encode = lambda files, text: chat.encode_prompt(files, text, tokenizer)  # noqa: E731
+    trained = chat.read_prompt_files(tmp_path / "none")
+    assert encode(trained, "Hello a") == [1, 5, 6]
+    assert encode(trained, "") == [1]
+    # A text may spell a special token; it stays text.
+    assert chat.encode_prompt(trained, "<s>", ByteTokenizer()) == [256, *b"<s>"]
+    assert encode(write(tmp_path, tokenizer_config__json={"model_max_length": 1}), "a") == [1, 6]
+    assert encode(write(tmp_path, tokenizer_config__json={"add_bos_token": True}), "a") == [1, 6]
+    assert encode(write(tmp_path, tokenizer_config__json={"add_bos_token": False}), "a") == [6]
+
+
+def test_stop_ids_of_the_checkpoint(tmp_path, tokenizer):
+    assert chat.stop_ids(chat.read_prompt_files(tmp_path / "none"), tokenizer) == (2,)
+    for given, want in ((4, (2, 4)), ([4, 2, 3], (2, 3, 4)), (None, (2,))):
+        files = write(tmp_path, generation_config__json={"eos_token_id": given})
+        assert chat.stop_ids(files, tokenizer) == want
+    with pytest.raises(ConfigError, match="eos_token_id"):
+        chat.stop_ids(write(tmp_path, generation_config__json={"eos_token_id": ["x"]}), tokenizer)
