@@ -1,0 +1,196 @@
+"""`moejax import` and `moejax export` from outside: in sequence, killed, and with bad input."""
+
+import json
+import os
+import pathlib
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import published
+import pytest
+import tokenizers
+from safetensors.numpy import load_file
+from tokenizers import decoders, models, pre_tokenizers, trainers
+
+from moejax.config import ConfigError, DataConfig, ExperimentConfig, ModelConfig, to_json
+from moejax.interop import commands
+from moejax.models import transformer
+from moejax.params import init_params
+from moejax.train.checkpoint import Checkpoints
+from moejax.train.run import load_run
+
+ROOT = pathlib.Path(__file__).parent.parent.parent
+VOCAB = 300  # more rows than the tokenizer has tokens, as in published models
+
+
+def write_tokenizer(folder):
+    tokenizer = tokenizers.Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    special = ["<|endoftext|>", "<|pad|>"]
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCAB, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train_from_iterator(["hello world"] * 3, trainer)
+    tokenizer.save(str(folder / "tokenizer.json"))
+
+
+def checkpoint(folder, family, **changes):
+    config = published.config(family) | {"vocab_size": VOCAB, "torch_dtype": "bfloat16"} | changes
+    published.write(folder, config, published.random_tensors(config), shards=2)
+    write_tokenizer(folder)
+    (folder / "generation_config.json").write_text('{"eos_token_id": 0}')
+    (folder / "tokenizer_config.json").write_text('{"chat_template": "{{ messages }}"}')
+    (folder / "modeling_remote.py").write_text("raise SystemExit")  # never read, never copied
+    return folder
+
+
+@pytest.mark.parametrize("family", ["deepseek_v3", "gpt_oss"])
+def test_import_then_export(tmp_path, capsys, family):
+    """The folder comes back: every tensor, and config and tokenizer files byte for byte."""
+    hf = checkpoint(tmp_path / "hf", family)
+    assert commands.import_main([f"--hf_dir={hf}", f"--workdir={tmp_path / 'run'}"]) == 0
+    out = capsys.readouterr().out
+    assert re.search(r"missing +0", out) and family in out
+    run = load_run(tmp_path / "run")
+    assert run.step == 0 and run.params["embed"]["tokens"].dtype == published.BF16
+    assert (
+        commands.export_main([f"--workdir={tmp_path / 'run'}", f"--hf_dir={tmp_path / 'out'}"]) == 0
+    )
+    before, after = {}, {}
+    for file in sorted(hf.glob("*.safetensors")):
+        before |= load_file(file)
+    for file in (tmp_path / "out").glob("*.safetensors"):
+        after |= load_file(file)
+    assert before.keys() == after.keys()
+    for name in before:
+        np.testing.assert_array_equal(before[name].view(np.uint8), after[name].view(np.uint8))
+    for name in (
+        "config.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "generation_config.json",
+    ):
+        assert (tmp_path / "out" / name).read_bytes() == (hf / name).read_bytes()
+    assert not (tmp_path / "out" / "modeling_remote.py").exists()
+
+
+def test_quantised_import_exports_what_it_is(tmp_path):
+    """FP8 comes back in bfloat16, and config.json no longer claims otherwise."""
+    import jax.numpy as jnp
+
+    config = published.config("llama") | {"vocab_size": VOCAB}
+    tensors = published.random_tensors(config)
+    name = "model.layers.0.mlp.up_proj.weight"
+    tensors[name] = tensors[name].astype(jnp.float8_e4m3fn)
+    tensors[name + "_scale_inv"] = np.full((1, 1), 2, np.float32)
+    quantization = {"quant_method": "fp8", "weight_block_size": [128, 128]}
+    published.write(tmp_path / "hf", config | {"quantization_config": quantization}, tensors)
+    write_tokenizer(tmp_path / "hf")
+    commands.import_run(tmp_path / "hf", tmp_path / "run")
+    commands.export_run(tmp_path / "run", tmp_path / "out")
+    written = json.loads((tmp_path / "out/config.json").read_text())
+    assert written == config | {"torch_dtype": "bfloat16"}
+    back = load_file(tmp_path / "out/model.safetensors")
+    want = (tensors[name].astype(np.float32) * 2).astype(published.BF16)
+    np.testing.assert_array_equal(back[name], want)
+
+
+def test_export_of_a_run_that_was_trained_here(tmp_path, key):
+    """A family is asked for where several fit; ids of the tokenizer go into config.json."""
+    cfg = ModelConfig(vocab_size=258, d_model=8, num_layers=1, num_dense_layers=1, d_ff=8)
+    experiment = ExperimentConfig(model=cfg, data=DataConfig(tokenizer="byte"))
+    params = init_params(transformer.param_specs(cfg), key)
+    checkpoints = Checkpoints(tmp_path / "run", experiment)
+    checkpoints.save_model(params, {})
+    checkpoints.close()
+    (tmp_path / "run/config.json").write_text(to_json(experiment))
+    commands.export_run(tmp_path / "run", tmp_path / "out")  # LLaMA alone can express it
+    config = json.loads((tmp_path / "out/config.json").read_text())
+    assert (config["model_type"], config["eos_token_id"]) == ("llama", 256)
+    assert config["torch_dtype"] == "float32"
+    with pytest.raises(ConfigError, match=r"mixtral config\.json cannot express this model"):
+        commands.export_run(tmp_path / "run", tmp_path / "other", "mixtral")
+    assert not (tmp_path / "other").exists()
+
+
+@pytest.mark.parametrize(
+    "change, text",
+    [
+        (lambda hf: (hf / "tokenizer.json").unlink(), "has no tokenizer.json"),
+        (lambda hf: (hf / "tokenizer.json").write_bytes(b"\xff"), "not UTF-8"),
+        (lambda hf: (hf / "tokenizer.json").write_text("{}"), "not a tokenizer.json"),
+        (lambda hf: (hf / "config.json").unlink(), "missing file config.json"),
+        (lambda hf: (hf / "model-00002-of-00002.safetensors").unlink(), "missing file model-00002"),
+    ],
+)
+def test_failed_import_leaves_nothing(tmp_path, change, text):
+    hf = checkpoint(tmp_path / "hf", "mixtral")
+    change(hf)
+    with pytest.raises(ConfigError, match=text):
+        commands.import_run(hf, tmp_path / "run")
+    assert [p.name for p in tmp_path.iterdir()] == ["hf"]
+
+
+def test_tokenizer_of_another_model(tmp_path):
+    hf = checkpoint(tmp_path / "hf", "mixtral", vocab_size=100)
+    with pytest.raises(ConfigError, match=r"tokens, the model's vocabulary only 100"):
+        commands.import_run(hf, tmp_path / "run")
+    assert [p.name for p in tmp_path.iterdir()] == ["hf"]
+
+
+def test_workdir_that_is_taken(tmp_path):
+    hf = checkpoint(tmp_path / "hf", "mixtral")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/mine.txt").write_text("kept")
+    with pytest.raises(ConfigError, match="not an empty folder"):
+        commands.import_run(hf, tmp_path / "run")
+    assert [p.name for p in (tmp_path / "run").iterdir()] == ["mine.txt"]
+
+
+def command(*arguments):
+    env = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+    env |= {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
+    return subprocess.Popen(
+        [sys.executable, "-m", "moejax", *arguments],
+        env=env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def test_killed_import(tmp_path):
+    """SIGKILL in the middle: no run, and the same command then succeeds and clears the rest away."""
+    hf = checkpoint(tmp_path / "hf", "deepseek_v3", n_routed_experts=64, num_hidden_layers=12)
+    arguments = ("import", f"--hf_dir={hf}", f"--workdir={tmp_path / 'run'}")
+    partial = tmp_path / ".run.moejax-partial"
+    process = command(*arguments)
+    while not partial.exists():
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL
+    assert partial.exists() and not (tmp_path / "run").exists()
+    process = command(*arguments)
+    _, err = process.communicate()
+    assert process.returncode == 0, err
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["hf", "run"]
+    assert load_run(tmp_path / "run").cfg.model.num_layers == 12
+
+
+def test_bad_arguments():
+    """Exit code 2 and one clear message, no traceback."""
+    process = command("import", "--hf_dir=nowhere", "--workdir=run")
+    _, err = process.communicate()
+    assert process.returncode == 2 and err.startswith("moejax import: nowhere is not a folder")
+    with pytest.raises(ConfigError, match="--hf_dir and --workdir are needed"):
+        commands.import_main(["--hf_dir=x"])
+    with pytest.raises(ConfigError, match="usage: moejax export"):
+        commands.export_main(["--nonsense"])
