@@ -28,7 +28,8 @@ class MoEAux(NamedTuple):
       group_load_G: tokens that reach each balance group.
       dropped: routes that found no slot.
       routing: the router's `Routing` or `SlotRouting`, over T = B*S tokens.
-      score_entropy: mean over tokens of the entropy of the normalised scores, in nats.
+      score_entropy: mean over tokens of the entropy of the normalised scores, in nats; of a micro-batch,
+        its share of the mean over the whole batch.
     """
 
     losses: dict[str, jax.Array]
@@ -109,12 +110,13 @@ def moe(
             gate = jax.nn.sigmoid(jnp.dot(x_BSD, params["shared_gate"].astype(x_BSD.dtype)))
             shared_BSD = gate * shared_BSD
         y_BSD = y_BSD + shared_BSD
-    entropy = _score_entropy(out.scores_TE, flat(mask_BS))
+    entropy = _score_entropy(out.scores_TE, flat(mask_BS), totals)
     return y_BSD, MoEAux(out.losses, out.load_E, out.group_load_G, dropped, out.routing, entropy)
 
 
-def _score_entropy(scores_TE, mask_T):
+def _score_entropy(scores_TE, mask_T, totals):
     p_TE = scores_TE / (scores_TE.sum(axis=-1, keepdims=True) + 1e-20)
     entropy_T = -(p_TE * jnp.log(p_TE + 1e-20)).sum(axis=-1)
     mask_T = jnp.ones_like(entropy_T) if mask_T is None else (mask_T > 0).astype(entropy_T.dtype)
-    return jax.lax.stop_gradient((entropy_T * mask_T).sum() / jnp.maximum(mask_T.sum(), 1.0))
+    num_tokens = mask_T.sum() if totals is None else totals.num_tokens
+    return jax.lax.stop_gradient((entropy_T * mask_T).sum() / jnp.maximum(num_tokens, 1.0))

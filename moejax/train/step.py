@@ -96,7 +96,7 @@ def _join(parts: LossParts, shape) -> LossParts:
             group_load_G=a.group_load_G.sum(axis=0),
             dropped=a.dropped.sum(axis=0),
             routing=None,
-            score_entropy=a.score_entropy.mean(axis=0),
+            score_entropy=a.score_entropy.sum(axis=0),
         )
         for name, a in parts.aux.items()
     }

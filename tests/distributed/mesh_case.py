@@ -118,7 +118,8 @@ def make_inputs(model: ModelConfig, skewed: bool):
 
 
 def _shake(path, a):
-    return a + 0.1 * jax.random.normal(jax.random.key(len(str(path))), a.shape, a.dtype)
+    noise = jax.random.normal(jax.random.key(len(str(path))), a.shape, "float32")  # in any dtype
+    return a + 0.1 * noise.astype(a.dtype)
 
 
 # Compiled for little effort: the program runs once.
@@ -135,6 +136,7 @@ def _step(params, state, batch, cfg, layout):
         "mtp": parts.mtp,
         "balance": parts.balance,
         "nll_BS": parts.nll_BS,
+        "score_entropy": {n: a.score_entropy for n, a in parts.aux.items()},
         "load": loads,
         "group_load": {n: a.group_load_G for n, a in parts.aux.items()},
         "dropped": {n: a.dropped.astype(jnp.int32) for n, a in parts.aux.items()},
