@@ -8,6 +8,7 @@ import pathlib
 from absl import flags
 from tqdm import tqdm
 
+from moejax import command_line
 from moejax.config import ConfigError, DataConfig
 from moejax.cost.tables import Table, render
 from moejax.data import load_corpus, validation_batches
@@ -90,17 +91,11 @@ def evaluate_main(argv: list[str]) -> int:
     whole("batch_size", None, "Sequences at once [the run's].", flag_values=fv, lower_bound=1)
     text("mesh", None, "Devices per axis: data=2,tensor=4 [one device].", flag_values=fv)
     text("json", None, "Also write the results to this file.", flag_values=fv)
-    if any(a in ("--help", "-h") for a in argv):
-        print(f"{USAGE}\n\nFlags:\n{fv.get_help()}")
+    rest = command_line.parse("evaluate", USAGE, fv, argv)
+    if rest is None:
         return 0
-    try:
-        rest = fv(["evaluate", *argv])[1:]
-    except flags.Error as e:
-        raise ConfigError(f"{e}\n{USAGE}") from e
     if rest or not fv.workdir:
-        raise ConfigError(
-            f"{f'unexpected {rest}' if rest else 'evaluate needs --workdir'}\n{USAGE}"
-        )
+        raise ConfigError(f"{f'unexpected {rest}' if rest else 'evaluate needs --workdir'}\n{USAGE}")
     results = evaluate_run(
         pathlib.Path(fv.workdir),
         tuple(fv.sources),

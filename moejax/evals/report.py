@@ -4,11 +4,13 @@ import base64
 import dataclasses
 import json
 import pathlib
+from typing import NamedTuple
 
 import jinja2
 import numpy as np
 from absl import flags
 
+from moejax import command_line
 from moejax.config import ConfigError, to_json
 from moejax.cost.architecture import of_model
 from moejax.cost.params import active, total
@@ -23,6 +25,13 @@ ROUTED_BATCHES = 8  # held-out batches whose routes are counted
 PROMPT_TOKENS, SAMPLE_TOKENS = 24, 120
 
 
+class Sample(NamedTuple):
+    """The beginning of a held-out document, and the model's continuation."""
+
+    prompt: str
+    text: str
+
+
 @dataclasses.dataclass(frozen=True)
 class Section:
     """One part of the page; empty fields are left out."""
@@ -32,11 +41,11 @@ class Section:
     image: str = ""
     table: tuple = ()
     experts: tuple = ()
-    samples: tuple = ()
+    samples: tuple[Sample, ...] = ()
 
 
-def write_report(workdir: pathlib.Path) -> pathlib.Path:
-    """Writes `report.html` into a run's folder and returns its path.
+def write_report(workdir: pathlib.Path) -> tuple[pathlib.Path, tuple[Sample, ...]]:
+    """Writes `report.html` into a run's folder; returns its path and the samples in it.
 
     Reads metrics.jsonl and the newest checkpoint, and runs the model over held-out text. Raises
     ConfigError if the folder holds no trained run.
@@ -51,10 +60,16 @@ def write_report(workdir: pathlib.Path) -> pathlib.Path:
             balance_section(rows),
             *routing_sections(rows, run, corpus),
         ]
-    sections += [samples_section(run, corpus), optimisation_section(rows)]
+    samples = samples_section(run, corpus)
+    sections += [samples, optimisation_section(rows)]
     path = workdir / "report.html"
     path.write_text(page(run, rows, sections))
-    return path
+    return path, samples.samples
+
+
+def last_step(workdir: pathlib.Path) -> int:
+    """The last step that a run has logged."""
+    return max(read_metrics(workdir / "metrics.jsonl")["train"])
 
 
 def read_metrics(path: pathlib.Path) -> dict[str, dict[int, dict]]:
@@ -213,7 +228,7 @@ def samples_section(run: Run, corpus) -> Section:
         for documents in corpus.validation.values()
     ]
     texts = continue_prompts(run, prompts, SAMPLE_TOKENS)
-    samples = [dict(prompt=_decode(run, p[1:]), text=text) for p, text in zip(prompts, texts)]
+    samples = [Sample(_decode(run, p[1:]), text) for p, text in zip(prompts, texts)]
     text = "Beginnings of held-out documents (blue), continued by the model (temperature 0.8, top-p 0.95)."
     return Section("Samples", text, samples=tuple(samples))
 
@@ -294,14 +309,10 @@ def report_main(argv: list[str]) -> int:
     flags.DEFINE_string(
         "workdir", None, "Folder of a trained run; report.html goes there.", flag_values=fv
     )
-    if any(a in ("--help", "-h") for a in argv):
-        print(f"{USAGE}\n\nFlags:\n{fv.get_help()}")
+    rest = command_line.parse("report", USAGE, fv, argv)
+    if rest is None:
         return 0
-    try:
-        rest = fv(["report", *argv])[1:]
-    except flags.Error as e:
-        raise ConfigError(f"{e}\n{USAGE}") from e
     if rest or not fv.workdir:
         raise ConfigError(f"{f'unexpected {rest}' if rest else 'report needs --workdir'}\n{USAGE}")
-    print(f"wrote {write_report(pathlib.Path(fv.workdir))}")
+    print(f"wrote {write_report(pathlib.Path(fv.workdir))[0]}")
     return 0

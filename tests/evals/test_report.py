@@ -45,7 +45,7 @@ def test_names_and_text_are_escaped(trained, tmp_path):
     cfg = from_json((run / "config.json").read_text())
     cfg = dataclasses.replace(cfg, name="<script>alert(1)</script>")
     (run / "config.json").write_text(to_json(cfg))
-    page = report.write_report(run).read_text()
+    page = report.write_report(run)[0].read_text()
     assert "<script>" not in page and "&lt;script&gt;" in page
 
 

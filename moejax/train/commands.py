@@ -1,0 +1,76 @@
+"""`moejax train`: run an experiment or go on with one; at its end a report and a sample."""
+
+import pathlib
+import sys
+
+from absl import flags
+
+from moejax import command_line
+from moejax.config import ConfigError
+
+TRAIN_USAGE = """\
+usage: moejax train --config=experiments/quickstart.py --workdir=runs/quickstart
+       any value of moejax/config.py can be overridden: --config.model.moe.num_experts=64
+       the same command again goes on with the run in the workdir"""
+
+
+def train_main(argv: list[str]) -> int:
+    """`moejax train ...`; argv without the command's name. Raises ConfigError for bad input."""
+    fv = flags.FlagValues()
+    text, whole = flags.DEFINE_string, flags.DEFINE_integer
+    command_line.define_config(fv, argv, "Experiment: a Python file with get_config().")
+    text("workdir", None, "Folder of the run; resumed if it has one.", flag_values=fv)
+    flags.DEFINE_boolean(
+        "report", True, "Write report.html and print a sample at the end.", flag_values=fv
+    )
+    text(
+        "distributed",
+        "none",
+        "'auto': one of several processes, found by Slurm, Open MPI, Kubernetes or a TPU pod.",
+        flag_values=fv,
+    )
+    text("coordinator", None, "HOST:PORT of process 0, where no cluster says so.", flag_values=fv)
+    whole("num_processes", None, "With --coordinator.", flag_values=fv)
+    whole("process_id", None, "With --coordinator.", flag_values=fv)
+    rest = command_line.parse("train", TRAIN_USAGE, fv, argv)
+    if rest is None:
+        return 0
+    missing = [f"--{n}" for n in ("config", "workdir") if not fv[n].value]
+    if rest or missing:
+        what = f"unexpected {rest}" if rest else f"train needs {' and '.join(missing)}"
+        raise ConfigError(f"{what}\n{TRAIN_USAGE}")
+    cfg = command_line.experiment(fv)
+    import jax
+
+    from moejax.train import processes
+    from moejax.train.checkpoint import SaveError
+    from moejax.train.loop import Diverged, train
+
+    processes.start(fv.distributed, fv.coordinator, fv.num_processes, fv.process_id)
+    workdir = pathlib.Path(fv.workdir)
+    try:
+        results = train(cfg, workdir)
+    except (Diverged, SaveError) as e:
+        print(f"moejax train: {e}", file=sys.stderr)
+        return 2
+    if processes.is_first() and results:
+        _finish(workdir, results, cfg.train.steps, fv.report and jax.process_count() == 1)
+    return 0
+
+
+def _finish(workdir: pathlib.Path, results: dict, steps: int, with_report: bool) -> None:
+    from moejax.cost.tables import render
+    from moejax.evals.evaluate import results_table
+    from moejax.evals.report import last_step, write_report
+
+    print(render([results_table(results, "Held-out documents")]))
+    if last_step(workdir) < steps:
+        return  # stopped on request: leave at once
+    if not with_report:
+        print(f"moejax report --workdir={workdir} makes a page of pictures of the run")
+        return
+    path, samples = write_report(workdir)
+    print(
+        f"A held-out beginning | and how the model goes on:\n{samples[0].prompt} | {samples[0].text}\n"
+    )
+    print(f"report: {path}")
