@@ -16,7 +16,7 @@ from moejax.config import (
 )
 from moejax.cost import compare as comparing
 from moejax.cost.hardware import load_device
-from moejax.cost.memory import MeshSizes, checkpoint_bytes
+from moejax.cost.memory import AXES, MeshSizes, checkpoint_bytes
 from moejax.cost.plan import Run, of_experiment, plan
 from moejax.cost.published import facts_of, published, sizes_text
 from moejax.cost.roofline import EFFICIENCY
@@ -158,7 +158,7 @@ def _computed(cfg: ModelConfig | None, fv, published: bool) -> ModelConfig | Non
 
 def parse_mesh(text: str) -> MeshSizes:
     """'fsdp=8,expert=4' -> MeshSizes; ConfigError names a bad axis or size."""
-    known = [f.name for f in dataclasses.fields(MeshSizes)]
+    known = AXES
     sizes = {}
     for item in filter(None, text.split(",")):
         axis, _, size = item.partition("=")

@@ -14,30 +14,77 @@ from moejax.cost.architecture import Architecture, Part, of_model
 BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2, "fp8": 1}
 
 
+AXES = ("data", "fsdp", "expert", "tensor")
+
+# What moejax.sharding (which imports jax) splits over what, as far as it matters here.
+SPLIT = {
+    "batch": ("data", "fsdp", "expert"),
+    "embed": ("fsdp",),
+    "mlp": ("tensor",),
+    "expert": ("expert",),
+    "expert_embed": ("fsdp",),
+    "expert_mlp": ("tensor",),
+}
+
+
 @dataclasses.dataclass(frozen=True)
 class MeshSizes:
-    """Devices along each mesh axis; see `moejax.sharding`."""
+    """Devices along each mesh axis; `rules` replace rows of SPLIT, as MeshConfig.rules do."""
 
     data: int = 1
     fsdp: int = 1
     expert: int = 1
     tensor: int = 1
+    rules: tuple[str, ...] = ()
+
+    def axes(self, *logical: str) -> frozenset[str]:
+        """Mesh axes that these logical axes are split over."""
+        split = dict(SPLIT)
+        for rule in self.rules:
+            name, _, target = rule.partition("=")
+            split[name] = tuple(a for a in target.split("+") if a)
+        return frozenset(a for name in logical for a in split[name])
+
+    def size(self, axes: frozenset[str]) -> int:
+        return math.prod(getattr(self, a) for a in axes)
 
     @property
     def devices(self) -> int:
-        return self.data * self.fsdp * self.expert * self.tensor
+        return self.size(frozenset(AXES))
 
     @property
     def batch(self) -> int:
         """Devices the batch is split over."""
-        return self.data * self.fsdp * self.expert
+        return self.size(self.axes("batch"))
+
+    @property
+    def experts(self) -> int:
+        """Devices the experts are split over."""
+        return self.size(self.axes("expert"))
+
+    @property
+    def peers(self) -> int:
+        """Devices that split both the experts and the tokens, so that tokens travel."""
+        return self.size(self.axes("expert") & self.axes("batch"))
+
+    def weight_axes(self, part: Part) -> frozenset[str]:
+        """Mesh axes that a part's parameters are split over."""
+        if part.experts:
+            return self.axes("expert", "expert_embed", "expert_mlp")
+        return self.axes("embed", "mlp")
 
     def shards(self, part: Part) -> int:
         """Devices a part's parameters are split over."""
-        return self.fsdp * self.tensor * (self.expert if part.experts else 1)
+        return self.size(self.weight_axes(part))
+
+    def gathers(self, part: Part) -> int:
+        """Devices that a part's parameters are gathered from for use (fsdp)."""
+        return self.size(
+            self.axes("expert_embed" if part.experts else "embed") & self.axes("batch")
+        )
 
     def __str__(self):
-        return f"data={self.data},fsdp={self.fsdp},expert={self.expert},tensor={self.tensor}"
+        return ",".join(f"{a}={getattr(self, a)}" for a in AXES)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -151,10 +198,10 @@ def training(
     local = sum(p.total / mesh.shards(p) for p in parts if p.name != "balance bias")
     wide, b = 4, BYTES[cfg.dtype]
     cast = b * local if cfg.dtype != "float32" else 0.0
-    if mesh.fsdp > 1:
-        # One layer at a time is gathered whole.
-        layer = max(p.total / arch.num_layers / mesh.shards(p) * mesh.fsdp for p in arch.parts)
-        cast += 2 * b * layer
+    # One layer at a time is gathered whole, its weights and their gradients.
+    gathered = [p for p in arch.parts if mesh.gathers(p) > 1]
+    layer = [p.total / arch.num_layers / mesh.shards(p) * mesh.gathers(p) for p in gathered]
+    cast += 2 * b * max(layer, default=0.0)
     tokens = micro_batch * seq_len / mesh.batch
     return TrainingMemory(
         weights=wide * local,
@@ -167,10 +214,24 @@ def training(
     )
 
 
-def _widths(cfg: ModelConfig, seq_len: int, tensor: int) -> dict[str, float]:
+def rows_per_token(cfg: ModelConfig, mesh: MeshSizes) -> float:
+    """Rows in a device's buffer of routed tokens, for each of its own tokens.
+
+    K on a device that holds all experts. With experts split, what its peers may send at worst, or
+    `buffer_factor` times the balanced load if that is less (`moejax.moe.dispatch.expert_parallel`).
+    """
+    m, held = cfg.moe, cfg.moe.num_experts / mesh.experts
+    if mesh.experts == 1:
+        return m.experts_per_token
+    worst = mesh.peers * min(m.experts_per_token, held)
+    balanced = mesh.peers * m.experts_per_token / mesh.experts
+    return min(worst, m.buffer_factor * balanced) if m.buffer_factor else worst
+
+
+def _widths(cfg: ModelConfig, seq_len: int, mesh: MeshSizes) -> dict[str, float]:
     """Numbers per token that one layer makes: (matmul outputs kept by remat='dots', all that the
     backward pass reads)."""
-    a, m, d = cfg.attention, cfg.moe, cfg.d_model
+    a, m, d, tensor = cfg.attention, cfg.moe, cfg.d_model, mesh.tensor
     n = a.num_heads / tensor
     qkv = n * a.qk_head_dim
     if a.kind == "mla":
@@ -179,7 +240,9 @@ def _widths(cfg: ModelConfig, seq_len: int, tensor: int) -> dict[str, float]:
         qkv += 2 * a.num_kv_heads / tensor * a.head_dim
     out = n * a.value_head_dim
     dense = 3 * cfg.d_ff / tensor
-    routed = m.experts_per_token * (2 * d + 3 * m.d_expert / tensor) if m.num_experts else 0.0
+    routed = 0.0
+    if m.num_experts:
+        routed = rows_per_token(cfg, mesh) * (2 * d + 3 * m.d_expert / tensor)
     shared = 3 * m.shared_width / tensor if m.num_experts else 0.0
     moe_share = cfg.num_moe_layers / cfg.num_layers
     ffn = moe_share * (routed + shared + 2 * m.num_experts) + (1 - moe_share) * dense
@@ -191,7 +254,7 @@ def _widths(cfg: ModelConfig, seq_len: int, tensor: int) -> dict[str, float]:
 
 
 def _activations(cfg: ModelConfig, tokens: float, seq_len: int, mesh: MeshSizes) -> float:
-    width = _widths(cfg, seq_len, mesh.tensor)
+    width = _widths(cfg, seq_len, mesh)
     layers = cfg.num_layers + cfg.mtp_depth
     kept = {"none": width["all"], "dots": cfg.d_model + width["dots"], "full": cfg.d_model}
     return BYTES[cfg.dtype] * tokens * layers * kept[cfg.remat]
@@ -203,7 +266,7 @@ def _in_flight(cfg: ModelConfig, tokens: float, seq_len: int, mesh: MeshSizes) -
     In a layer's backward pass: its activations and their gradients. In the loss: one chunk's
     logits, probabilities and gradient, in float32.
     """
-    layer = 2 * BYTES[cfg.dtype] * tokens * _widths(cfg, seq_len, mesh.tensor)["all"]
+    layer = 2 * BYTES[cfg.dtype] * tokens * _widths(cfg, seq_len, mesh)["all"]
     chunk = cfg.loss_chunk or max(1, LOGITS_BUDGET // cfg.vocab_size)
     at_once = min(tokens, max(1.0, chunk / mesh.batch))
     logits = 3 * 4 * at_once * cfg.vocab_size / mesh.tensor
@@ -216,16 +279,13 @@ LOGITS_BUDGET = 2**25  # as moejax.models.loss, which imports jax
 
 
 def _buffers(cfg: ModelConfig, tokens: float, mesh: MeshSizes) -> float:
-    """Tokens in flight between the devices of the expert axis, forward and backward."""
-    m = cfg.moe
-    if mesh.expert == 1 or not cfg.num_moe_layers:
+    """What travels between the devices that split the experts: sent and received at once."""
+    if mesh.peers == 1 or not cfg.num_moe_layers:
         return 0.0
     one = tokens * cfg.d_model * BYTES[cfg.dtype]
-    if m.expert_parallel == "ring":
-        return 2 * mesh.expert * one  # everybody's tokens, and the partial results
-    # Sent and received rows; worst case without a buffer factor: every route to one device.
-    factor = m.buffer_factor or mesh.expert
-    return 2 * one * m.experts_per_token * factor
+    if cfg.moe.expert_parallel == "ring":
+        return 2 * mesh.peers * one  # every peer's tokens, and the partial results for them
+    return 2 * rows_per_token(cfg, mesh) * one
 
 
 # --------------------------------------------------------------------------------------------------

@@ -60,14 +60,16 @@ def check_run(cfg: ModelConfig | None, run: Run) -> None:
         problems.append(f"batch={run.batch} must be a multiple of micro_batch={run.micro_batch}")
     if not problems and cfg is not None and run.mesh.devices > 1:
         # The rules of training themselves; they need jax, so only a real mesh pays for it.
-        from moejax.sharding import RULES, Layout, layout_problems
+        from moejax.sharding import Layout, layout_problems, parse_rules
 
         platform = "tpu" if run.device.name.startswith("tpu") else "gpu"
         device = types.SimpleNamespace(platform="cpu" if run.device.name == "cpu" else platform)
-        shape, devices = dataclasses.asdict(run.mesh), np.array([device])
-        mesh = cast(Any, types.SimpleNamespace(shape=shape, devices=devices))
+        shape = {a: getattr(run.mesh, a) for a in memory.AXES}
+        mesh = cast(Any, types.SimpleNamespace(shape=shape, devices=np.array([device])))
         experiment = ExperimentConfig(model=cfg, data=DataConfig(batch_size=run.micro_batch))
-        found = layout_problems(experiment, Layout(mesh, tuple(RULES.items())))
+        found = layout_problems(
+            experiment, Layout(mesh, tuple(parse_rules(run.mesh.rules).items()))
+        )
         key = "data.batch_size / train.accumulation"
         problems += [p.replace(key, "micro_batch") for p in found]
     if problems:
@@ -282,7 +284,7 @@ def of_experiment(cfg: ExperimentConfig, device: Device, devices: int) -> tuple[
     steps = cfg.train.steps * cfg.data.batch_size * cfg.data.seq_len
     return of_model(cfg.model, cfg.name), Run(
         device=device,
-        mesh=MeshSizes(**sizes),
+        mesh=MeshSizes(**sizes, rules=m.rules),
         batch=cfg.data.batch_size,
         micro_batch=cfg.data.batch_size // cfg.train.accumulation,
         context=cfg.data.seq_len,

@@ -91,7 +91,7 @@ def training_step(
     b = BYTES[cfg.dtype]
     parts = (*arch.parts, *arch.mtp)
     local = sum(p.total / mesh.shards(p) for p in parts)
-    used = local * mesh.fsdp  # fsdp gathers the weights it uses
+    used = sum(p.total / mesh.shards(p) * mesh.gathers(p) for p in parts)
     passes = 2 + (cfg.remat == "full")
     held = memory.training(cfg, mesh, batch, seq_len)
     # Weights in every pass; master weights and both moments read and written, gradients too;
@@ -117,18 +117,18 @@ def _network(
     """Bytes one device sends in a training step."""
     b, d = BYTES[cfg.dtype], cfg.d_model
     passes = 2 + (cfg.remat == "full")
-    parts = (*arch.parts, *arch.mtp)
-    gathered = sum(p.total / mesh.shards(p) for p in parts) * mesh.fsdp
+    weights = 0.0
+    for p in (*arch.parts, *arch.mtp):
+        local, ways = p.total / mesh.shards(p), mesh.gathers(p)
+        # Weights gathered for every pass, gradients scattered back in float32.
+        weights += (ways - 1) * local * (passes * b + 4) * accumulation
+        # Gradients summed over the devices that split the batch and hold the same weights.
+        copies = mesh.size(mesh.axes("batch") - mesh.weight_axes(p))
+        weights += 2 * (copies - 1) / copies * 4 * local
     per_device = tokens / mesh.batch
-    fsdp = (mesh.fsdp - 1) / mesh.fsdp * gathered * (passes * b + 4) * accumulation
-    # All-reduce of float32 gradients: over replicas, and over the expert axis for what it
-    # replicates.
-    data = 2 * (mesh.data - 1) / mesh.data * 4 * gathered / mesh.fsdp
-    dense = sum(p.total / mesh.shards(p) for p in parts if not p.experts)
-    replicas = 2 * (mesh.expert - 1) / mesh.expert * 4 * dense
     experts = 0.0
-    if mesh.expert > 1 and cfg.num_moe_layers:
-        e = mesh.expert
+    if mesh.peers > 1 and cfg.num_moe_layers:
+        e = mesh.peers
         ring = cfg.moe.expert_parallel == "ring"
         rows = per_device * (e - 1 if ring else cfg.moe.experts_per_token * (e - 1) / e)
         experts = 2 * passes * rows * d * b * cfg.num_moe_layers  # there and back
@@ -136,7 +136,7 @@ def _network(
     if mesh.tensor > 1:
         share = 2 * (mesh.tensor - 1) / mesh.tensor
         tensor = 2 * passes * share * per_device * d * b * cfg.num_layers
-    return fsdp + data + replicas + experts + tensor
+    return weights + experts + tensor
 
 
 def decode_step(

@@ -29,7 +29,8 @@ def verify(cfg: ExperimentConfig, *, steps: int = 3) -> list[Table]:
     """Compiles the real step of `cfg` on this machine's devices, runs it `steps` times on random
     tokens, and compares FLOPs, memory and speed with the plan."""
     layout = make_layout(cfg)
-    mesh = MeshSizes(**dict(layout.mesh.shape)) if layout else MeshSizes()
+    plan = plan_run(cfg, layout)
+    mesh = plan.run.mesh
     compiled = _compile(cfg, layout)
     flops_rows = compare_flops(cfg)
     memory_rows = compare_memory(cfg, mesh, compiled.memory_analysis())
@@ -40,7 +41,7 @@ def verify(cfg: ExperimentConfig, *, steps: int = 3) -> list[Table]:
     return [
         Table("XLA's FLOPs of loss and gradient", ["", "plan", "XLA", "error"], flops_rows),
         Table("XLA's bytes per device", ["", "plan", "XLA", "error"], memory_rows),
-        receipt(cfg, tokens / seconds, peak, plan_run(cfg, layout).step.tokens_per_second),
+        receipt(cfg, tokens / seconds, peak, plan.step.tokens_per_second),
     ]
 
 

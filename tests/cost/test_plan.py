@@ -149,6 +149,32 @@ def test_expert_parallel_buffers():
     assert sizes["all_to_all", 0.0] == 4 * sizes["all_to_all", 1.0]
 
 
+def test_rows_of_split_experts():
+    """8 experts, 2 per token, over 4 devices: each holds 2, and 4 peers may send both routes of every
+    token to it; no more than buffer_factor times 2 routes if there is one."""
+    mesh = MeshSizes(expert=4)
+    bounded = dataclasses.replace(MOE.moe, buffer_factor=1.5)
+    assert memory.rows_per_token(MOE, MeshSizes(data=4)) == 2
+    assert memory.rows_per_token(MOE, mesh) == 8
+    assert memory.rows_per_token(dataclasses.replace(MOE, moe=bounded), mesh) == 3
+    generous = dataclasses.replace(MOE.moe, buffer_factor=100.0)
+    assert memory.rows_per_token(dataclasses.replace(MOE, moe=generous), mesh) == 8
+
+
+def test_mesh_rules_move_the_experts():
+    """'expert=data': experts split over the devices that hold the batch."""
+    experts, attention = (of_model(MOE).part(n) for n in ("routed experts", "attention"))
+    assert experts and attention
+    mesh = MeshSizes(data=4, rules=("expert=data",))
+    assert (mesh.shards(experts), mesh.shards(attention), mesh.peers) == (4, 1, 4)
+    cfg = ExperimentConfig(model=MOE, mesh=MeshConfig(data=4, rules=("expert=data",)))
+    _, run = of_experiment(cfg, H100, 4)
+    moved, plain = (memory.training(MOE, m, 8, 32) for m in (run.mesh, MeshSizes(data=4)))
+    assert plain.weights - moved.weights == 4 * experts.total * 3 / 4
+    with pytest.raises(ConfigError, match="num_experts=8 does not divide over 3"):
+        check_run(MOE, Run(H100, MeshSizes(data=3, rules=("expert=data",)), 3, 3))
+
+
 def test_deepseek_moe_16b_fits_a_40gb_device():
     """2401.06066 abstract: the 16B model is deployed on a single GPU with 40GB."""
     a = of_model(zoo.load_preset("deepseek-moe-16b"))
