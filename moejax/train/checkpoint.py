@@ -10,6 +10,7 @@ Arrays are read straight onto the shards of the mesh at hand, whatever mesh and 
 them. Nothing is pickled.
 """
 
+import contextlib
 import json
 import pathlib
 import warnings
@@ -28,10 +29,19 @@ from moejax.train.state import TrainState, abstract_state, state_of_model, state
 UNREADABLE = (ValueError, OSError, KeyError, json.JSONDecodeError)
 
 
+# Arrays are written in pieces of about this size.
+PIECE_BYTES = 64 * 2**20
+
+
+class SaveError(OSError):
+    """A checkpoint could not be written; those before it are whole."""
+
+
 class Checkpoints:
     """Saves in the background; keeps the last `keep_last` steps, and every `keep_every`-th for good."""
 
-    def __init__(self, workdir: pathlib.Path, cfg: ExperimentConfig):
+    def __init__(self, workdir: pathlib.Path, cfg: ExperimentConfig, *, packed: bool = True):
+        """`packed` gathers arrays in few large files; either kind can be read."""
         self.workdir = workdir.resolve()
         self.folder = self.workdir / "checkpoints"
         self.cfg = cfg
@@ -41,26 +51,50 @@ class Checkpoints:
             create=True,
         )
         handlers: dict[str, Any] = {
-            "model": ocp.StandardCheckpointHandler(),
+            "model": ocp.StandardCheckpointHandler(use_ocdbt=packed),
             "training": ocp.StandardCheckpointHandler(),
             "meta": ocp.JsonCheckpointHandler(),
         }
         self.manager = ocp.CheckpointManager(self.folder, options=options, item_handlers=handlers)
 
     def save(self, state: TrainState, data_state: dict) -> None:
-        """Begin to save a state of training; the arrays may be donated as soon as this returns."""
+        """Begin to save a state of training; the arrays may be donated as soon as this returns.
+
+        Raises SaveError if this save, or the one before it, could not be written.
+        """
         model, training = _split(state)
         self._save(int(state.step), data_state, model=model, training=training)
 
     def save_model(self, params: dict, router_state: dict) -> None:
-        """Save a model that was not trained here, as step 0, and wait until it is written."""
+        """Save a model that was not trained here, as step 0, and wait until it is written.
+
+        In pieces, so that a writer that is not `packed` holds little besides the model itself.
+        """
         self._save(0, None, model={"params": params, "router_state": router_state})
-        self.manager.wait_until_finished()
+        self.wait()
 
     def _save(self, step: int, data_state: dict | None, **items) -> None:
         meta = {"config": json.loads(to_json(self.cfg)), "data": data_state}
-        args = {name: ocp.args.StandardSave(item) for name, item in items.items()}
-        self.manager.save(step, args=ocp.args.Composite(**args, meta=ocp.args.JsonSave(meta)))
+        piece = ocp.SaveArgs(chunk_byte_size=PIECE_BYTES)
+        args = {
+            name: ocp.args.StandardSave(item, save_args=jax.tree.map(lambda _: piece, item))
+            for name, item in items.items()
+        }
+        with self._writing():
+            self.manager.save(step, args=ocp.args.Composite(**args, meta=ocp.args.JsonSave(meta)))
+
+    @contextlib.contextmanager
+    def _writing(self):
+        try:
+            yield
+        except (ValueError, OSError) as e:  # tensorstore reports errors of the system as ValueError
+            reason = str(e).rpartition(": ")[2]
+            steps = self.manager.all_steps(read=True)
+            whole = f"step {max(steps)} is the last whole one" if steps else "none is there yet"
+            raise SaveError(
+                f"saving a checkpoint in {self.folder} failed: {reason}; {whole}. Free some space (or "
+                "lower train.keep_last), and the same command goes on from there"
+            ) from e
 
     def restore(self, layout: Layout | None = None) -> tuple[TrainState, dict | None] | None:
         """The newest state that can be read, and its position in the data; None if there is none.
@@ -153,8 +187,9 @@ class Checkpoints:
         self.manager.reload()
 
     def wait(self) -> None:
-        """Until everything is written."""
-        self.manager.wait_until_finished()
+        """Until everything is written; raises SaveError if something could not be."""
+        with self._writing():
+            self.manager.wait_until_finished()
 
     def close(self) -> None:
         self.wait()

@@ -59,6 +59,8 @@ def start(
             f"--distributed={mode}: {e} No cluster was found (Slurm, Open MPI, Kubernetes, TPU pod)? "
             "Then give --coordinator=HOST:PORT --num_processes=N --process_id=I"
         ) from e
+    except RuntimeError as e:  # a cluster that does not answer, or does not allow to be asked
+        raise ConfigError(f"could not join the other processes: {e}") from e
 
 
 def is_first() -> bool:

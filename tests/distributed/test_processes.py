@@ -1,0 +1,159 @@
+"""Two processes of four devices: one run, stopped by a signal to either, the same losses as one process."""
+
+import json
+import os
+import pathlib
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+
+from moejax.config import ConfigError, ExperimentConfig, MeshConfig
+from moejax.sharding import make_layout
+from moejax.train import processes
+
+ROOT = pathlib.Path(__file__).parent.parent.parent
+FLAGS = [
+    "--config.model.d_model=16",
+    "--config.model.num_layers=1",
+    "--config.model.num_dense_layers=0",
+    "--config.model.attention.num_heads=2",
+    "--config.model.attention.num_kv_heads=2",
+    "--config.model.attention.head_dim=8",
+    "--config.model.moe.num_experts=4",
+    "--config.model.moe.experts_per_token=2",
+    "--config.model.moe.d_expert=8",
+    "--config.data.tokenizer=byte",
+    "--config.data.max_bytes=100000",
+    "--config.data.seq_len=32",
+    "--config.data.batch_size=8",
+    "--config.optimizer.schedule=constant",  # so that train.steps is only where a run ends
+    "--config.optimizer.warmup_steps=1",
+    "--config.train.log_every=1",
+    "--config.train.eval_every=10000",
+    "--config.train.eval_batches=1",
+    "--config.train.checkpoint_every=10000",
+]
+MESH = ["--config.mesh.data=2", "--config.mesh.expert=2", "--config.mesh.tensor=2"]
+
+
+class Command:
+    """A training process; what it writes goes to files, which no amount of progress bars can fill up."""
+
+    def __init__(self, workdir, *flags, devices=1):
+        self.out = workdir.parent / f"{workdir.name}{len(flags)}{flags[0]}{flags[-1]}".replace(
+            ":", ""
+        )
+        env = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"} | {
+            "JAX_PLATFORMS": "cpu",
+            "PYTHONPATH": str(ROOT),
+            "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        }
+        config = f"--config={ROOT / 'experiments/quickstart.py'}"
+        args = [config, f"--workdir={workdir}", *FLAGS, *flags]
+        with self.out.open("w") as out:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "moejax", "train", *args],
+                env=env,
+                stdout=out,
+                stderr=subprocess.STDOUT,
+            )
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.process.kill()
+        self.process.wait()
+
+    def finish(self):
+        code = self.process.wait(timeout=300)
+        assert code == 0, self.out.read_text()
+        return self.out.read_text()
+
+
+def losses(workdir):
+    path = workdir / "metrics.jsonl"
+    lines = path.read_text().splitlines() if path.exists() else []
+    rows = [json.loads(line) for line in lines if line.endswith("}")]
+    return {r["step"]: r["loss"] for r in rows if r["kind"] == "train"}
+
+
+def free_port():
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def test_two_processes_are_one_run(tmp_path):
+    one, two = tmp_path / "one", tmp_path / "two"
+    flags = [f"--coordinator=127.0.0.1:{free_port()}", "--num_processes=2", *MESH]
+    flags.append("--config.train.steps=100000")
+    with (
+        Command(two, *flags, "--process_id=0", devices=4) as first,
+        Command(two, *flags, "--process_id=1", devices=4) as second,
+    ):
+        deadline = time.monotonic() + 300
+        while len(losses(two)) < 3:
+            assert time.monotonic() < deadline
+            for command in (first, second):
+                assert command.process.poll() is None, command.out.read_text()
+            time.sleep(0.02)
+        # To one of them: both stop, after the same step.
+        second.process.send_signal(signal.SIGTERM)
+        out, silent = first.finish(), second.finish()
+    stopped = re.search(r"saved step (\d+)", out)
+    assert stopped, out
+    saved = int(stopped[1])
+    assert max(losses(two)) == saved
+    assert "parameters" in out and "parameters" not in silent  # process 0 speaks, and only it
+
+    # Go on from what two processes saved, in one process on one device, for three steps.
+    steps = f"--config.train.steps={saved + 3}"
+    with Command(two, steps) as resumed:
+        assert f"at step {saved}" in resumed.finish()
+    with Command(one, steps, *MESH, devices=8) as whole:
+        whole.finish()
+    assert list(losses(two)) == list(losses(one)) == list(range(1, saved + 4))
+    # Sums in another order: 1e-7 a step in float32, which Adam's division by small moments amplifies. A
+    # row taken twice, or gradients of half the batch, would change the losses by over 1e-3.
+    np.testing.assert_allclose(list(losses(two).values()), list(losses(one).values()), rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (dict(mode="always"), "choices are none, auto"),
+        (dict(process_id=1), "--process_id needs --coordinator"),
+        (dict(coordinator="localhost:1"), "needs --num_processes and --process_id"),
+        (dict(coordinator="here", num_processes=2, process_id=0), "must be HOST:PORT"),
+    ],
+)
+def test_what_is_missing_to_start_is_named(args, message):
+    with pytest.raises(ConfigError, match=message):
+        processes.start(**args)
+
+
+def test_rows_of_one_process_are_the_whole_batch():
+    cfg = ExperimentConfig(mesh=MeshConfig(data=2, fsdp=2, tensor=2))
+    layout = make_layout(cfg)
+    assert processes.rows_here(layout, 8, 4) == (0, 1)
+    rows = {"tokens": np.arange(32, dtype=np.int32).reshape(8, 4)}
+    for placed in (processes.place_rows(rows, layout, 8), processes.place_whole(rows, layout)):
+        np.testing.assert_array_equal(placed["tokens"], rows["tokens"])
+        assert {s.data.shape for s in placed["tokens"].addressable_shards} == {(2, 4)}
+
+
+def test_without_a_cluster_auto_says_what_to_give(monkeypatch):
+    def no_cluster(*_):
+        raise ValueError("coordinator_address should be defined.")  # what jax says
+
+    monkeypatch.setattr(jax.distributed, "initialize", no_cluster)
+    with pytest.raises(ConfigError, match="--coordinator=HOST:PORT --num_processes=N"):
+        processes.start("auto")
