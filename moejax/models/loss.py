@@ -152,22 +152,24 @@ def cross_entropy(hidden_BSD, w_DV, targets_BS, mask_BS, cfg: ModelConfig):
 
 
 def _chunks(a, chunk):
-    """[B, S, ..] -> [S/chunk, B, chunk, ..]"""
+    """[B, S, ..] -> [S/chunk, B*chunk, ..]: flat rows, see `moejax.linear`."""
     b, s = a.shape[:2]
-    return jnp.moveaxis(a.reshape(b, s // chunk, chunk, *a.shape[2:]), 1, 0)
+    chunks = jnp.moveaxis(a.reshape(b, s // chunk, chunk, *a.shape[2:]), 1, 0)
+    return chunks.reshape(s // chunk, b * chunk, *a.shape[2:])
 
 
-def _unchunk(a):
-    n, b, c = a.shape[:3]
-    return jnp.moveaxis(a, 0, 1).reshape(b, n * c, *a.shape[3:])
+def _unchunk(a, batch):
+    n, rows = a.shape[:2]
+    a = jnp.moveaxis(a.reshape(n, batch, rows // batch, *a.shape[2:]), 0, 1)
+    return a.reshape(batch, n * rows // batch, *a.shape[3:])
 
 
-def _chunk_nll(h, w, targets, mask):
-    """(nll, logits - logsumexp in float32 or wider) of one chunk."""
-    logits = jnp.einsum("BCD,DV->BCV", h, w, preferred_element_type=mask.dtype)
-    log_p = logits - jax.nn.logsumexp(logits, axis=-1, keepdims=True)
-    nll = -jnp.take_along_axis(log_p, targets[..., None], axis=-1)[..., 0] * mask
-    return nll, log_p
+def _chunk_nll(h_RD, w_DV, targets_R, mask_R):
+    """(nll_R, logits - logsumexp in float32 or wider) of one chunk."""
+    logits_RV = jnp.dot(h_RD, w_DV, preferred_element_type=mask_R.dtype)
+    log_p_RV = logits_RV - jax.nn.logsumexp(logits_RV, axis=-1, keepdims=True)
+    nll_R = -jnp.take_along_axis(log_p_RV, targets_R[:, None], axis=-1)[:, 0] * mask_R
+    return nll_R, log_p_RV
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
@@ -177,7 +179,8 @@ def _cross_entropy(hidden_BSD, w_DV, targets_BS, mask_BS, chunk):
         jax.lax.map(
             lambda a: _chunk_nll(a[0], w, a[1], a[2])[0],
             tuple(_chunks(a, chunk) for a in (hidden_BSD, targets_BS, mask_BS)),
-        )
+        ),
+        hidden_BSD.shape[0],
     )
     return nll_BS.sum(), nll_BS
 
@@ -186,23 +189,22 @@ def _cross_entropy_fwd(hidden_BSD, w_DV, targets_BS, mask_BS, chunk):
     w = w_DV.astype(hidden_BSD.dtype)
 
     def one(dw_DV, inputs):
-        h, targets, mask = inputs
-        nll, log_p = _chunk_nll(h, w, targets, mask)
-        one_hot = jax.nn.one_hot(targets, w.shape[1], dtype=log_p.dtype)
-        d_logits = ((jnp.exp(log_p) - one_hot) * mask[..., None]).astype(h.dtype)
-        dh = jnp.einsum("BCV,DV->BCD", d_logits, w)
-        dw = jnp.einsum("BCD,BCV->DV", h, d_logits, preferred_element_type=dw_DV.dtype)
-        return dw_DV + dw, (nll, dh)
+        h_RD, targets_R, mask_R = inputs
+        nll_R, log_p_RV = _chunk_nll(h_RD, w, targets_R, mask_R)
+        one_hot_RV = jax.nn.one_hot(targets_R, w.shape[1], dtype=log_p_RV.dtype)
+        d_logits_RV = ((jnp.exp(log_p_RV) - one_hot_RV) * mask_R[:, None]).astype(h_RD.dtype)
+        dh_RD = jnp.dot(d_logits_RV, w.T)
+        dw = jnp.einsum("RD,RV->DV", h_RD, d_logits_RV, preferred_element_type=dw_DV.dtype)
+        return dw_DV + dw, (nll_R, dh_RD)
 
     xs = tuple(_chunks(a, chunk) for a in (hidden_BSD, targets_BS, mask_BS))
     if xs[0].shape[0] == 1:
-        dw_DV, (nll, dh) = one(
-            jnp.zeros((), mask_BS.dtype)[None, None], jax.tree.map(lambda a: a[0], xs)
-        )
-        nll_BS, dh_BSD = nll, dh
+        zero = jnp.zeros((1, 1), mask_BS.dtype)
+        dw_DV, out = one(zero, jax.tree.map(lambda a: a[0], xs))
+        out = jax.tree.map(lambda a: a[None], out)
     else:
-        dw_DV, (nll, dh) = jax.lax.scan(one, jnp.zeros(w.shape, mask_BS.dtype), xs)
-        nll_BS, dh_BSD = _unchunk(nll), _unchunk(dh)
+        dw_DV, out = jax.lax.scan(one, jnp.zeros(w.shape, mask_BS.dtype), xs)
+    nll_BS, dh_BSD = (_unchunk(a, hidden_BSD.shape[0]) for a in out)
     return (nll_BS.sum(), nll_BS), (dh_BSD, dw_DV.astype(w_DV.dtype))
 
 
