@@ -16,10 +16,12 @@ from moejax.config import (
 )
 from moejax.cost import compare as comparing
 from moejax.cost.hardware import load_device
-from moejax.cost.memory import AXES, MeshSizes, checkpoint_bytes
-from moejax.cost.plan import Run, of_experiment, plan
+from moejax.cost.memory import checkpoint_bytes
+from moejax.cost.mesh import AXES, MeshSizes
+from moejax.cost.plan import plan
 from moejax.cost.published import facts_of, published, sizes_text
 from moejax.cost.roofline import EFFICIENCY
+from moejax.cost.run import Run, of_experiment
 from moejax.cost.tables import FORMATS, bytes_text, render
 from moejax.models import zoo
 

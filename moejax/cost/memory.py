@@ -10,81 +10,10 @@ import math
 
 from moejax.config import ModelConfig
 from moejax.cost.architecture import Architecture, Part, of_model
+from moejax.cost.mesh import MeshSizes
 
+LOGITS_BUDGET = 2**25  # as moejax.models.loss, which imports jax
 BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2, "fp8": 1}
-
-
-AXES = ("data", "fsdp", "expert", "tensor")
-
-# What moejax.sharding (which imports jax) splits over what, as far as it matters here.
-SPLIT = {
-    "batch": ("data", "fsdp", "expert"),
-    "embed": ("fsdp",),
-    "mlp": ("tensor",),
-    "expert": ("expert",),
-    "expert_embed": ("fsdp",),
-    "expert_mlp": ("tensor",),
-}
-
-
-@dataclasses.dataclass(frozen=True)
-class MeshSizes:
-    """Devices along each mesh axis; `rules` replace rows of SPLIT, as MeshConfig.rules do."""
-
-    data: int = 1
-    fsdp: int = 1
-    expert: int = 1
-    tensor: int = 1
-    rules: tuple[str, ...] = ()
-
-    def axes(self, *logical: str) -> frozenset[str]:
-        """Mesh axes that these logical axes are split over."""
-        split = dict(SPLIT)
-        for rule in self.rules:
-            name, _, target = rule.partition("=")
-            split[name] = tuple(a for a in target.split("+") if a)
-        return frozenset(a for name in logical for a in split[name])
-
-    def size(self, axes: frozenset[str]) -> int:
-        return math.prod(getattr(self, a) for a in axes)
-
-    @property
-    def devices(self) -> int:
-        return self.size(frozenset(AXES))
-
-    @property
-    def batch(self) -> int:
-        """Devices the batch is split over."""
-        return self.size(self.axes("batch"))
-
-    @property
-    def experts(self) -> int:
-        """Devices the experts are split over."""
-        return self.size(self.axes("expert"))
-
-    @property
-    def peers(self) -> int:
-        """Devices that split both the experts and the tokens, so that tokens travel."""
-        return self.size(self.axes("expert") & self.axes("batch"))
-
-    def weight_axes(self, part: Part) -> frozenset[str]:
-        """Mesh axes that a part's parameters are split over."""
-        if part.experts:
-            return self.axes("expert", "expert_embed", "expert_mlp")
-        return self.axes("embed", "mlp")
-
-    def shards(self, part: Part) -> int:
-        """Devices a part's parameters are split over."""
-        return self.size(self.weight_axes(part))
-
-    def gathers(self, part: Part) -> int:
-        """Devices that a part's parameters are gathered from for use (fsdp)."""
-        return self.size(
-            self.axes("expert_embed" if part.experts else "embed") & self.axes("batch")
-        )
-
-    def __str__(self):
-        return ",".join(f"{a}={getattr(self, a)}" for a in AXES)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -273,9 +202,6 @@ def _in_flight(cfg: ModelConfig, tokens: float, seq_len: int, mesh: MeshSizes) -
     arch = of_model(cfg)
     experts = sum(p.total / mesh.shards(p) for p in (*arch.parts, *arch.mtp) if p.experts)
     return max(layer, logits) + 4 * experts
-
-
-LOGITS_BUDGET = 2**25  # as moejax.models.loss, which imports jax
 
 
 def _buffers(cfg: ModelConfig, tokens: float, mesh: MeshSizes) -> float:

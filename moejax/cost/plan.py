@@ -2,18 +2,15 @@
 
 import dataclasses
 import textwrap
-import types
-from typing import Any, cast
 
-import numpy as np
-
-from moejax.config import ConfigError, DataConfig, ExperimentConfig, ModelConfig, divisors_text
+from moejax.config import ModelConfig
 from moejax.cost import memory, roofline
-from moejax.cost.architecture import Architecture, of_model
+from moejax.cost.architecture import Architecture
 from moejax.cost.flops import flops_per_token, paper_flops
 from moejax.cost.hardware import Device
-from moejax.cost.memory import MeshSizes
+from moejax.cost.mesh import MeshSizes
 from moejax.cost.params import counts
+from moejax.cost.run import Run, check_counted, check_run
 from moejax.cost.tables import (
     Table,
     bytes_text,
@@ -22,70 +19,6 @@ from moejax.cost.tables import (
     seconds_text,
     usd_text,
 )
-
-
-@dataclasses.dataclass(frozen=True)
-class Run:
-    """Where and how a model runs.
-
-    Attributes:
-      device, mesh: the hardware.
-      batch: sequences per optimiser step, over all devices; served at once in inference.
-      micro_batch: sequences per forward and backward pass.
-      context: tokens in a sequence, or in the cache when decoding.
-      tokens: training budget; None: no total is given.
-      efficiency: part of the arithmetic peak that is reached.
-    """
-
-    device: Device
-    mesh: MeshSizes = dataclasses.field(default_factory=MeshSizes)
-    batch: int = 1
-    micro_batch: int = 1
-    context: int = 4096
-    tokens: float | None = None
-    efficiency: float = roofline.EFFICIENCY
-
-
-def check_run(cfg: ModelConfig | None, run: Run) -> None:
-    """Raises ConfigError for a run that cannot be: sizes that do not divide, an empty batch."""
-    problems = []
-    for key in ("batch", "micro_batch", "context"):
-        if getattr(run, key) < 1:
-            problems.append(f"{key}={getattr(run, key)} must be at least 1")
-    if not 0 < run.efficiency <= 1:
-        problems.append(f"efficiency={run.efficiency} must lie in (0, 1]")
-    if run.tokens is not None and not run.tokens > 0:
-        problems.append(f"tokens={run.tokens} must be positive")
-    if not problems and run.batch % run.micro_batch:
-        problems.append(f"batch={run.batch} must be a multiple of micro_batch={run.micro_batch}")
-    if not problems and cfg is not None and run.mesh.devices > 1:
-        # The rules of training themselves; they need jax, so only a real mesh pays for it.
-        from moejax.sharding import Layout, layout_problems, parse_rules
-
-        platform = "tpu" if run.device.name.startswith("tpu") else "gpu"
-        device = types.SimpleNamespace(platform="cpu" if run.device.name == "cpu" else platform)
-        shape = {a: getattr(run.mesh, a) for a in memory.AXES}
-        mesh = cast(Any, types.SimpleNamespace(shape=shape, devices=np.array([device])))
-        experiment = ExperimentConfig(model=cfg, data=DataConfig(batch_size=run.micro_batch))
-        found = layout_problems(
-            experiment, Layout(mesh, tuple(parse_rules(run.mesh.rules).items()))
-        )
-        key = "data.batch_size / train.accumulation"
-        problems += [p.replace(key, "micro_batch") for p in found]
-    if problems:
-        raise ConfigError("this run does not work:\n" + "\n".join(f"  - {p}" for p in problems))
-
-
-def check_counted(arch: Architecture, mesh: MeshSizes) -> None:
-    """What `check_run` checks of a mesh, as far as it is known of a model that is only counted."""
-    sizes = {"fsdp": arch.d_model, "tensor": arch.vocab_size}
-    sizes |= {"expert": arch.experts[0]} if arch.experts else {}
-    for axis, size in sizes.items():
-        if size % getattr(mesh, axis):
-            raise ConfigError(
-                f"{arch.name}: {size} does not divide over mesh axis {axis} of size "
-                f"{getattr(mesh, axis)}; {axis} may be {divisors_text(size)}"
-            )
 
 
 def plan(arch: Architecture, cfg: ModelConfig | None, run: Run, published: str = "") -> list[Table]:
@@ -265,41 +198,3 @@ def _money(usd: float | None, d: Device) -> str:
     if usd is None:
         return f"unknown: no price for {d.name}; pass --price (USD per device hour)"
     return f"{usd_text(usd)} at ${d.price:g} an hour"
-
-
-def of_experiment(cfg: ExperimentConfig, device: Device, devices: int) -> tuple[Architecture, Run]:
-    """The architecture and run of an experiment; ConfigError if its mesh does not fit `devices`."""
-    m = cfg.mesh
-    sizes = {k: getattr(m, k) for k in ("data", "fsdp", "expert", "tensor")}
-    fixed = 1
-    for v in sizes.values():
-        fixed *= v if v != -1 else 1
-    free = [k for k, v in sizes.items() if v == -1]
-    if (free and devices % fixed) or (not free and fixed > devices):
-        raise ConfigError(
-            f"mesh {sizes} does not fit {devices} devices: they must be a multiple of {fixed}"
-        )
-    if free:
-        sizes[free[0]] = devices // fixed
-    steps = cfg.train.steps * cfg.data.batch_size * cfg.data.seq_len
-    return of_model(cfg.model, cfg.name), Run(
-        device=device,
-        mesh=MeshSizes(**sizes, rules=m.rules),
-        batch=cfg.data.batch_size,
-        micro_batch=cfg.data.batch_size // cfg.train.accumulation,
-        context=cfg.data.seq_len,
-        tokens=float(steps),
-    )
-
-
-def experiment_step(cfg: ExperimentConfig, run: Run) -> roofline.Estimate:
-    """The estimate of one optimiser step of an experiment."""
-    return roofline.training_step(
-        cfg.model,
-        run.device,
-        run.mesh,
-        run.batch,
-        run.context,
-        accumulation=run.batch // run.micro_batch,
-        efficiency=run.efficiency,
-    )

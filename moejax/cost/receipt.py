@@ -19,7 +19,7 @@ from moejax.cost.architecture import Architecture, of_model
 from moejax.cost.flops import flops_per_token
 from moejax.cost.hardware import Device, device_of_kind, physical_memory
 from moejax.cost.params import counts
-from moejax.cost.plan import Run, experiment_step, of_experiment
+from moejax.cost.run import Run, experiment_step, of_experiment
 from moejax.cost.tables import (
     Table,
     bytes_text,

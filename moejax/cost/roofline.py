@@ -13,7 +13,8 @@ from moejax.cost import memory
 from moejax.cost.architecture import Architecture, of_model
 from moejax.cost.flops import flops_per_token
 from moejax.cost.hardware import Device
-from moejax.cost.memory import BYTES, MeshSizes
+from moejax.cost.memory import BYTES
+from moejax.cost.mesh import MeshSizes
 
 # DeepSeek-V3's pre-training reached 39% of the H800's dense BF16 peak: 250.4 GFLOPs per token,
 # 14.8T tokens, 2.664M H800 hours (2412.19437 Table 1).

@@ -12,7 +12,7 @@ from moejax.config import ExperimentConfig
 from moejax.cost import memory
 from moejax.cost.architecture import of_model
 from moejax.cost.flops import flops_per_token
-from moejax.cost.memory import MeshSizes
+from moejax.cost.mesh import MeshSizes
 from moejax.cost.receipt import error_text, matmul_peak, plan_run, receipt, total_peak
 from moejax.cost.tables import Table, bytes_text, flops_text
 from moejax.models import transformer

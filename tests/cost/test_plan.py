@@ -22,9 +22,10 @@ from moejax.config import (
 from moejax.cost import compare, hardware, memory, roofline
 from moejax.cost.architecture import of_model
 from moejax.cost.commands import compare_main, parse_mesh, plan_main
-from moejax.cost.memory import MeshSizes
-from moejax.cost.plan import Run, check_run, of_experiment, plan
+from moejax.cost.mesh import MeshSizes
+from moejax.cost.plan import plan
 from moejax.cost.published import published
+from moejax.cost.run import Run, check_run, of_experiment
 from moejax.cost.tables import (
     FORMATS,
     Table,
