@@ -17,7 +17,14 @@ from moejax.config import (
 )
 from moejax.data.tokenizer import FILE_NAME, JsonTokenizer
 from moejax.interop.checkpoint import CONFIG, open_checkpoint
-from moejax.interop.files import InteropError, exists, parse_json, read_bytes, whole_folder
+from moejax.interop.files import (
+    InteropError,
+    exists,
+    need_space,
+    parse_json,
+    read_bytes,
+    whole_folder,
+)
 from moejax.interop.load import read_model
 from moejax.interop.save import save_model
 from moejax.models.zoo import config_from_hf, config_to_hf, families_for
@@ -121,7 +128,8 @@ def import_run(hf_dir: pathlib.Path, workdir: pathlib.Path) -> None:
         (folder / KEPT_FOLDER).mkdir()
         for name, content in kept.items():
             (folder / KEPT_FOLDER / name).write_bytes(content)
-        checkpoints = Checkpoints(folder, experiment)
+        need_space(folder, sum(a.nbytes for a in jax.tree.leaves(params)))
+        checkpoints = Checkpoints(folder, experiment, packed=False)
         checkpoints.save_model(params, router_state)
         checkpoints.close()
         (folder / CONFIG).write_text(to_json(experiment))

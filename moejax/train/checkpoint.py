@@ -29,7 +29,7 @@ from moejax.train.state import TrainState, abstract_state, state_of_model, state
 UNREADABLE = (ValueError, OSError, KeyError, json.JSONDecodeError)
 
 
-# Arrays are written in pieces of about this size.
+# Pieces of an array that is not packed.
 PIECE_BYTES = 64 * 2**20
 
 
@@ -41,7 +41,9 @@ class Checkpoints:
     """Saves in the background; keeps the last `keep_last` steps, and every `keep_every`-th for good."""
 
     def __init__(self, workdir: pathlib.Path, cfg: ExperimentConfig, *, packed: bool = True):
-        """`packed` gathers arrays in few large files; either kind can be read."""
+        """`packed` gathers arrays in few large files, of which orbax holds a copy while it writes;
+        else each array is written in pieces of its own. Either kind can be read."""
+        self.packed = packed
         self.workdir = workdir.resolve()
         self.folder = self.workdir / "checkpoints"
         self.cfg = cfg
@@ -66,16 +68,13 @@ class Checkpoints:
         self._save(int(state.step), data_state, model=model, training=training)
 
     def save_model(self, params: dict, router_state: dict) -> None:
-        """Save a model that was not trained here, as step 0, and wait until it is written.
-
-        In pieces, so that a writer that is not `packed` holds little besides the model itself.
-        """
+        """Save a model that was not trained here, as step 0, and wait until it is written."""
         self._save(0, None, model={"params": params, "router_state": router_state})
         self.wait()
 
     def _save(self, step: int, data_state: dict | None, **items) -> None:
         meta = {"config": json.loads(to_json(self.cfg)), "data": data_state}
-        piece = ocp.SaveArgs(chunk_byte_size=PIECE_BYTES)
+        piece = ocp.SaveArgs(chunk_byte_size=None if self.packed else PIECE_BYTES)
         args = {
             name: ocp.args.StandardSave(item, save_args=jax.tree.map(lambda _: piece, item))
             for name, item in items.items()
