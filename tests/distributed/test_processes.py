@@ -59,7 +59,7 @@ class Command:
         args = [config, f"--workdir={workdir}", *FLAGS, *flags]
         with self.out.open("w") as out:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "moejax", "train", *args],
+                [sys.executable, "-m", "moejax", "train", "--noreport", *args],
                 env=env,
                 stdout=out,
                 stderr=subprocess.STDOUT,
