@@ -2,6 +2,7 @@
 
 import difflib
 import importlib
+import os
 import sys
 
 from moejax.config import ConfigError
@@ -44,10 +45,15 @@ def main(argv: list[str] | None = None) -> int:
         print(f"moejax: unknown command {command!r}{hint}\n{USAGE}", file=sys.stderr)
         return 2
     try:
-        return getattr(importlib.import_module(COMMANDS[command]), f"{command}_main")(rest)
+        code = getattr(importlib.import_module(COMMANDS[command]), f"{command}_main")(rest)
+        sys.stdout.flush()
+        return code
     except ConfigError as e:
         print(f"moejax {command}: {e}", file=sys.stderr)
         return 2
+    except BrokenPipeError:  # `| head` has seen enough; nor may the exit flush complain
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
 
 
 if __name__ == "__main__":

@@ -94,6 +94,12 @@ def test_flops_of_v2_and_v3(name, printed):
     assert f is not None and f"{f / 1e9:.0f}" == printed
 
 
+def test_flops_of_gpt_3():
+    """2005.14165 Table D.1: 3.14e23 FLOPs for 300B tokens, attention's scores left out."""
+    matmuls = flops_per_token(arch("gpt-3"), "train", 2048).matmul
+    assert f"{300e9 * matmuls:.2e}" == "3.14e+23"
+
+
 def test_exact_flops_by_hand():
     """2 layers, d=8, 2 heads of 4 (1 key/value head), FFN 16, V=10, S=6."""
     cfg = ModelConfig(

@@ -84,8 +84,9 @@ PRESETS: dict[str, str] = {
     "olmoe-1b-7b": "olmoe-1b-7b",
 }
 
-# As PRESETS, for architectures in COUNTED_ONLY.
+# As PRESETS, for models that are only counted: architectures in COUNTED_ONLY, weights that nobody has.
 COUNTED_PRESETS: dict[str, str] = {
+    "gpt-3": "gpt3",
     "deepseek-v3.2-exp": "deepseek-v3.2",
     "deepseek-v3.2": "deepseek-v3.2",
     "deepseek-v4-flash": "deepseek-v4-flash",
