@@ -1,9 +1,10 @@
 # make train   from a bare machine: create .venv, install, train the quickstart
 # make test    from a bare machine: create .venv, install, the whole suite
+# make product the invariance of a step over the full product of meshes and back ends (minutes)
 # make parity  from a bare machine: create .venv-parity with torch and transformers, compare every model
 #              family with its original implementation
 PYTHON ?= python3
-VENV := .venv
+VENV ?= .venv
 BIN := $(VENV)/bin
 # XLA frees and reallocates large buffers every step; keep them mapped instead of faulting them in again.
 export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1:glibc.malloc.mmap_threshold=33554432:glibc.malloc.trim_threshold=1099511627776
@@ -11,13 +12,16 @@ export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1:glibc.malloc.mmap_threshold=3355
 # On Python 3.11 the pinned torch is the CPU wheel; on others it may bring gigabytes of CUDA.
 PARITY_VENV := .venv-parity
 
-.PHONY: train test parity lint clean
+.PHONY: train test product parity lint clean
 
 train: $(VENV)/installed
 	$(BIN)/moejax train --config=experiments/quickstart.py --workdir=runs/quickstart
 
 test: $(VENV)/installed-dev
 	$(BIN)/python -m pytest
+
+product: $(VENV)/installed-dev
+	$(BIN)/python -m pytest -m product
 
 parity: $(PARITY_VENV)/installed
 	$(PARITY_VENV)/bin/python -m pytest tests/parity
@@ -46,7 +50,10 @@ $(PARITY_VENV)/installed: requirements-parity.txt requirements-dev.txt requireme
 		else echo "make parity: $$python is not Python 3.11 and there is no python3.11 on PATH:" \
 			"pip may download a CUDA build of torch" >&2; fi; \
 	fi; \
-	echo "make parity: $(PARITY_VENV) from $$python ($$($$python --version))"; \
+	echo "make product: $(VENV)/installed-dev
+	$(BIN)/python -m pytest -m product
+
+parity: $(PARITY_VENV) from $$python ($$($$python --version))"; \
 	$$python -m venv $(PARITY_VENV)
 	$(PARITY_VENV)/bin/pip install --quiet --upgrade pip
 	$(PARITY_VENV)/bin/pip install --quiet -r requirements.txt -r requirements-dev.txt -r requirements-parity.txt
@@ -54,4 +61,4 @@ $(PARITY_VENV)/installed: requirements-parity.txt requirements-dev.txt requireme
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(PARITY_VENV) .jax_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-* .jax_cache .pytest_cache .ruff_cache .hypothesis

@@ -1,0 +1,56 @@
+"""Every notebook runs from top to bottom, on a model small enough for a test."""
+
+import os
+import pathlib
+
+import nbclient
+import nbformat
+import pytest
+
+ROOT = pathlib.Path(__file__).parent.parent
+TINY = {
+    "model.d_model": 16,
+    "model.num_layers": 2,
+    "model.d_ff": 32,
+    "model.attention.num_heads": 2,
+    "model.attention.num_kv_heads": 2,
+    "model.attention.head_dim": 8,
+    "model.moe.num_experts": 4,
+    "model.moe.experts_per_token": 2,
+    "model.moe.d_expert": 8,
+    "data.tokenizer": "byte",
+    "data.max_bytes": 100_000,
+    "data.seq_len": 32,
+    "data.batch_size": 4,
+    "train.steps": 6,
+    "train.log_every": 2,
+    "train.eval_every": 3,
+    "train.eval_batches": 1,
+    "mesh.data": 1,
+}
+
+
+@pytest.mark.filterwarnings("ignore")  # of Jupyter's own libraries; the kernel is another process
+@pytest.mark.parametrize("path", sorted((ROOT / "notebooks").glob("*.ipynb")), ids=lambda p: p.name)
+def test_notebook_runs(path, tmp_path, monkeypatch):
+    notebook = nbformat.read(path, as_version=4)
+    at = [i for i, c in enumerate(notebook.cells) if "parameters" in c.metadata.get("tags", [])]
+    assert len(at) == 1, "one cell is tagged 'parameters'"
+    values = f"WORKDIR = {str(tmp_path / 'run')!r}\nOVERRIDES = {TINY!r}"
+    notebook.cells.insert(at[0] + 1, nbformat.v4.new_code_cell(values))
+    monkeypatch.setitem(os.environ, "JAX_PLATFORMS", "cpu")
+    client = nbclient.NotebookClient(
+        notebook, timeout=300, kernel_name="python3", resources={"metadata": {"path": path.parent}}
+    )
+    client.execute()  # an error in a cell is raised, with its traceback
+    outputs = [o for c in notebook.cells if c.cell_type == "code" for o in c.outputs]
+    images = [o for o in outputs if "image/png" in o.get("data", {})]
+    assert len(images) == 3
+    assert (tmp_path / "run" / "report.html").exists()
+
+
+def test_notebooks_are_stored_without_outputs():
+    for path in (ROOT / "notebooks").glob("*.ipynb"):
+        notebook = nbformat.read(path, as_version=4)
+        code = [c for c in notebook.cells if c.cell_type == "code"]
+        assert all(not c.outputs and c.execution_count is None for c in code), path
