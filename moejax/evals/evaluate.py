@@ -95,7 +95,9 @@ def evaluate_main(argv: list[str]) -> int:
     if rest is None:
         return 0
     if rest or not fv.workdir:
-        raise ConfigError(f"{f'unexpected {rest}' if rest else 'evaluate needs --workdir'}\n{USAGE}")
+        raise ConfigError(
+            f"{f'unexpected {rest}' if rest else 'evaluate needs --workdir'}\n{USAGE}"
+        )
     results = evaluate_run(
         pathlib.Path(fv.workdir),
         tuple(fv.sources),
