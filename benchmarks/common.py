@@ -9,7 +9,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -29,7 +29,7 @@ def use_huge_pages() -> None:
     is set already; set it to '' to measure with the system's defaults."""
     if platform.libc_ver()[0] == "glibc" and "GLIBC_TUNABLES" not in os.environ:
         os.environ["GLIBC_TUNABLES"] = ALLOCATOR
-        os.execv(sys.executable, [sys.executable, *sys.argv])
+        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 
 def select_platform(name: str) -> None:
@@ -44,22 +44,46 @@ def describe_machine() -> str:
     return f"{device.device_kind}{cores}, JAX {jax.__version__}"
 
 
-def side_by_side(functions: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str, float]:
+class Timer(NamedTuple):
+    """Something that times itself: `run` returns (wall clock, processor) seconds of one turn."""
+
+    run: Callable[[], tuple[float, float]]
+
+
+class Seconds(NamedTuple):
+    """Medians over the turns. `cpu` is the processor time of the whole process, over its threads: on a
+    machine that others use too it says more than the wall clock."""
+
+    wall: float
+    cpu: float
+
+
+def side_by_side(
+    functions: Mapping[str, Callable[[], Any] | Timer], repeats: int
+) -> dict[str, Seconds]:
     """Median seconds of each function, measured in turns: a machine that slows down slows all of
     them.
 
     Functions take no arguments and return arrays; the first call of each (compilation) is not
     counted.
     """
-    for function in functions.values():
+    timers = {n: f.run if isinstance(f, Timer) else _timed(f) for n, f in functions.items()}
+    for run in timers.values():
+        run()
+    seconds = {n: [timers[n]()] for n in timers}
+    for _ in range(repeats - 1):
+        for name, run in timers.items():
+            seconds[name].append(run())
+    return {n: Seconds(*map(statistics.median, zip(*s))) for n, s in seconds.items()}
+
+
+def _timed(function):
+    def run():
+        wall, cpu = time.perf_counter(), time.process_time()
         jax.block_until_ready(function())
-    seconds: dict[str, list[float]] = {name: [] for name in functions}
-    for _ in range(repeats):
-        for name, function in functions.items():
-            start = time.perf_counter()
-            jax.block_until_ready(function())
-            seconds[name].append(time.perf_counter() - start)
-    return {name: statistics.median(s) for name, s in seconds.items()}
+        return time.perf_counter() - wall, time.process_time() - cpu
+
+    return run
 
 
 def matmul(size: int, dtype: Any) -> tuple[Callable[[], jax.Array], float]:
@@ -74,15 +98,38 @@ def temporary_bytes(function: Callable, *args: Any) -> int:
     return jax.jit(function).lower(*args).compile().memory_analysis().temp_size_in_bytes
 
 
-def report(title: str, rows: Sequence[Mapping[str, Any]], output: str) -> None:
-    """Print rows (dicts with the same keys) as a Markdown table; write them as JSON if `output` is
-    set."""
+def row(
+    benchmark: str, measured: float, goal: float | None, detail: str = "", *, least: bool = False
+) -> dict:
+    """A line of the table. `goal` is the largest value that meets it, with `least` the smallest; None: no
+    goal, for orientation."""
+    met = goal is not None and (measured >= goal if least else measured <= goal)
+    return {
+        "benchmark": benchmark,
+        "goal": "" if goal is None else f"{'≥' if least else '≤'} {goal:g}",
+        "measured": float(f"{measured:.3g}"),
+        "result": "" if goal is None else ("ok" if met else "missed"),
+        "detail": detail,
+    }
+
+
+def print_table(rows: Sequence[Mapping[str, Any]]) -> None:
+    """Rows (dicts with the same keys) as a Markdown table."""
     columns = list(rows[0])
     table = [columns, ["---"] * len(columns), *([str(r[c]) for c in columns] for r in rows)]
-    print(f"\n{title} ({describe_machine()})\n")
     print("\n".join("| " + " | ".join(line) + " |" for line in table), flush=True)
+
+
+def write_json(output: str, value: Any) -> None:
+    path = pathlib.Path(output)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(value, indent=2) + "\n")
+
+
+def report(title: str, rows: Sequence[Mapping[str, Any]], output: str) -> None:
+    """Print rows as a table; write them as JSON if `output` is set."""
+    print(f"\n{title} ({describe_machine()})\n")
+    print_table(rows)
     if output:
         result = {"title": title, "machine": describe_machine(), "rows": list(rows)}
-        path = pathlib.Path(output)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(result, indent=2) + "\n")
+        write_json(output, result)

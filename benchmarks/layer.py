@@ -1,10 +1,10 @@
 """The MoE layer against a dense FFN of the same active FLOPs, against ragged_dot, and as experts
 grow.
 
-    python benchmarks/layer.py                     # CPU, float32, about 3 minutes
-    python benchmarks/layer.py --platform=gpu      # one GPU, bfloat16: ms and TFLOP/s of each back
-    end python benchmarks/layer.py --tiny              # seconds; the same code on toy sizes, CPU
-    python benchmarks/layer.py --platform=gpu --tiny --on_cpu   # the GPU's code path on a CPU
+    python -m benchmarks.layer                     # CPU, float32, about 3 minutes
+    python -m benchmarks.layer --platform=gpu      # one GPU, bfloat16: ms and TFLOP/s of each back end
+    python -m benchmarks.layer --tiny              # seconds; the same code on toy sizes, CPU
+    python -m benchmarks.layer --platform=gpu --tiny --on_cpu   # the GPU's code path on a CPU
 
 Every ratio is of medians measured in turns in one process. The layer is the dropless dispatcher
 with its experts: sort, gather, FFN, combine, and all gradients (tokens, weights, parameters).
@@ -13,12 +13,12 @@ with its experts: sort, gather, FFN, combine, and all gradients (tokens, weights
 import dataclasses
 import importlib.util
 
-import common
 import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import app, flags
 
+from benchmarks import common
 from moejax.config import MoEConfig
 from moejax.moe.dispatch.dropless import dropless
 from moejax.moe.experts import expert_param_specs, ffn, ffn_param_specs
@@ -29,7 +29,7 @@ PLATFORM = flags.DEFINE_enum("platform", "cpu", ["cpu", "gpu"], "Which benchmark
 REPEATS = flags.DEFINE_integer("repeats", 15, "Timed calls of each function.")
 TINY = flags.DEFINE_bool("tiny", False, "Toy sizes, to test the script.")
 ON_CPU = flags.DEFINE_bool("on_cpu", False, "Run the GPU benchmark on the CPU, to test the script.")
-OUTPUT = flags.DEFINE_string("output", "", "Write the results as JSON to this file.")
+OUTPUT = flags.DEFINE_string("json", "", "Write the results as JSON to this file.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,28 +143,32 @@ def run_cpu(small: Case, large: Case, experts: tuple[int, int], repeats: int) ->
         )
         kind = f"Zipf, busiest {draw_routing(case)[1]:.1f} x mean" if case.zipf else "uniform"
         detail = (
-            f"{1e3 * t['moe']:.1f} / {1e3 * t['dense']:.1f} ms; "
-            f"{3e-9 * case.flops / t['moe']:.0f} / {3e-9 * case.flops / t['dense']:.0f} GFLOP/s, "
-            f"matmul {1e-9 * peak_flops / t['peak']:.0f}"
+            f"{1e3 * t['moe'].wall:.1f} / {1e3 * t['dense'].wall:.1f} ms (CPU time x "
+            f"{t['moe'].cpu / t['dense'].cpu:.2f}); {3e-9 * case.flops / t['moe'].wall:.0f} / "
+            f"{3e-9 * case.flops / t['dense'].wall:.0f} GFLOP/s, "
+            f"matmul {1e-9 * peak_flops / t['peak'].wall:.0f}"
         )
-        rows.append(
-            _row(f"dropless / dense FFN, {kind}", case, t["moe"] / t["dense"], goal, detail)
-        )
+        what = f"dropless layer / dense FFN, {kind} ({case})"
+        rows.append(common.row(what, t["moe"].wall / t["dense"].wall, goal, detail))
 
     memory = [
         common.temporary_bytes(step, *args)
         for _, step, args in (layer(small, jnp.float32), dense(small, jnp.float32))
     ]
     detail = f"{memory[0] / 1e6:.0f} / {memory[1] / 1e6:.0f} MB"
-    rows.append(_row("temporary memory / dense FFN's", small, memory[0] / memory[1], 3.0, detail))
+    what = "temporary memory of the layer / dense FFN's"
+    rows.append(common.row(what, memory[0] / memory[1], 3.0, detail))
 
     few, many = (
         _bound(*layer(dataclasses.replace(small, num_experts=e), jnp.float32)[1:]) for e in experts
     )
     t = common.side_by_side({"few": few, "many": many}, repeats)
-    detail = f"{1e3 * t['many']:.1f} / {1e3 * t['few']:.1f} ms"
-    what = f"{experts[1]} experts / {experts[0]}"
-    rows.append(_row(what, small, t["many"] / t["few"], 1.4, detail))
+    detail = (
+        f"{1e3 * t['many'].wall:.1f} / {1e3 * t['few'].wall:.1f} ms (CPU time x "
+        f"{t['many'].cpu / t['few'].cpu:.2f})"
+    )
+    what = f"layer with {experts[1]} experts / {experts[0]}, K F fixed"
+    rows.append(common.row(what, t["many"].wall / t["few"].wall, 1.4, detail))
 
     t = common.side_by_side(
         {
@@ -173,25 +177,10 @@ def run_cpu(small: Case, large: Case, experts: tuple[int, int], repeats: int) ->
         },
         max(repeats // 5, 1),  # ragged_dot takes seconds
     )
-    detail = f"{1e3 * t['ragged']:.0f} / {1e3 * t['auto']:.1f} ms"
-    rows.append(
-        _row("layer on ragged_dot / dropless", small, t["ragged"] / t["auto"], -40.0, detail)
-    )
+    detail = f"{1e3 * t['ragged'].wall:.0f} / {1e3 * t['auto'].wall:.1f} ms"
+    ratio = t["ragged"].wall / t["auto"].wall
+    rows.append(common.row("layer on ragged_dot / dropless", ratio, 40.0, detail, least=True))
     return rows
-
-
-def _row(what, case, ratio, goal, detail):
-    """A goal below zero is a least ratio, above zero a largest one."""
-    met = ratio >= -goal if goal < 0 else ratio <= goal
-    sign = "≥" if goal < 0 else "≤"
-    return {
-        "benchmark": what,
-        "sizes": str(case),
-        "ratio": round(float(ratio), 2),
-        "goal": f"{sign} {abs(goal):g}",
-        "met": "yes" if met else "no",
-        "detail": detail,
-    }
 
 
 def run_gpu(cases: tuple[Case, ...], peak_size: int, repeats: int) -> list[dict]:
@@ -214,7 +203,7 @@ def run_gpu(cases: tuple[Case, ...], peak_size: int, repeats: int) -> list[dict]
             forward, step, args = layer(case, jnp.bfloat16, implementation)
             functions[f"{implementation} forward"] = _bound(forward, args)
             functions[implementation] = _bound(step, args)
-        t = common.side_by_side(functions, repeats)
+        t = {n: s.wall for n, s in common.side_by_side(functions, repeats).items()}
         peak_tflops = 1e-12 * peak_flops / t["peak"]
         for name in ("dense", *implementations):
             tflops = 3e-12 * case.flops / t[name]

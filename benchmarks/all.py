@@ -1,0 +1,66 @@
+"""All benchmarks, one after the other, as one table.
+
+    python -m benchmarks.all --torch_python=PATH          # CPU; PATH has torch and transformers
+    python -m benchmarks.all --platform=gpu
+    python -m benchmarks.all --tiny                       # toy sizes, to test the scripts
+
+Each runs in a process of its own, so that none inherits another's memory or caches.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+
+from absl import app, flags
+
+from benchmarks import common
+
+PLATFORM = flags.DEFINE_enum("platform", "cpu", ["cpu", "gpu"], "Which benchmarks to run.")
+TORCH = flags.DEFINE_string(
+    "torch_python", sys.executable, "A Python that has torch and transformers; '' leaves them out."
+)
+TINY = flags.DEFINE_bool("tiny", False, "Toy sizes, to test the scripts.")
+OUTPUT = flags.DEFINE_string("json", "", "Write the results as JSON to this file.")
+
+# Name of the benchmark: platforms, and whether it compares with torch.
+BENCHMARKS = {
+    "layer": (("cpu", "gpu"), False),
+    "step": (("cpu", "gpu"), True),
+    "compile": (("cpu", "gpu"), False),
+}
+
+
+def run(name: str, folder: str) -> dict | None:
+    """The result of one benchmark; None if it failed."""
+    output = os.path.join(folder, f"{name}.json")
+    command = [sys.executable, "-m", f"benchmarks.{name}", f"--json={output}"]
+    command += [f"--platform={PLATFORM.value}", *(["--tiny"] if TINY.value else [])]
+    command += [f"--torch_python={TORCH.value}"] if BENCHMARKS[name][1] else []
+    if subprocess.run(command).returncode:
+        return None
+    with open(output) as file:
+        return json.load(file)
+
+
+def main(argv):
+    if len(argv) > 1:
+        raise app.UsageError(f"unexpected arguments: {argv[1:]}")
+    names = [n for n, (platforms, _) in BENCHMARKS.items() if PLATFORM.value in platforms]
+    with tempfile.TemporaryDirectory() as folder:
+        results = {n: run(n, folder) for n in names}
+    tables = [r for r in results.values() if r]
+    rows = [row for r in tables for row in r["rows"] if "goal" in row]
+    if rows:
+        print(f"\nAll benchmarks ({tables[0]['machine']})\n")
+        common.print_table(rows)
+    if OUTPUT.value:
+        common.write_json(OUTPUT.value, tables)
+    failed = [n for n, r in results.items() if not r]
+    if failed:
+        raise SystemExit(f"these did not finish (see above): {', '.join(failed)}")
+
+
+if __name__ == "__main__":
+    app.run(main)
