@@ -40,7 +40,8 @@ CFG = ExperimentConfig(model=MODEL, data=DataConfig(seq_len=8, batch_size=8))
 def with_mesh(mesh: dict, moe: dict | None = None, **model) -> ExperimentConfig:
     moe_cfg = dataclasses.replace(MODEL.moe, **(moe or {}))
     model_cfg = dataclasses.replace(MODEL, moe=moe_cfg, **model)
-    return dataclasses.replace(CFG, model=model_cfg, mesh=MeshConfig(**({"data": 1} | mesh)))
+    mesh_cfg = dataclasses.replace(MeshConfig(data=1), **mesh)
+    return dataclasses.replace(CFG, model=model_cfg, mesh=mesh_cfg)
 
 
 def layout_for(mesh: dict, **moe) -> Layout:

@@ -64,7 +64,7 @@ MODEL = ModelConfig(
 )
 CFG = ExperimentConfig(
     model=MODEL,
-    data=DataConfig(seq_len=6, batch_size=8),
+    data=DataConfig(seq_len=4, batch_size=16),
     optimizer=OptimizerConfig(warmup_steps=1, learning_rate=0.01),
     train=TrainConfig(steps=10),
 )
@@ -86,7 +86,7 @@ def config(
         CFG,
         model=model,
         train=dataclasses.replace(CFG.train, accumulation=accumulation),
-        mesh=MeshConfig(**({"data": 1} | (mesh or {}))),
+        mesh=dataclasses.replace(MeshConfig(data=1), **(mesh or {})),
     )
 
 
@@ -97,9 +97,9 @@ def layout_of(cfg: ExperimentConfig) -> Layout | None:
 
 def make_batch() -> dict:
     """Row 1 is all padding, row 2 ends in padding, rows hold several documents."""
-    batch = {k: np.array(v) for k, v in synthetic_batch(6, 8, 32, seed=3).items()}
+    batch = {k: np.array(v) for k, v in synthetic_batch(4, 16, 32, seed=3).items()}
     for a in batch.values():
-        a[1], a[2, 4:] = 0, 0
+        a[1], a[2, 3:] = 0, 0
     assert (batch["segment_ids"].max(axis=1) > 1).any()
     return batch
 

@@ -10,7 +10,8 @@ Tokens are split over the batch's mesh axes, experts over the expert's. Two ways
 
 An expert's FFN width may be split over further axes (tensor parallelism: partial sums are added up), and
 its model width over axes that hold the batch (fsdp: weights are gathered for use, which makes their
-gradient a reduce-scatter). The router runs outside, on global arrays. `check_vma=True` derives the sums
+gradient a reduce-scatter; with remat='none' the backward pass keeps the gathered weights of every layer,
+with 'full' it gathers them again). The router runs outside, on global arrays. `check_vma=True` derives the sums
 in the backward pass from types: a gradient that is not the same on all devices that claim it is an error.
 """
 
@@ -58,7 +59,7 @@ def expert_parallel(
     width = layout.used(axes.EXPERT_MLP)
     logical = {k: s.axes for k, s in expert_param_specs(cfg, x_TD.shape[1], 0.0).items()}
     # A split of the model width over axes that do not hold the batch is left to the compiler.
-    mesh_axes = {
+    mesh_axes: dict[str | None, Axes] = {
         axes.EXPERT: experts,
         axes.EXPERT_MLP: width,
         axes.EXPERT_EMBED: tuple(a for a in layout.used(axes.EXPERT_EMBED) if a in batch),
@@ -190,7 +191,9 @@ def _pack(index_tK, held: int, cfg: MoEConfig, size: int):
     sorted_PC = jnp.minimum(start_P[:, None] + place_C[None], index_tK.size - 1)
     filled_PC = place_C[None] < end_Pe[:, -1:]
     route_PC = jnp.where(filled_PC, routes.route_R[sorted_PC], index_tK.size)
-    return route_PC.reshape(-1), row_tK, send_Pe, (wanted_Pe - send_Pe).sum()
+    worst = index_tK.shape[0] * min(index_tK.shape[1], held)
+    dropped = jnp.zeros((), jnp.int32) if size >= worst else (wanted_Pe - send_Pe).sum()
+    return route_PC.reshape(-1), row_tK, send_Pe, dropped
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
