@@ -10,7 +10,7 @@ from moejax.cost.flops import flops_per_token, paper_flops
 from moejax.cost.hardware import Device
 from moejax.cost.mesh import MeshSizes
 from moejax.cost.params import counts
-from moejax.cost.run import Run, check_counted, check_run
+from moejax.cost.run import Run, check_counted, check_run, run_memory, run_step
 from moejax.cost.tables import (
     Table,
     bytes_text,
@@ -92,8 +92,7 @@ def cache_table(arch: Architecture, run: Run) -> Table:
 def training_table(cfg: ModelConfig, run: Run) -> Table:
     """Memory and time of training, and what would fit if it does not."""
     d, mesh = run.device, run.mesh
-    accumulate = run.micro_batch < run.batch
-    held = memory.training(cfg, mesh, run.micro_batch, run.context, accumulate=accumulate)
+    held = run_memory(cfg, run)
     rows = [
         [f.name.replace("_", " "), bytes_text(getattr(held, f.name))]
         for f in dataclasses.fields(held)
@@ -102,17 +101,14 @@ def training_table(cfg: ModelConfig, run: Run) -> Table:
     room = d.memory * roofline.USABLE
     fits = held.total <= room
     rows.append(["= memory per device", f"{bytes_text(held.total)} of {bytes_text(room)} usable"])
+    if mesh.peers > 1 and cfg.num_moe_layers and not cfg.moe.buffer_factor:
+        # Dropless buffers hold every route that peers might send.
+        moe = dataclasses.replace(cfg.moe, buffer_factor=2.0)
+        bounded = run_memory(dataclasses.replace(cfg, moe=moe), run)
+        rows.append(["  with moe.buffer_factor=2", bytes_text(bounded.total)])
     if not fits:
         rows += nearest_rows(cfg, run)
-    e = roofline.training_step(
-        cfg,
-        d,
-        mesh,
-        run.batch,
-        run.context,
-        accumulation=run.batch // run.micro_batch,
-        efficiency=run.efficiency,
-    )
+    e = run_step(cfg, run)
     rows += step_rows(e, d, cfg.dtype)
     if run.tokens is not None:
         hours = roofline.gpu_hours(run.tokens, e.tokens_per_second, mesh.devices)

@@ -19,7 +19,7 @@ from moejax.cost.architecture import Architecture, of_model
 from moejax.cost.flops import flops_per_token
 from moejax.cost.hardware import Device, device_of_kind, physical_memory
 from moejax.cost.params import counts
-from moejax.cost.run import Run, experiment_step, of_experiment
+from moejax.cost.run import Run, of_experiment, run_memory, run_step
 from moejax.cost.tables import (
     Table,
     bytes_text,
@@ -78,10 +78,7 @@ def plan_run(cfg: ExperimentConfig, layout: Any) -> RunPlan:
     """The plan of `cfg` on this process's kind of devices; `layout` None: one device."""
     devices = layout.mesh.size if layout else 1
     arch, run = of_experiment(cfg, this_device(jnp.dtype(cfg.model.dtype)), devices)
-    held = memory.training(
-        cfg.model, run.mesh, run.micro_batch, run.context, accumulate=run.micro_batch < run.batch
-    )
-    return RunPlan(cfg, arch, run, experiment_step(cfg, run), held)
+    return RunPlan(cfg, arch, run, run_step(cfg.model, run), run_memory(cfg.model, run))
 
 
 def model_flops_per_token(cfg: ExperimentConfig) -> float:

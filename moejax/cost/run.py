@@ -7,7 +7,7 @@ from typing import Any, cast
 import numpy as np
 
 from moejax.config import ConfigError, DataConfig, ExperimentConfig, ModelConfig, divisors_text
-from moejax.cost import roofline
+from moejax.cost import memory, roofline
 from moejax.cost.architecture import Architecture, of_model
 from moejax.cost.hardware import Device
 from moejax.cost.mesh import AXES, MeshSizes
@@ -102,10 +102,10 @@ def of_experiment(cfg: ExperimentConfig, device: Device, devices: int) -> tuple[
     )
 
 
-def experiment_step(cfg: ExperimentConfig, run: Run) -> roofline.Estimate:
-    """The estimate of one optimiser step of an experiment."""
+def run_step(cfg: ModelConfig, run: Run) -> roofline.Estimate:
+    """The estimate of one optimiser step."""
     return roofline.training_step(
-        cfg.model,
+        cfg,
         run.device,
         run.mesh,
         run.batch,
@@ -113,3 +113,9 @@ def experiment_step(cfg: ExperimentConfig, run: Run) -> roofline.Estimate:
         accumulation=run.batch // run.micro_batch,
         efficiency=run.efficiency,
     )
+
+
+def run_memory(cfg: ModelConfig, run: Run) -> memory.TrainingMemory:
+    """Bytes on each device."""
+    accumulate = run.micro_batch < run.batch
+    return memory.training(cfg, run.mesh, run.micro_batch, run.context, accumulate=accumulate)

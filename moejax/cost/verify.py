@@ -12,7 +12,6 @@ from moejax.config import ExperimentConfig
 from moejax.cost import memory
 from moejax.cost.architecture import of_model
 from moejax.cost.flops import flops_per_token
-from moejax.cost.mesh import MeshSizes
 from moejax.cost.receipt import error_text, matmul_peak, plan_run, receipt, total_peak
 from moejax.cost.tables import Table, bytes_text, flops_text
 from moejax.models import transformer
@@ -30,14 +29,13 @@ def verify(cfg: ExperimentConfig, *, steps: int = 3) -> list[Table]:
     tokens, and compares FLOPs, memory and speed with the plan."""
     layout = make_layout(cfg)
     plan = plan_run(cfg, layout)
-    mesh = plan.run.mesh
     compiled = _compile(cfg, layout)
     flops_rows = compare_flops(cfg)
-    memory_rows = compare_memory(cfg, mesh, compiled.memory_analysis())
+    memory_rows = compare_memory(plan.memory, compiled.memory_analysis())
     seconds = measure(cfg, compiled, layout, steps)
     tokens = cfg.data.batch_size * cfg.data.seq_len
     dtype = jnp.dtype(cfg.model.dtype)
-    peak = total_peak(matmul_peak(dtype), mesh.devices)
+    peak = total_peak(matmul_peak(dtype), plan.run.mesh.devices)
     return [
         Table("XLA's FLOPs of loss and gradient", ["", "plan", "XLA", "error"], flops_rows),
         Table("XLA's bytes per device", ["", "plan", "XLA", "error"], memory_rows),
@@ -131,21 +129,13 @@ def _batch_sharding(layout):
     return layout.sharding(axes.BATCH, axes.SEQ)
 
 
-def compare_memory(cfg: ExperimentConfig, mesh: MeshSizes, xla: Any) -> list[list[str]]:
+def compare_memory(held: memory.TrainingMemory, xla: Any) -> list[list[str]]:
     """State (weights and moments, which live across steps) and what a step needs besides."""
-    held = planned_memory(cfg, mesh)
     state = held.weights + held.optimizer
     rows = [("state", state, xla.argument_size_in_bytes)]
     rows.append(("working memory", held.total - state, xla.temp_size_in_bytes))
     rows.append(("both", held.total, xla.argument_size_in_bytes + xla.temp_size_in_bytes))
     return [[n, bytes_text(p), bytes_text(r), error_text(p, r)] for n, p, r in rows]
-
-
-def planned_memory(cfg: ExperimentConfig, mesh: MeshSizes) -> memory.TrainingMemory:
-    n = cfg.train.accumulation
-    return memory.training(
-        cfg.model, mesh, cfg.data.batch_size // n, cfg.data.seq_len, accumulate=n > 1
-    )
 
 
 # --------------------------------------------------------------------------------------------------

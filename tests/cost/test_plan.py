@@ -392,8 +392,17 @@ def test_plan_says_what_binds_and_what_fits(capsys):
     assert "$" in out.split("money")[1]
     plan_main(["llama-2-7b", "--batch=8", "--mesh=fsdp=8", "--tokens=2e12"])
     out = capsys.readouterr().out
+    assert "buffer_factor" not in out
     assert "does not fit" not in out
     assert "no price for h100; pass --price" in out
+
+
+def test_plan_says_what_bounded_buffers_would_save(capsys):
+    plan_main(["deepseek-moe-16b", "--batch=64", "--mesh=fsdp=8,expert=8", "--micro_batch=64"])
+    lines = [r.strip().split("  ", 1) for r in capsys.readouterr().out.split("\n")]
+    rows = {r[0]: r[1] for r in lines if len(r) == 2}
+    whole, bounded = rows["= memory per device"], rows["with moe.buffer_factor=2"]
+    assert float(bounded.split()[0]) < float(whole.split()[0])
 
 
 # ml_collections loads the file in a way Python calls deprecated.

@@ -68,7 +68,7 @@ def test_memory_is_xlas(remat):
     """The state to 1% (it also holds counters, the batch and the balance bias); all of it to 30%,
     which is the error of the activation estimate on small models."""
     cfg = experiment(dataclasses.replace(MODEL, remat=remat))
-    held, xla = verify.planned_memory(cfg, MeshSizes()), analysis(cfg)
+    held, xla = memory.training(cfg.model, MeshSizes(), 8, 64), analysis(cfg)
     assert xla.argument_size_in_bytes == pytest.approx(held.weights + held.optimizer, rel=0.01)
     real = xla.argument_size_in_bytes + xla.temp_size_in_bytes
     assert held.total == pytest.approx(real, rel=0.3)
@@ -80,7 +80,7 @@ def test_memory_of_a_mesh_is_xlas():
     with the buffers of expert parallelism all of it to 30%."""
     cfg = experiment(MODEL, mesh=MeshConfig(data=1, fsdp=2, expert=4))
     layout = make_layout(cfg, jax.devices()[:8])
-    held = verify.planned_memory(cfg, MeshSizes(fsdp=2, expert=4))
+    held = memory.training(cfg.model, MeshSizes(fsdp=2, expert=4), 8, 64)
     xla = analysis(cfg, layout)
     assert xla.argument_size_in_bytes == pytest.approx(held.weights + held.optimizer, rel=0.02)
     real = xla.argument_size_in_bytes + xla.temp_size_in_bytes
