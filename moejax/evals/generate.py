@@ -22,7 +22,7 @@ from moejax.config import ConfigError, ModelConfig
 from moejax.evals import speculative
 from moejax.evals.sample import Sampling, row_keys, sample
 from moejax.models import transformer
-from moejax.models.cache import Cache, cache_shapes, init_cache
+from moejax.models.cache import Cache, cache_shapes, init_cache, init_layers
 from moejax.moe.routers import ROUTERS
 from moejax.params import path_name
 from moejax.sharding import Layout
@@ -46,7 +46,7 @@ class State(NamedTuple):
     token_B: jax.Array
     position_B: jax.Array
     left_B: jax.Array
-    cache: Cache
+    cache: Cache | list[Cache]
     draft: speculative.Draft | None
 
 
@@ -121,13 +121,13 @@ def for_inference(cfg: ModelConfig) -> ModelConfig:
     return dataclasses.replace(cfg, moe=dataclasses.replace(cfg.moe, dispatcher="dropless"))
 
 
-def place(cache: Cache, layout: Layout | None) -> Cache:
-    """The cache laid out: rows like the batch, key/value heads over their mesh axes."""
+def place(cache, layout: Layout | None):
+    """A cache laid out: rows like the batch, key/value heads over their mesh axes."""
     if layout is None:
         return cache
-    heads = {"k": (axes.KV_HEADS, None), "v": (axes.KV_HEADS, None)}
+    heads = {"k": (axes.KV_HEADS,), "v": (axes.KV_HEADS,)}
     return {
-        name: layout.constrain(a, None, axes.BATCH, None, *heads.get(name, (None,)))
+        name: layout.constrain(a, None, axes.BATCH, *heads.get(name, ()), None, None)
         for name, a in cache.items()
     }
 
@@ -151,13 +151,15 @@ def prefill(
     batch, width = tokens_BS.shape
     mask_BS = jnp.arange(width)[None] < lengths_B[:, None]
     mask_BS &= (max_new_B > 0)[:, None]
+    apart = any(isinstance(v, list) for v in params.values())
+    stacked = functools.partial(init_cache, cfg, batch, length)
     out = transformer.forward(
         params,
         router_state,
         tokens_BS,
         cfg,
         mask_BS=mask_BS,
-        cache=place(init_cache(cfg, batch, length), layout),
+        cache=init_layers(cfg, batch, length) if apart else place(stacked(), layout),
         prefill=True,
         layout=layout,
     )
@@ -174,7 +176,7 @@ def prefill(
             next_BS,
             None,
             lengths_B - 1,
-            place(init_cache(cfg, batch, length, layers=1), layout),
+            place(stacked(layers=1), layout),
             cfg,
             mask_BS=mask_BS,
             prefill=True,

@@ -90,18 +90,17 @@ def visible(q_pos_BS, k_pos_BT, q_segment=None, k_segment=None, window=None) -> 
     return ok
 
 
-def attend(q_BSNH, k_BTMH, v_BTMH, mask_BST, scale: float, sinks_N=None) -> jax.Array:
+def attend(q_BSNH, k_BMTH, v_BMTH, mask_BST, scale: float, sinks_N=None) -> jax.Array:
     """softmax(q k^T scale) v with grouped heads, softmax in float32. Returns [B,S,N,H of v].
 
     `sinks_N` adds exp(sink) to each head's denominator (gpt-oss, 2508.10925).
     """
     b, s, n, h = q_BSNH.shape
-    t, m = k_BTMH.shape[1:3]
+    m, t = k_BMTH.shape[1:3]
     # Heads first: then every product, of the backward pass too, is a batch of matrices as they lie in
     # memory, which halves the time on CPU. The queries of one key head are the rows of one matrix.
     q_BMGSH = (q_BSNH * scale).reshape(b, s, m, n // m, h).transpose(0, 2, 3, 1, 4)
     q_BMQH = q_BMGSH.reshape(b, m, n // m * s, h)
-    k_BMTH, v_BMTH = (a.transpose(0, 2, 1, 3) for a in (k_BTMH, v_BTMH))
     logits_BMQT = jnp.einsum(
         "BMQH,BMTH->BMQT",
         q_BMQH,
@@ -146,7 +145,7 @@ def attention(
       window: sliding window of this layer; None or 0 = full.
       cache: the model's cache (all layers), or None.
       layer: index of this layer in the cache.
-      prefill: static; the cache is empty, attend among the new tokens only.
+      prefill: static; the cache is empty and the positions are 0, 1, 2, ..: attend among the new tokens.
 
     Returns:
       y_BSD and the cache.
@@ -155,7 +154,7 @@ def attention(
     core = _core_mla if cfg.attention.kind == "mla" else _core_mha
     q, new = project(params, x_BSD, cfg, where)
     if cache is not None:
-        cache = kv_cache.write(cache, layer, where.positions_BS, new)
+        cache = kv_cache.write(cache, layer, where.positions_BS, new, prefill=prefill)
     if cache is None or prefill:
         keys = new
         mask = visible(
@@ -167,7 +166,7 @@ def attention(
         )
     else:
         keys = kv_cache.read(cache, layer)
-        slots = jnp.arange(next(iter(keys.values())).shape[1])[None]
+        slots = jnp.arange(next(iter(keys.values())).shape[-2])[None]
         mask = visible(where.positions_BS, slots, window=window)
     absorbed = cache is not None and not prefill
     out_BSNH = core(params, q, keys, mask, cfg.attention, absorbed)
@@ -190,7 +189,7 @@ def _project_mha(params, x_BSD, cfg: ModelConfig, where: Where):
     if where.cos_sin is not None:
         q = rotate(q, where.cos_sin, a.rope.interleaved)
         k = rotate(k, where.cos_sin, a.rope.interleaved)
-    return q, {"k": k, "v": v}
+    return q, {"k": k.transpose(0, 2, 1, 3), "v": v.transpose(0, 2, 1, 3)}
 
 
 def _core_mha(params, q, keys, mask, a: AttentionConfig, absorbed):
@@ -227,12 +226,12 @@ def _core_mla(params, q, keys, mask, a: AttentionConfig, absorbed):
     if absorbed:
         # q^T (W_k c) = (W_k^T q)^T c: attend in the latent space, one key "head" for all queries.
         query = jnp.concatenate([jnp.einsum("BSNH,CNH->BSNC", q_nope, w_k), q_rope], axis=-1)
-        key = jnp.concatenate([latent, rope_key], axis=-1)[:, :, None]
-        out = attend(query, key, latent[:, :, None], mask, scale)
+        key = jnp.concatenate([latent, rope_key], axis=-1)[:, None]
+        out = attend(query, key, latent[:, None], mask, scale)
         return jnp.einsum("BSNC,CNH->BSNH", out, w_v)
-    k_nope = jnp.einsum("BTC,CNH->BTNH", latent, w_k)
-    v = jnp.einsum("BTC,CNH->BTNH", latent, w_v)
-    rope_key = jnp.broadcast_to(rope_key[:, :, None], (*k_nope.shape[:3], a.qk_rope_head_dim))
+    k_nope = jnp.einsum("BTC,CNH->BNTH", latent, w_k)
+    v = jnp.einsum("BTC,CNH->BNTH", latent, w_v)
+    rope_key = jnp.broadcast_to(rope_key[:, None], (*k_nope.shape[:3], a.qk_rope_head_dim))
     query = jnp.concatenate([q_nope, q_rope], axis=-1)
     key = jnp.concatenate([k_nope, rope_key], axis=-1)
     return attend(query, key, v, mask, scale)

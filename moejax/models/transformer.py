@@ -205,17 +205,21 @@ def run_blocks(x_BSD, layers: LayerInput, cfg: ModelConfig, where, *, cache=None
     if not unrolled:
         (x_BSD, cache), aux = jax.lax.scan(body, (x_BSD, cache), layers)
         return x_BSD, cache, aux
-    auxes = []
+    auxes, apart = [], list(cache) if isinstance(cache, list) else None
     for i in range(layers.index.shape[0]):
         rest = jax.tree.map(lambda a, i=i: a[i], layers._replace(params=None))
         if isinstance(layers.params, list):
             p = layers.params[i]
         else:
             p = jax.tree.map(lambda a, i=i: a[i], layers.params)
-        (x_BSD, cache), aux = body((x_BSD, cache), rest._replace(params=p))
+        rest = rest._replace(params=p)
+        if apart is None:
+            (x_BSD, cache), aux = body((x_BSD, cache), rest)
+        else:
+            (x_BSD, apart[i]), aux = body((x_BSD, apart[i]), rest._replace(index=0))
         auxes.append(aux)
     aux = None if auxes[0] is None else jax.tree.map(lambda *a: jnp.stack(a), *auxes)
-    return x_BSD, cache, aux
+    return x_BSD, cache if apart is None else apart, aux
 
 
 def locate(tokens_BS, cfg: ModelConfig, positions_BS=None, segment_ids_BS=None) -> attn.Where:
@@ -256,8 +260,8 @@ def forward(
       mask_BS: 1 = token, 0 = padding; None: from segment_ids_BS, else all ones.
       totals: of the global batch, loads stacked over layers, when this is one micro-batch of it.
       replay_LTK: expert indices to force in each MoE layer.
-      cache: from `init_cache`; see `prefill`.
-      prefill: static; True if the cache is empty.
+      cache: from `init_cache`, or with lists of layers from `init_layers`; see `prefill`.
+      prefill: static; True if the cache is empty and positions are 0, 1, 2, ..
       layout: `moejax.sharding.Layout`, None on one device.
       key: for routers that draw random numbers.
     """
@@ -284,9 +288,12 @@ def forward(
         replay = replay_LTK if is_moe else None
         layers = LayerInput(params[name], state, index_L, window_L, loads, replay)
         extra = dict(totals=totals) if is_moe else {}
-        x_BSD, cache, layer_aux = run_blocks(
-            x_BSD, layers, cfg, where, cache=cache, **args, **extra
-        )
+        here = cache[start : start + count] if isinstance(cache, list) else cache
+        x_BSD, here, layer_aux = run_blocks(x_BSD, layers, cfg, where, cache=here, **args, **extra)
+        if isinstance(cache, list):
+            cache = [*cache[:start], *here, *cache[start + count :]]
+        else:
+            cache = here
         if is_moe:
             aux[name] = layer_aux
     return Output(norm(params["final_norm"], x_BSD, cfg.norm_eps), aux, cache)

@@ -60,8 +60,8 @@ def test_the_cache_is_laid_out_over_rows_and_heads():
     layout = mesh_layout(ExperimentConfig(model=CFG), "data=2,expert=2,tensor=2")
     cache = jax.jit(lambda: place(init_cache(CFG, 4, 16), layout))()
     for a in cache.values():
-        # [L,B,S,M,H]: rows over data and expert, key/value heads over tensor.
-        assert a.addressable_shards[0].data.shape == (2, 1, 16, 1, 8)
+        # [L,B,M,S,H]: rows over data and expert, key/value heads over tensor.
+        assert a.addressable_shards[0].data.shape == (2, 1, 1, 16, 8)
 
 
 def test_meshes_that_do_not_fit_are_refused():
