@@ -1,5 +1,6 @@
 """What a run writes down: metrics.jsonl, TensorBoard, and how fast it went."""
 
+import contextlib
 import json
 import pathlib
 import statistics
@@ -7,6 +8,8 @@ import time
 
 import numpy as np
 from tensorboardX import SummaryWriter
+
+from moejax.train.checkpoint import SaveError
 
 
 def scalars(values: dict, domains) -> dict:
@@ -32,21 +35,30 @@ class Log:
 
     def write(self, step: int, kind: str, values: dict) -> None:
         """Scalars: to both."""
+        # First to the file that says so if it cannot be written: TensorBoard's own thread would not.
+        self.append(step, kind, values)
         if self.board is not None:
             for name, value in values.items():
                 self.board.add_scalar(f"{kind}/{name}", value, step)
-        self.append(step, kind, values)
 
     def append(self, step: int, kind: str, values: dict) -> None:
-        """Anything JSON holds: to metrics.jsonl alone."""
-        if self.file is not None:
+        """Anything JSON holds: to metrics.jsonl alone. Raises SaveError if the disk is full."""
+        if self.file is None:
+            return
+        try:
             self.file.write(json.dumps({"step": step, "kind": kind, **values}) + "\n")
             self.file.flush()
+        except OSError as e:
+            raise SaveError(
+                f"{self.path} cannot be written at step {step}: {e.strerror}. Free some space: the "
+                "checkpoints are whole, and the same command goes on from the newest"
+            ) from e
 
     def close(self) -> None:
-        if self.file is not None and self.board is not None:
-            self.file.close()
-            self.board.close()
+        for writer in (self.file, self.board):
+            with contextlib.suppress(OSError):  # of a disk that is full, which append has reported
+                if writer is not None:
+                    writer.close()
 
 
 class Meter:
