@@ -7,6 +7,7 @@ import pathlib
 import jax
 from absl import flags
 
+from moejax import command_line
 from moejax.config import (
     ConfigError,
     DataConfig,
@@ -49,6 +50,10 @@ KEPT = (
     "chat_template.jinja",
 )
 
+USAGE = """\
+usage: moejax import --hf_dir=models/deepseek-moe-16b --workdir=runs/16b
+       moejax export --workdir=runs/16b --hf_dir=models/mine [--model_type=deepseek]"""
+
 
 def import_main(argv: list[str]) -> int:
     """`moejax import`: make the folder of a run from a Hugging Face folder."""
@@ -57,8 +62,7 @@ def import_main(argv: list[str]) -> int:
         "hf_dir", None, "Folder with config.json, safetensors and tokenizer.json.", flag_values=fv
     )
     flags.DEFINE_string("workdir", None, "Folder to make; must not exist.", flag_values=fv)
-    usage = "usage: moejax import --hf_dir=models/deepseek-moe-16b --workdir=runs/16b"
-    if not _parse(fv, argv, usage, ("hf_dir", "workdir")):
+    if not _parse("import", fv, argv, ("hf_dir", "workdir")):
         return 0
     import_run(pathlib.Path(fv.hf_dir), pathlib.Path(fv.workdir))
     return 0
@@ -72,25 +76,20 @@ def export_main(argv: list[str]) -> int:
     flags.DEFINE_string(
         "model_type", None, "Family to write; an imported run keeps its own.", flag_values=fv
     )
-    usage = "usage: moejax export --workdir=runs/16b --hf_dir=models/mine [--model_type=deepseek]"
-    if not _parse(fv, argv, usage, ("workdir", "hf_dir")):
+    if not _parse("export", fv, argv, ("workdir", "hf_dir")):
         return 0
     export_run(pathlib.Path(fv.workdir), pathlib.Path(fv.hf_dir), fv.model_type)
     return 0
 
 
-def _parse(fv: flags.FlagValues, argv: list[str], usage: str, needed: tuple[str, ...]) -> bool:
+def _parse(command: str, fv: flags.FlagValues, argv: list[str], needed: tuple[str, ...]) -> bool:
     """False if help was asked for, and printed."""
-    if any(a in ("--help", "-h") for a in argv):
-        print(f"{usage}\n\nFlags:\n{fv.get_help()}")
+    rest = command_line.parse(command, USAGE, fv, argv)
+    if rest is None:
         return False
-    try:
-        rest = fv(["moejax", *argv])[1:]
-    except flags.Error as e:
-        raise ConfigError(f"{e}\n{usage}") from e
     if rest or not all(fv[name].value for name in needed):
         flag_names = " and ".join(f"--{name}" for name in needed)
-        raise ConfigError(f"{flag_names} are needed, and nothing without a flag\n{usage}")
+        raise ConfigError(f"{flag_names} are needed, and nothing without a flag\n{USAGE}")
     return True
 
 

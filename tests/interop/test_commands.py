@@ -192,5 +192,5 @@ def test_bad_arguments():
     assert process.returncode == 2 and err.startswith("moejax import: nowhere is not a folder")
     with pytest.raises(ConfigError, match="--hf_dir and --workdir are needed"):
         commands.import_main(["--hf_dir=x"])
-    with pytest.raises(ConfigError, match="usage: moejax export"):
+    with pytest.raises(ConfigError, match="Unknown command line flag 'nonsense'"):
         commands.export_main(["--nonsense"])
