@@ -14,8 +14,8 @@ def expert_level(score_sum_E, load_E, num_tokens, experts_per_token: int) -> jax
     """Expert-level balance loss, DeepSeekMoE (2401.06066) eq. 12-14: sum_i f_i P_i.
 
     f_i = E/(K T) * routes to i, P_i = mean score of i. With `load_E` of the global batch it is the
-    global-batch loss of 2501.11873; with K = 1 it is Switch's (2101.03961 eq. 4) and, up to the constant
-    E, GShard's (2006.16668 section 2.2).
+    global-batch loss of 2501.11873; with K = 1 it is Switch's (2101.03961 eq. 4) and, up to a factor of
+    E^2, GShard's (2006.16668 section 2.2), which counts first choices only.
 
     Args:
       score_sum_E: sum over tokens of the normalised scores (rows that sum to 1).

@@ -6,10 +6,10 @@
 | DeepSeek-V2 (2405.04434)    | softmax      | no        | 16    | 3 of 8, max  | -             |
 | DeepSeek-V3 (2412.19437)    | sigmoid      | yes       | 2.5   | 4 of 8, top2 | sign          |
 | Moonlight (2502.16982)      | sigmoid      | yes       | 2.446 | -            | sign_centered |
-| DeepSeek-V4 (2606.19348)    | sqrt_softplus| yes       | 1.5   | -            | sign          |
+| DeepSeek-V4 (2606.19348)    | sqrt_softplus| yes       | 1.5*  | -            | sign          |
 | Mixtral, Qwen3-MoE, gpt-oss | softmax      | yes       | 1     | -            | -             |
 
-Softmax over the selected logits equals softmax over all, renormalised over the selected.
+*V4-Pro: 2.5. Softmax over the selected logits equals softmax over all, renormalised over the selected.
 """
 
 import jax
