@@ -88,7 +88,8 @@ class Checkpoints:
             yield
         except (ValueError, OSError) as e:  # tensorstore reports errors of the system as ValueError
             reason = str(e).rpartition(": ")[2]
-            steps = self.manager.all_steps(read=True)
+            self.manager.reload()
+            steps = self.manager.all_steps()
             whole = f"step {max(steps)} is the last whole one" if steps else "none is there yet"
             raise SaveError(
                 f"saving a checkpoint in {self.folder} failed: {reason}; {whole}. Free some space (or "

@@ -3,7 +3,7 @@
 import pathlib
 import sys
 
-from absl import flags
+from absl import flags, logging
 
 from moejax import command_line
 from moejax.config import ConfigError
@@ -46,6 +46,7 @@ def train_main(argv: list[str]) -> int:
     from moejax.train.checkpoint import SaveError
     from moejax.train.loop import Diverged, train
 
+    logging.set_verbosity(logging.FATAL)  # orbax logs every error that it raises too, at length
     processes.start(fv.distributed, fv.coordinator, fv.num_processes, fv.process_id)
     workdir = pathlib.Path(fv.workdir)
     try:
