@@ -60,13 +60,21 @@ def test_bias_moves_selection_only_and_replay_reproduces(name):
 
 
 @pytest.mark.parametrize("kind", CHOICES["moe.group_score"])
-def test_limit_groups(kind):
-    cfg = MoEConfig(num_experts=8, num_groups=4, topk_groups=2, group_score=kind)
-    choice = np.random.default_rng(0).random((16, 8), np.float32)
-    choice[0] = [0.9, 0.0, 0.5, 0.5, 0.6, 0.1, 0.4, 0.4]  # the two rules differ here
+@pytest.mark.parametrize("size", [2, 4])
+def test_limit_groups(kind, size):
+    """V2 ranks groups by their best member (2405.04434 section 2.1.2); V3 by the sum of the best two
+    (2412.19437 section 2.1.2), which with groups of four is neither the best nor the sum of all."""
+    cfg = MoEConfig(num_experts=4 * size, num_groups=4, topk_groups=2, group_score=kind)
+    choice = np.random.default_rng(0).random((32, 4 * size), np.float32)
     want = np.full_like(choice, -np.inf)
-    for t, row in enumerate(choice.reshape(16, 4, 2)):
-        value = row.max(axis=1) if kind == "max" else row.sum(axis=1)
-        for g in np.argsort(-value)[:2]:
-            want[t, 2 * g : 2 * g + 2] = row[g]
+    picks = {"max": [], "top2_sum": [], "sum": []}
+    for t, row in enumerate(choice.reshape(32, 4, size)):
+        best = -np.sort(-row, axis=1)
+        values = {"max": best[:, 0], "top2_sum": best[:, :2].sum(axis=1), "sum": best.sum(axis=1)}
+        for name, value in values.items():
+            picks[name].append(set(np.argsort(-value)[:2].tolist()))
+        for g in picks[kind][-1]:
+            want[t, size * g : size * (g + 1)] = row[g]
+    assert picks["max"] != picks["top2_sum"]  # the data tells the rules apart
+    assert size == 2 or picks["top2_sum"] != picks["sum"]
     np.testing.assert_array_equal(limit_groups(jnp.asarray(choice), cfg), want)
