@@ -36,10 +36,10 @@ def open_checkpoint(folder: pathlib.Path) -> Checkpoint:
         )
     hf = read_json(folder, CONFIG)
     block = _quantization(hf, folder)
-    if exists(folder, INDEX):
-        tensors = _from_index(folder)
-    elif exists(folder, SINGLE):
+    if exists(folder, SINGLE):  # first, as `transformers` does
         tensors = read_header(checked_file(folder, SINGLE))
+    elif exists(folder, INDEX):
+        tensors = _from_index(folder)
     else:
         raise InteropError(_nothing(folder))
     return Checkpoint(folder, hf, unpack(tensors, block))

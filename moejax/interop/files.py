@@ -91,11 +91,14 @@ def whole_folder(path: pathlib.Path) -> Iterator[pathlib.Path]:
         raise InteropError(f"{path} exists already and is not an empty folder; choose another")
     path = path.absolute()
     partial = path.with_name(f".{path.name}.moejax-partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
     try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
         yield partial
         os.rename(partial, path)  # replaces an empty folder, never a full one
+    except OSError as e:  # no space, no permission
+        shutil.rmtree(partial, ignore_errors=True)
+        raise InteropError(f"{path} could not be written, and nothing is left of it: {e}") from e
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise

@@ -1,5 +1,6 @@
 """Broken and hostile checkpoints: a clear error that names the file or tensor, nothing read outside."""
 
+import errno
 import json
 import os
 import pathlib
@@ -265,6 +266,12 @@ def test_whole_folder(tmp_path):
     with pytest.raises(RuntimeError), whole_folder(target) as partial:
         (partial / "half").write_text("x")
         raise RuntimeError
+    assert list(tmp_path.iterdir()) == []
+    with (
+        pytest.raises(InteropError, match=r"nothing is left of it: .*No space"),
+        whole_folder(target),
+    ):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     assert list(tmp_path.iterdir()) == []
     leftover = tmp_path / ".run.moejax-partial"  # of a killed process
     leftover.mkdir()
