@@ -122,7 +122,10 @@ def training_table(cfg: ModelConfig, run: Run) -> Table:
         f"{run.batch} x {run.context} tokens a step, {_some(run.micro_batch, 'sequence')} at a "
         f"time, {cfg.dtype}, remat {cfg.remat}"
     )
-    note = f"Estimate: arithmetic at {run.efficiency:.0%} of peak (--efficiency), traffic at peak."
+    note = (
+        f"Estimate: arithmetic at {run.efficiency:.0%} of peak (--efficiency), memory and network at "
+        "peak, all\ndevices as near as neighbours."
+    )
     return Table(title, ["per device", "value"], rows, note)
 
 
