@@ -127,7 +127,7 @@ QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes
 
 
 @functools.partial(jax.jit, static_argnames=("cfg", "layout"), compiler_options=QUICK)
-def _step(params, state, batch, cfg, layout):
+def step(params, state, batch, cfg, layout):
     loss, parts, grads = loss_and_grads(params, state, batch, cfg, layout)
     loads = {n: a.load_E for n, a in parts.aux.items()}
     return {
@@ -155,7 +155,7 @@ def run(*, skewed=False, **how) -> dict:
             params = jax.device_put(params, layout.of_specs(transformer.param_specs(cfg.model)))
             state = jax.device_put(state, layout.replicated)
             batch = jax.device_put(batch, layout.sharding("batch", "seq"))
-        return jax.device_get(_step(params, state, batch, cfg, layout))
+        return jax.device_get(step(params, state, batch, cfg, layout))
 
 
 def oracle(**how) -> dict:
