@@ -88,6 +88,9 @@ def training_step(
     assert model.total is not None
     # Recomputation: everything once more, or attention's products (batched, so not kept by 'dots').
     again = {"none": 0.0, "dots": (model.attention or 0) / 3, "full": model.total / 3}[cfg.remat]
+    m = cfg.moe if cfg.num_moe_layers else None
+    if accumulation > 1 and m and (m.expert_loss or m.device_loss or m.communication_loss):
+        again += model.total / 3  # a forward pass first counts the loads of the whole batch
     flops = tokens * (model.total + again) / mesh.devices
     b = BYTES[cfg.dtype]
     parts = (*arch.parts, *arch.mtp)

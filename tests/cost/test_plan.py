@@ -210,6 +210,17 @@ def test_training_estimate_by_hand():
     assert again.compute == pytest.approx(e.compute * 4 / 3)
 
 
+def test_counting_loads_before_accumulation_is_a_forward_pass_more():
+    def compute(loss, accumulation):
+        moe = dataclasses.replace(MOE.moe, expert_loss=loss)
+        cfg = dataclasses.replace(MOE, moe=moe)
+        run = roofline.training_step(cfg, H100, MeshSizes(), 4, 32, accumulation=accumulation)
+        return run.compute
+
+    assert compute(0.0, 2) == compute(0.01, 1)
+    assert compute(0.01, 2) == pytest.approx(compute(0.01, 1) * 4 / 3)
+
+
 def test_large_batches_are_bound_by_arithmetic():
     cfg = dataclasses.replace(zoo.load_preset("llama-2-7b"), dtype="bfloat16")
     assert roofline.training_step(cfg, H100, MeshSizes(), 64, 4096).limit == "compute"
