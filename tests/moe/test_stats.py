@@ -22,11 +22,11 @@ def test_load_entropy():
 
 
 def test_summary_is_computed_per_layer_and_then_averaged():
-    load_LE = jnp.array([[2.0, 2.0, 2.0, 2.0], [8.0, 0.0, 0.0, 0.0]])
+    load_LE = jnp.array([[0.0, 4.0, 0.0, 4.0], [8.0, 0.0, 0.0, 0.0]])
     got = stats.summarize(load_LE, jnp.array([1.0, 3.0]))
-    want = {"max_vio": 1.5, "load_entropy": 0.5, "dead_experts": 1.5, "drop_fraction": 0.25}
+    want = {"max_vio": 2.0, "load_entropy": 0.25, "dead_experts": 2.5, "drop_fraction": 0.25}
     assert {k: float(v) for k, v in got.items()} == pytest.approx(want)
-    # Averaging first would hide the collapse of the second layer.
+    # Averaging first would hide that layers collapse onto different experts.
     assert stats.max_violation(load_LE.mean(axis=0)) != got["max_vio"]
 
 
