@@ -125,8 +125,8 @@ class MoEConfig:
     grouped_matmul: str = "auto"  # 'auto' (by platform) or a key of moejax.moe.grouped_matmul
     # With an expert mesh axis > 1: 'ring' (all-gather, reduce-scatter) or 'all_to_all'.
     expert_parallel: str = "ring"
-    # 'all_to_all': rows a device can receive from each peer, as a multiple of the balanced load;
-    # 0 = the worst case, so that nothing overflows (dropless).
+    # Rows a device computes ('ring') or receives from each peer ('all_to_all'), as a multiple of the
+    # balanced load; what overflows is dropped and counted. 0 = the worst case: nothing overflows.
     buffer_factor: float = 0.0
 
     @property

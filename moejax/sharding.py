@@ -183,6 +183,13 @@ def layout_problems(cfg: ExperimentConfig, layout: Layout) -> list[str]:
     ]
     if a.kind == "mha":
         sized.append((axes.KV_HEADS, "model.attention.num_kv_heads", a.num_kv_heads))
+    else:
+        latent = a.kv_lora_rank + a.qk_rope_head_dim
+        sized += [
+            (axes.LATENT, "model.attention.q_lora_rank", a.q_lora_rank),
+            (axes.LATENT, "model.attention.kv_lora_rank", a.kv_lora_rank),
+            (axes.LATENT, "model.attention.kv_lora_rank + qk_rope_head_dim", latent),
+        ]
     if m.num_moe_layers < m.num_layers:
         sized.append((axes.MLP, "model.d_ff", m.d_ff))
     if m.num_moe_layers:

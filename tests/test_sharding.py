@@ -135,6 +135,11 @@ def test_mesh_larger_than_the_devices(mesh, text):
         (dict(fsdp=8), dict(d_model=20), "d_model=20 .*8 devices .*fsdp=8.*5, 10 or 20"),
         (dict(tensor=2), dict(moe=dict(d_expert=7)), "d_expert=7 .*2 devices .*tensor=2"),
         (dict(tensor=2), dict(d_ff=15), "d_ff=15 .*2 devices .*tensor=2"),
+        (
+            dict(tensor=2, rules=("latent=tensor", "heads=")),
+            dict(attention=AttentionConfig(kind="mla", kv_lora_rank=6, qk_rope_head_dim=1)),
+            "kv_lora_rank .* qk_rope_head_dim=7 .*2 devices .*tensor=2",
+        ),
     ],
 )
 def test_sizes_that_do_not_divide(mesh, model, text):
