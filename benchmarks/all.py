@@ -9,6 +9,7 @@ Each runs in a process of its own, so that none inherits another's memory or cac
 
 import json
 import os
+import pathlib
 import subprocess
 import sys
 import tempfile
@@ -24,24 +25,26 @@ TORCH = flags.DEFINE_string(
 TINY = flags.DEFINE_bool("tiny", False, "Toy sizes, to test the scripts.")
 OUTPUT = flags.DEFINE_string("json", "", "Write the results as JSON to this file.")
 
-# Name of the benchmark: platforms, and whether it compares with torch.
+# Name of the benchmark: its platforms, and those of the flags above that it takes.
 BENCHMARKS = {
-    "layer": (("cpu", "gpu"), False),
-    "step": (("cpu", "gpu"), True),
-    "compile": (("cpu", "gpu"), False),
+    "layer": (("cpu", "gpu"), (PLATFORM,)),
+    "step": (("cpu", "gpu"), (PLATFORM, TORCH)),
+    "generate": (("cpu",), (TORCH,)),
+    "compile": (("cpu", "gpu"), (PLATFORM,)),
 }
 
 
 def run(name: str, folder: str) -> dict | None:
     """The result of one benchmark; None if it failed."""
-    output = os.path.join(folder, f"{name}.json")
-    command = [sys.executable, "-m", f"benchmarks.{name}", f"--json={output}"]
-    command += [f"--platform={PLATFORM.value}", *(["--tiny"] if TINY.value else [])]
-    command += [f"--torch_python={TORCH.value}"] if BENCHMARKS[name][1] else []
-    if subprocess.run(command).returncode:
+    here = pathlib.Path(__file__).parent
+    output = pathlib.Path(folder) / f"{name}.json"
+    command = [sys.executable, str(here / f"{name}.py"), f"--json={output}"]
+    command += [f"--{flag.name}={flag.value}" for flag in BENCHMARKS[name][1]]
+    command += ["--tiny"] if TINY.value else []
+    path = os.pathsep.join([str(here.parent), os.environ.get("PYTHONPATH", "")])
+    if subprocess.run(command, env=os.environ | {"PYTHONPATH": path}).returncode:
         return None
-    with open(output) as file:
-        return json.load(file)
+    return json.loads(output.read_text())
 
 
 def main(argv):
@@ -51,7 +54,8 @@ def main(argv):
     with tempfile.TemporaryDirectory() as folder:
         results = {n: run(n, folder) for n in names}
     tables = [r for r in results.values() if r]
-    rows = [row for r in tables for row in r["rows"] if "goal" in row]
+    columns = ("benchmark", "goal", "measured", "result")
+    rows = [{c: row[c] for c in columns} for r in tables for row in r["rows"] if "goal" in row]
     if rows:
         print(f"\nAll benchmarks ({tables[0]['machine']})\n")
         common.print_table(rows)
