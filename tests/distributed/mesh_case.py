@@ -29,7 +29,7 @@ from moejax.sharding import Layout, make_layout
 from moejax.train.step import loss_and_grads
 
 # Gradients and losses here are of order 1e-4 to 10, sums have up to a few thousand terms.
-TOLERANCE = dict(rtol=1e-9, atol=1e-12)
+TOLERANCE = {"rtol": 1e-9, "atol": 1e-12}
 
 MOE = MoEConfig(
     num_experts=8,
