@@ -1,18 +1,20 @@
 # make train   from a bare machine: create .venv, install, train the quickstart
 # make test    from a bare machine: create .venv, install, the whole suite
 # make product the invariance of a step over the full product of meshes and back ends (minutes)
+# make bench   the benchmarks as one table (benchmarks/README.md), against torch where .venv-parity is there
 # make parity  from a bare machine: create .venv-parity with torch and transformers, compare every model
 #              family with its original implementation
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-# XLA frees and reallocates large buffers every step; keep them mapped instead of faulting them in again.
-export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1:glibc.malloc.mmap_threshold=33554432:glibc.malloc.trim_threshold=1099511627776
+# XLA frees and reallocates large buffers every step; keep them mapped instead of faulting them in again
+# (a fifth of the processor time of a step, see benchmarks/common.py).
+export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1:glibc.malloc.mmap_max=0:glibc.malloc.arena_max=1:glibc.malloc.trim_threshold=1099511627776
 
 # On Python 3.11 the pinned torch is the CPU wheel; on others it may bring gigabytes of CUDA.
 PARITY_VENV := .venv-parity
 
-.PHONY: train test product parity lint clean
+.PHONY: train test product parity bench lint clean
 
 train: $(VENV)/installed
 	$(BIN)/moejax train --config=experiments/quickstart.py --workdir=runs/quickstart
@@ -25,6 +27,9 @@ product: $(VENV)/installed-dev
 
 parity: $(PARITY_VENV)/installed
 	$(PARITY_VENV)/bin/python -m pytest tests/parity
+
+bench: $(VENV)/installed
+	$(BIN)/python -m benchmarks.all --torch_python=$(wildcard $(PARITY_VENV)/bin/python)
 
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff format --check .

@@ -51,6 +51,9 @@ def main(argv):
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments: {argv[1:]}")
     names = [n for n, (platforms, _) in BENCHMARKS.items() if PLATFORM.value in platforms]
+    if not TORCH.value:
+        print("--torch_python= leaves out: generate, and the step against torch")
+        names = [n for n in names if n != "generate"]
     with tempfile.TemporaryDirectory() as folder:
         results = {n: run(n, folder) for n in names}
     tables = [r for r in results.values() if r]

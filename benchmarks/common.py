@@ -14,12 +14,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-# glibc returns large buffers to the system when they are freed, and XLA:CPU asks for new ones in
-# every step: the kernel then clears and maps them page by page, which can cost as much as the step.
-# Huge pages make that 512 times fewer faults; the other two keep buffers of up to 32 MiB in the
-# process.
+# glibc gives every buffer of more than 32 MiB back to the system when it is freed, and XLA:CPU asks for one
+# of up to a gigabyte in every step: the kernel then clears and maps it page by page, half a second of
+# processor time per step of `benchmarks.step`. These settings take all memory from one heap that is never
+# given back (no page faults at all), in huge pages.
 ALLOCATOR = (
-    "glibc.malloc.hugetlb=1:glibc.malloc.mmap_threshold=33554432:"
+    "glibc.malloc.hugetlb=1:glibc.malloc.mmap_max=0:glibc.malloc.arena_max=1:"
     "glibc.malloc.trim_threshold=1099511627776"
 )
 
