@@ -36,6 +36,7 @@ MODEL = ModelConfig(
     init_std=0.2,
     attention=AttentionConfig(num_heads=2, num_kv_heads=2, head_dim=8),
     moe=MOE,
+    mtp_depth=1,
 )
 CFG = ExperimentConfig(model=MODEL, data=DataConfig(seq_len=8, batch_size=4))
 
@@ -55,7 +56,7 @@ def run(accumulation, remat, scan):
         loss, parts, grads = loss_and_grads(params, state, batch, cfg)
         loads = {n: a.load_E for n, a in parts.aux.items()}
         new = transformer.update_router_state(state, loads, model)
-        return loss, parts.cross_entropy, parts.balance, grads, new, loads
+        return loss, (parts.cross_entropy, parts.mtp), parts.balance, grads, new, loads
 
     return step(params, state, jax.tree.map(jnp.asarray, batch))
 
@@ -68,6 +69,7 @@ def whole():
 @pytest.mark.parametrize(("accumulation", "remat", "scan"), [(2, "full", True), (4, "dots", False)])
 def test_same_step(whole, accumulation, remat, scan):
     assert set(whole[2]) == {"expert", "sequence", "device", "communication", "z"}
+    assert set(whole[5]) == {"moe_blocks", "mtp"} and whole[1][1] > 0
     assert all(np.isfinite(a).all() for a in jax.tree.leaves(whole))
     got = run(accumulation, remat, scan)
     # float32 sums in another order; gradients are of order 0.1 and below.
