@@ -33,7 +33,7 @@ TINY = [
 
 def command(workdir, *flags):
     return [
-        *(sys.executable, "-m", "moejax", "train"),
+        *(sys.executable, "-m", "moejax", "train", "--noreport"),
         f"--config={ROOT / 'experiments/quickstart.py'}",
         f"--workdir={workdir}",
         *TINY,
@@ -41,14 +41,24 @@ def command(workdir, *flags):
     ]
 
 
-def environment():
+def environment(workdir):
     env = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
-    return env | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
+    return env | {
+        "JAX_PLATFORMS": "cpu",
+        "PYTHONPATH": str(ROOT),
+        # The runs of a test are compiled once.
+        "JAX_COMPILATION_CACHE_DIR": str(workdir.parent / "compiled"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.3",
+    }
 
 
-def run(workdir, *flags):
+def run(workdir, *flags, before=()):
     return subprocess.run(
-        command(workdir, *flags), env=environment(), capture_output=True, text=True, timeout=300
+        [*before, *command(workdir, *flags)],
+        env=environment(workdir),
+        capture_output=True,
+        text=True,
+        timeout=600,
     )
 
 
@@ -59,6 +69,10 @@ def losses(workdir):
     return {r["step"]: r["loss"] for r in rows if r["kind"] == "train"}
 
 
+# ulimit counts in KiB; python ignores the signal, so that a write fails as on a full disk.
+LIMITED = 'ulimit -f 8; exec "$@"'
+
+
 def test_killed_run_resumes_to_the_same_losses(tmp_path):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     flags = ["--config.train.steps=60"]
@@ -66,11 +80,11 @@ def test_killed_run_resumes_to_the_same_losses(tmp_path):
     assert done.returncode == 0, done.stderr
     process = subprocess.Popen(
         command(killed, *flags),
-        env=environment(),
+        env=environment(killed),
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )
-    deadline = time.monotonic() + 300
+    deadline = time.monotonic() + 600
     while not (killed / "metrics.jsonl").exists() or len(losses(killed)) < 12:
         assert time.monotonic() < deadline and process.poll() is None
         time.sleep(0.02)
@@ -80,7 +94,7 @@ def test_killed_run_resumes_to_the_same_losses(tmp_path):
     # Resume, ask it politely to stop, and resume again.
     before = max(losses(killed))
     process = subprocess.Popen(
-        command(killed, *flags), env=environment(), stdout=subprocess.PIPE, text=True
+        command(killed, *flags), env=environment(killed), stdout=subprocess.PIPE, text=True
     )
     while max(losses(killed)) <= before:
         assert time.monotonic() < deadline and process.poll() is None
@@ -102,7 +116,7 @@ def test_killed_run_resumes_to_the_same_losses(tmp_path):
     text = [
         subprocess.run(
             [sys.executable, "-m", "moejax", "generate", f"--workdir={killed}", "--max_new=8"],
-            env=environment(),
+            env=environment(killed),
             capture_output=True,
             text=True,
             timeout=200,
@@ -112,6 +126,15 @@ def test_killed_run_resumes_to_the_same_losses(tmp_path):
     assert text[0].returncode == 0, text[0].stderr
     assert text[0].stdout == text[1].stdout
     assert "falling back to step 55" in text[0].stderr
+
+    # No space while saving: no file may grow beyond 8 KiB (metrics.jsonl begins anew: it is longer).
+    (killed / "metrics.jsonl").unlink()
+    full = run(killed, "--config.train.steps=65", before=("bash", "-c", LIMITED, "-"))
+    assert full.returncode == 2, full.stderr
+    assert "saving a checkpoint in" in full.stderr and "File too large" in full.stderr
+    assert "step 55 is the last whole one" in full.stderr
+    assert "the same command goes on from there" in full.stderr
+    assert "at step 55" in run(killed, "--config.train.steps=56").stdout  # so it does
 
     other = run(killed, "--config.train.steps=60", "--config.optimizer.learning_rate=0.5")
     assert other.returncode == 2

@@ -56,7 +56,7 @@ def train(cfg: ExperimentConfig, workdir: pathlib.Path) -> dict:
     `train.max_bad_steps` non-finite steps in a row, with the last good checkpoint intact.
     """
     devices = processes.ordered_devices()
-    make_mesh(cfg.mesh, devices)  # before the corpus is read
+    _check_mesh(cfg, devices)
     corpus = load_corpus(cfg.data)
     with processes.first_goes_first():
         workdir.mkdir(parents=True, exist_ok=True)
@@ -64,7 +64,6 @@ def train(cfg: ExperimentConfig, workdir: pathlib.Path) -> dict:
         cfg = with_vocabulary(cfg, tokenizer.vocab_size)
         check_workdir(workdir, cfg)
         layout = make_layout(cfg, devices)
-        processes.check_layout(layout)
         if processes.is_first():
             claim_workdir(workdir, cfg)
             (workdir / "corpus.json").write_text(json.dumps(corpus.manifest, indent=1))
@@ -87,6 +86,13 @@ def train(cfg: ExperimentConfig, workdir: pathlib.Path) -> dict:
     finally:
         session.log.close()
         session.checkpoints.close()
+
+
+def _check_mesh(cfg: ExperimentConfig, devices: list) -> None:
+    """What can be said of the mesh before the corpus is read: all but whether the vocabulary divides."""
+    mesh = make_mesh(cfg.mesh, devices)
+    model = dataclasses.replace(cfg.model, vocab_size=mesh.size)
+    processes.check_layout(make_layout(dataclasses.replace(cfg, model=model), devices))
 
 
 def _train(s: Session) -> dict:

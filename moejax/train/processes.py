@@ -70,12 +70,17 @@ def is_first() -> bool:
 
 @contextlib.contextmanager
 def first_goes_first():
-    """Process 0 runs the body before the others do: they find what it wrote."""
+    """Process 0 runs the body before the others do: they find what it wrote.
+
+    If it raises, the others are let in all the same, to meet the same error rather than to wait.
+    """
     if not is_first():
         multihost_utils.sync_global_devices("first")
-    yield
-    if is_first() and jax.process_count() > 1:
-        multihost_utils.sync_global_devices("first")
+    try:
+        yield
+    finally:
+        if is_first() and jax.process_count() > 1:
+            multihost_utils.sync_global_devices("first")
 
 
 def ordered_devices() -> list[jax.Device]:

@@ -162,7 +162,7 @@ def test_a_mesh_that_does_not_fit_is_named_before_the_corpus_is_read(cfg, tmp_pa
         train(dataclasses.replace(cfg, mesh=MeshConfig(data=16)), tmp_path / "a")
     with pytest.raises(ConfigError, match="num_experts=4 does not divide over 8 devices"):
         train(dataclasses.replace(cfg, mesh=MeshConfig(data=1, expert=8)), tmp_path / "a")
-    assert not (tmp_path / "a" / "checkpoints").exists()
+    assert not (tmp_path / "a").exists()
 
 
 def test_vocabulary(cfg):
