@@ -290,7 +290,7 @@ def forward(
         extra = dict(totals=totals) if is_moe else {}
         here = cache[start : start + count] if isinstance(cache, list) else cache
         x_BSD, here, layer_aux = run_blocks(x_BSD, layers, cfg, where, cache=here, **args, **extra)
-        if isinstance(cache, list):
+        if isinstance(cache, list) and isinstance(here, list):
             cache = [*cache[:start], *here, *cache[start + count :]]
         else:
             cache = here

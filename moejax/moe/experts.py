@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from moejax import axes
 from moejax.config import MoEConfig
 from moejax.linear import linear
-from moejax.moe import windowed_ffn
+from moejax.moe import few_rows_ffn, windowed_ffn
 from moejax.moe.grouped_matmul import grouped_matmul
 from moejax.moe.varying import vary_together
 from moejax.params import ParamSpec
@@ -153,9 +153,21 @@ def _by_platform(params, x_RD, group_sizes_E, moe):
     """'auto' and 'blocked': on CPU `windowed_ffn`, elsewhere grouped matmuls; chosen at lowering.
 
     One stated gradient around the choice, so that both sides keep the same arrays for the backward
-    pass (the inputs of the activation) and nothing is kept for the side that does not run.
+    pass (the inputs of the activation) and nothing is kept for the side that does not run. Without a
+    gradient, a few rows (decoding) take a path of their own on CPU.
     """
-    return _by_platform_forward(params, x_RD, group_sizes_E, moe)[0]
+    if x_RD.shape[0] > few_rows_ffn.ROWS_PER_EXPERT * group_sizes_E.shape[0]:
+        return _by_platform_forward(params, x_RD, group_sizes_E, moe)[0]
+    act, limit = ACTIVATIONS[moe.activation], moe.activation_limit
+
+    def few(params, x_RD, group_sizes_E):
+        return few_rows_ffn.forward(params, x_RD, group_sizes_E, act, limit)
+
+    def grouped(params, x_RD, group_sizes_E):
+        inputs = _project(params, x_RD, group_sizes_E, "ragged")
+        return _finish(params, inputs, group_sizes_E, moe, "ragged")
+
+    return _choose(moe, few, grouped, params, x_RD, group_sizes_E)
 
 
 def _by_platform_forward(params, x_RD, group_sizes_E, moe):
