@@ -6,6 +6,14 @@ Writes a checkpoint in the layout of DeepSeekMoE 16B (2401.06066; random bfloat1
 layers as asked for, shards of 5 GB), then reads it in child processes and prints, for each way of reading,
 the peak resident memory above what Python, JAX and moejax occupy before. The goal is parameters plus a
 small constant. Needs the checkpoint's size on the disk twice; the folder is removed at the end.
+
+Two CPU cores, 7 layers (4.03 billion parameters):
+
+| way | parameters, GB | peak memory, GB |
+|---|---|---|
+| load_model, one device | 8.06 | 8.20 |
+| load_model, 8 devices (some arrays are replicated) | 9.48 | 9.51 |
+| moejax import, the run's checkpoint written | 8.06 | 8.37 |
 """
 
 import dataclasses
@@ -30,7 +38,7 @@ from moejax.models.zoo import config_to_hf, load_preset
 
 LAYERS = flags.DEFINE_integer("layers", 8, "1.17 GB each, and 0.84 GB for embedding and head.")
 FOLDER = flags.DEFINE_string("folder", "/tmp/import_scale", "Written, and removed at the end.")
-OUTPUT = flags.DEFINE_string("output", "", "JSON file for the results.")
+JSON = flags.DEFINE_string("json", "", "File for the results.")
 
 SHARD_BYTES = 5 * 10**9
 BLOCK = 2**24  # random numbers that are repeated: what is in them does not matter
@@ -168,7 +176,7 @@ def main(argv):
             )
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-    report(f"Import of {written / 1e9:.1f} GB in the 16B layout", rows, OUTPUT.value)
+    report(f"Import of {written / 1e9:.1f} GB in the 16B layout", rows, JSON.value)
 
 
 if __name__ == "__main__":

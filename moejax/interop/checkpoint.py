@@ -58,17 +58,23 @@ def _nothing(folder: pathlib.Path) -> str:
 def _quantization(hf: dict, folder: pathlib.Path) -> tuple[int, int]:
     """The FP8 block size of a config.json; InteropError for a quantisation we do not read."""
     config = hf.get("quantization_config") or {}
-    method = config.get("quant_method", "fp8") if isinstance(config, dict) else config
+    where = f"{folder / CONFIG}: quantization_config"
+    if not isinstance(config, dict):
+        raise InteropError(f"{where}={config!r} must be an object")
+    method = config.get("quant_method", "fp8")
     if method not in QUANTIZATIONS:
         raise InteropError(
-            f"{folder / CONFIG}: quantization_config.quant_method={method!r} is not supported; "
-            f"{' and '.join(QUANTIZATIONS)} are, and unquantised checkpoints"
+            f"{where}.quant_method={method!r} is not supported; {' and '.join(QUANTIZATIONS)} are, "
+            "and unquantised checkpoints"
         )
     block = config.get("weight_block_size") or FP8_BLOCK
-    if len(block) != 2 or not all(isinstance(b, int) and 0 < b <= 2**20 for b in block):
+    if (
+        not isinstance(block, list | tuple)
+        or len(block) != 2
+        or not all(isinstance(b, int) and 0 < b <= 2**20 for b in block)
+    ):
         raise InteropError(
-            f"{folder / CONFIG}: quantization_config.weight_block_size={block!r} must be two "
-            "positive integers such as [128, 128]"
+            f"{where}.weight_block_size={block!r} must be two positive integers such as [128, 128]"
         )
     return (block[0], block[1])
 

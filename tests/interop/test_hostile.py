@@ -4,15 +4,19 @@ import errno
 import json
 import os
 import pathlib
+import random
 
 import numpy as np
 import published
 import pytest
 
 from moejax.config import ConfigError
+from moejax.interop import mapping
+from moejax.interop.checkpoint import open_checkpoint
 from moejax.interop.files import InteropError, whole_folder
 from moejax.interop.load import load_model
 from moejax.interop.safetensors_file import read_header
+from moejax.models import zoo
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 SHARD = "model-00002-of-00003.safetensors"
@@ -225,6 +229,8 @@ CONFIGS = {
     "huge but allowed": (dict(num_hidden_layers=2**24), "they do not belong together"),
     "wider": (dict(intermediate_size=2**24), r"has shape .*config.json asks for \[16777216"),
     "quantised": (dict(quantization_config={"quant_method": "gptq"}), "quant_method='gptq'"),
+    "quantisation not an object": (dict(quantization_config="fp8"), "must be an object"),
+    "block size not a pair": (dict(quantization_config={"weight_block_size": 5}), "=5 must be two"),
     "block size": (
         dict(quantization_config={"quant_method": "fp8", "weight_block_size": [0, 1]}),
         "weight_block_size",
@@ -251,6 +257,60 @@ def test_many_experts(tmp_path):
 def test_config_not_json(folder, text):
     (folder / "config.json").write_text(text)
     refused(folder, r"config\.json")
+
+
+ODD_VALUES = (
+    *(None, -1, 0, 1.5, 1e308, 2**70, float("nan"), True, "x", [], [1, 2], ["sliding_attention"]),
+    *({}, {"type": "yarn"}, {"rope_type": "yarn", "factor": "a"}, [[]], {"quant_method": {}}),
+)
+
+
+@pytest.mark.parametrize("family", published.FAMILIES)
+def test_any_value_of_any_field_is_a_model_or_a_clear_error(tmp_path, family):
+    """Every field that a published config.json of the family has, with values of every type."""
+    config = published.config(family)
+    published.write(tmp_path, config, published.random_tensors(config))
+    opened = open_checkpoint(tmp_path)
+    same = [zoo.load_hf(name) for name in zoo.PRESETS]
+    known = {k for hf in same if hf["model_type"] == family for k in hf if not k.startswith("_")}
+    accepted = 0
+    for field in sorted(known | config.keys()):
+        for value in ODD_VALUES:
+            try:
+                cfg = zoo.config_from_hf({**config, field: value})
+                wanted = mapping.targets(cfg, family)
+                mapping.account(cfg, zoo.FAMILIES[family].NAMES, wanted, opened.tensors, "x")
+                accepted += 1
+            except ConfigError as e:
+                assert str(e)
+    assert accepted  # such as fields that are not read
+
+
+def test_damaged_bytes(folder):
+    """Bytes changed, removed and added anywhere in config, index and headers: read or refused."""
+    rng = random.Random(0)
+    files = sorted(folder.iterdir())
+    refusals = 0
+    for _ in range(300):
+        file = rng.choice(files)
+        good = file.read_bytes()
+        data = bytearray(good)
+        at = rng.randrange(min(len(data), rng.choice((16, 4000))))
+        kind = rng.randrange(3)
+        if kind == 0:
+            data[at] = rng.randrange(256)
+        elif kind == 1:
+            del data[at : at + rng.randrange(1, 9)]
+        else:
+            data[at:at] = rng.randbytes(rng.randrange(1, 5))
+        file.write_bytes(data)
+        try:
+            open_checkpoint(folder)
+        except InteropError as e:
+            assert str(folder) in str(e)
+            refusals += 1
+        file.write_bytes(good)
+    assert refusals > 200
 
 
 def test_no_such_folder(tmp_path):

@@ -66,6 +66,16 @@ def flag(hf: dict, family: str, name: str, default: bool = False) -> bool:
     return value
 
 
+def items(hf: dict, family: str, name: str) -> list:
+    """A list; an absent or null field is an empty one."""
+    value = hf.get(name)
+    if value is None:
+        return []
+    if not isinstance(value, list):
+        raise ConfigError(f"{family} config: {name}={value!r} must be a list or null")
+    return value
+
+
 def head_dim(hf: dict, family: str) -> int:
     """`head_dim`, or hidden_size / num_attention_heads where it is not given."""
     d, n = hf["hidden_size"], hf["num_attention_heads"]

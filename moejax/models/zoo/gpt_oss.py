@@ -34,8 +34,9 @@ SLIDING, FULL = "sliding_attention", "full_attention"
 def windows_from_hf(hf: dict) -> tuple[int, ...]:
     """The shortest repeating tuple of windows; 0 = full attention."""
     num_layers = hf["num_hidden_layers"]
-    kinds = hf.get("layer_types") or [(SLIDING, FULL)[i % 2] for i in range(num_layers)]
-    if len(kinds) != num_layers or not set(kinds) <= {SLIDING, FULL}:
+    kinds = fields.items(hf, MODEL_TYPE, "layer_types")
+    kinds = kinds or [(SLIDING, FULL)[i % 2] for i in range(num_layers)]
+    if len(kinds) != num_layers or not all(k in (SLIDING, FULL) for k in kinds):
         raise ConfigError(
             f"gpt_oss config: layer_types must hold {num_layers} times {SLIDING!r} or {FULL!r}, "
             f"not {kinds}"

@@ -29,7 +29,7 @@ def leading_dense_layers(hf: dict, family: str) -> int:
     """Number of dense layers, which must be the first ones (`mlp_only_layers`)."""
     fields.only(hf, family, "decoder_sparse_step", 1)
     fields.only(hf, family, "use_sliding_window", False)
-    layers = hf.get("mlp_only_layers") or []
+    layers = fields.items(hf, family, "mlp_only_layers")
     if layers != list(range(len(layers))):
         raise ConfigError(
             f"{family} config: mlp_only_layers={layers} is not supported; the first layers, "
