@@ -183,11 +183,16 @@ def read(path: pathlib.Path) -> dict[str, np.ndarray]:
 
 @every_case
 def test_export_is_the_original(case, pair_of, tmp_path):
-    """What moejax writes, the original reads: the same weights, hence the same logits to the bit."""
+    """What moejax writes, the original reads: every weight to the bit, hence the same logits."""
     pair = pair_of(case)
     out = tmp_path / "export"
     save_model(out, pair.cfg, pair.params, pair.router_state, case.family)
     again = oracle.load(case, out)
+    want, got = pair.original.state_dict(), again.state_dict()
+    assert set(want) == set(got)
+    for name in want:
+        assert torch.equal(want[name], got[name]), name
     mask = np.ones_like(TOKENS)
     want, got = (run_original(m, TOKENS, mask)[0] for m in (pair.original, again))
-    np.testing.assert_array_equal(got, want)
+    # torch sums in another order where a tensor begins elsewhere in memory.
+    np.testing.assert_allclose(got, want, atol=1e-5)
