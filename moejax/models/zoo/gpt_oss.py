@@ -87,6 +87,9 @@ def config_from_hf(hf: dict) -> ModelConfig:
 def config_to_hf(cfg: ModelConfig) -> dict:
     """The config.json that `transformers` loads as GptOssForCausalLM (with BF16 experts)."""
     a, m = cfg.attention, cfg.moe
+    rope = fields.rope_to_hf(a.rope)
+    # Where the file is silent, transformers takes gpt-oss's own YaRN.
+    rope["rope_scaling"] = rope["rope_scaling"] or {"rope_type": "default"}
     return fields.decoder_to_hf(
         cfg,
         architectures=["GptOssForCausalLM"],
@@ -101,5 +104,5 @@ def config_to_hf(cfg: ModelConfig) -> dict:
         experts_per_token=m.experts_per_token,
         intermediate_size=m.d_expert,
         swiglu_limit=m.activation_limit,
-        **fields.rope_to_hf(a.rope),
+        **rope,
     )
