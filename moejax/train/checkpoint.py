@@ -250,6 +250,22 @@ FREE = (
     "model.moe.buffer_factor",
 )
 
+# How an imported model goes on to be trained is a choice of the one who trains it.
+FREE_ONCE_IMPORTED = (
+    "data",
+    "optimizer",
+    "model.dtype",
+    "model.mtp_loss_weight",
+    "model.moe.bias_update",
+    "model.moe.bias_rate",
+    "model.moe.balance_groups",
+    "model.moe.expert_loss",
+    "model.moe.sequence_loss",
+    "model.moe.device_loss",
+    "model.moe.communication_loss",
+    "model.moe.z_loss",
+)
+
 
 def check_workdir(workdir: pathlib.Path, cfg: ExperimentConfig) -> None:
     """Raises ConfigError naming the keys in which the run of this workdir, if any, has another config.
@@ -260,8 +276,12 @@ def check_workdir(workdir: pathlib.Path, cfg: ExperimentConfig) -> None:
     path = workdir / "config.json"
     if not path.exists():
         return
-    free = FREE + (("data", "optimizer") if _only_imported(workdir) else ())
-    lines = _differences(json.loads(path.read_text()), json.loads(to_json(cfg)), "", free)
+    free = FREE + (FREE_ONCE_IMPORTED if _only_imported(workdir) else ())
+    try:
+        theirs = json.loads(path.read_text())
+    except json.JSONDecodeError as e:
+        raise ConfigError(f"{path} is not JSON: {e}; restore it, or use another --workdir") from e
+    lines = _differences(theirs, json.loads(to_json(cfg)), "", free)
     if lines:
         raise ConfigError(
             f"{workdir} belongs to a run with another config:\n"
@@ -273,8 +293,13 @@ def check_workdir(workdir: pathlib.Path, cfg: ExperimentConfig) -> None:
 def claim_workdir(workdir: pathlib.Path, cfg: ExperimentConfig) -> None:
     """Write the config into the workdir, after `check_workdir`."""
     check_workdir(workdir, cfg)
-    workdir.mkdir(parents=True, exist_ok=True)
-    (workdir / "config.json").write_text(to_json(cfg))
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        part = workdir / "config.json.part"  # a killed run must not leave half a config
+        part.write_text(to_json(cfg))
+        part.replace(workdir / "config.json")
+    except OSError as e:
+        raise ConfigError(f"--workdir={workdir} cannot be written: {e.strerror}") from e
 
 
 def _only_imported(workdir: pathlib.Path) -> bool:

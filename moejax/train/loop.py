@@ -9,7 +9,7 @@ from typing import Any
 import jax
 from tqdm import tqdm
 
-from moejax.config import ExperimentConfig
+from moejax.config import ConfigError, ExperimentConfig
 from moejax.cost.receipt import RunPlan, model_flops_per_token, plan_run
 from moejax.data import Tokenizer, load_corpus, load_tokenizer, train_iterator, validation_batches
 from moejax.params import count
@@ -59,7 +59,7 @@ def train(cfg: ExperimentConfig, workdir: pathlib.Path) -> dict:
     _check_mesh(cfg, devices)
     corpus = load_corpus(cfg.data)
     with processes.first_goes_first():
-        workdir.mkdir(parents=True, exist_ok=True)
+        _make_folder(workdir)
         tokenizer = load_tokenizer(cfg.data, corpus, workdir)
         cfg = with_vocabulary(cfg, tokenizer.vocab_size)
         check_workdir(workdir, cfg)
@@ -93,6 +93,13 @@ def _check_mesh(cfg: ExperimentConfig, devices: list) -> None:
     mesh = make_mesh(cfg.mesh, devices)
     model = dataclasses.replace(cfg.model, vocab_size=mesh.size)
     processes.check_layout(make_layout(dataclasses.replace(cfg, model=model), devices))
+
+
+def _make_folder(workdir: pathlib.Path) -> None:
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise ConfigError(f"--workdir={workdir} cannot be made: {e.strerror}") from e
 
 
 def _train(s: Session) -> dict:

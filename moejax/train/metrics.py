@@ -30,7 +30,7 @@ class Log:
 
     def __init__(self, workdir: pathlib.Path, *, write: bool = True):
         self.path = workdir / "metrics.jsonl"
-        self.file = self.path.open("a") if write else None
+        self.file = _open_at_line(self.path) if write else None
         self.board = SummaryWriter(str(workdir / "tensorboard")) if write else None
 
     def write(self, step: int, kind: str, values: dict) -> None:
@@ -59,6 +59,16 @@ class Log:
             with contextlib.suppress(OSError):  # of a disk that is full, which append has reported
                 if writer is not None:
                     writer.close()
+
+
+def _open_at_line(path: pathlib.Path):
+    """Opened to append; a last line that a crash cut off is ended, so that the next is a line of its own."""
+    file = path.open("ab+")
+    file.seek(max(file.seek(0, 2) - 1, 0))
+    if file.read() not in (b"", b"\n"):
+        file.write(b"\n")
+    file.close()
+    return path.open("a")
 
 
 class Meter:

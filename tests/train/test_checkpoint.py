@@ -161,3 +161,31 @@ def test_a_workdir_belongs_to_one_config(tmp_path):
     )
     claim_workdir(tmp_path, moved)
     claim_workdir(tmp_path, CFG)
+
+
+def test_an_imported_model_may_be_trained_on_anything(tmp_path, state):
+    claim_workdir(tmp_path, CFG)
+    checkpoints = Checkpoints(tmp_path, CFG)
+    checkpoints.save_model(state.params, state.router_state)
+    other = dataclasses.replace(
+        CFG,
+        data=DataConfig(seq_len=16, batch_size=2),
+        optimizer=OptimizerConfig(learning_rate=0.5),
+        model=dataclasses.replace(CFG.model, dtype="bfloat16"),
+    )
+    claim_workdir(tmp_path, other)
+    checkpoints.save(state._replace(step=jnp.int32(1)), {"next_index": 1})
+    checkpoints.close()
+    with pytest.raises(ConfigError, match=r"optimizer.learning_rate: 0.5 there"):
+        claim_workdir(tmp_path, CFG)  # now it has been trained, and stays what it is
+
+
+def test_a_workdir_that_cannot_be_used_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(
+        ConfigError, match=r"--workdir=.*file/run cannot be written: Not a directory"
+    ):
+        claim_workdir(tmp_path / "file" / "run", CFG)
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(ConfigError, match=r"config.json is not JSON"):
+        claim_workdir(tmp_path, CFG)
