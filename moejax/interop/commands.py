@@ -28,7 +28,7 @@ from moejax.interop.files import (
 )
 from moejax.interop.load import read_model
 from moejax.interop.save import save_model
-from moejax.models.zoo import config_from_hf, config_to_hf, families_for
+from moejax.models.zoo import FAMILIES, config_from_hf, config_to_hf, lost_fields
 from moejax.models.zoo.architecture import architecture
 from moejax.params import count
 from moejax.sharding import RULES, Layout, make_mesh
@@ -187,14 +187,19 @@ def export_run(workdir: pathlib.Path, hf_dir: pathlib.Path, model_type: str | No
 
 
 def _only_family(cfg: ModelConfig) -> str:
-    able = families_for(cfg)
+    """The one family that can express the model; with several, or none, InteropError says so."""
+    lost = {m.MODEL_TYPE: lost_fields(cfg, m.MODEL_TYPE) for m in FAMILIES.values()}
+    able = [family for family in lost if not lost[family]]
     if len(able) == 1:
         return able[0]
     if able:
         raise InteropError(
             f"several families can express this model: --model_type={'|'.join(able)}"
         )
-    raise InteropError("no Hugging Face family can express this model")
+    reasons = [f"  - {family}: {'; '.join(what[:2])}" for family, what in lost.items()]
+    raise InteropError(
+        "no Hugging Face family that moejax writes can express this model:\n" + "\n".join(reasons)
+    )
 
 
 def _describes(hf: dict, cfg: ModelConfig) -> bool:

@@ -1,5 +1,6 @@
 """`moejax import` and `moejax export` from outside: in sequence, killed, and with bad input."""
 
+import dataclasses
 import json
 import os
 import pathlib
@@ -19,7 +20,7 @@ from safetensors.numpy import load_file
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from moejax.__main__ import main
-from moejax.config import ConfigError, DataConfig, ExperimentConfig, ModelConfig, to_json
+from moejax.config import ConfigError, DataConfig, ExperimentConfig, ModelConfig, MoEConfig, to_json
 from moejax.interop import commands
 from moejax.models import transformer
 from moejax.params import init_params
@@ -136,6 +137,13 @@ def test_export_of_a_run_that_was_trained_here(tmp_path, key):
     config = json.loads((tmp_path / "out/config.json").read_text())
     assert (config["model_type"], config["eos_token_id"]) == ("llama", 256)
     assert config["torch_dtype"] == "float32"
+    sigmoid = MoEConfig(num_experts=4, d_expert=8, score="sigmoid")
+    with pytest.raises(ConfigError, match=r"- deepseek: .*moe\.score='sigmoid'"):
+        commands._only_family(dataclasses.replace(cfg, num_dense_layers=0, moe=sigmoid))
+    softmax = dataclasses.replace(sigmoid, score="softmax", normalize_weights=True)
+    with pytest.raises(ConfigError, match=r"--model_type=deepseek\|mixtral"):
+        wide = dataclasses.replace(cfg, d_model=128, num_dense_layers=0, moe=softmax)
+        commands._only_family(wide)
     with pytest.raises(ConfigError, match=r"mixtral config\.json cannot express this model"):
         commands.export_run(tmp_path / "run", tmp_path / "other", "mixtral")
     assert not (tmp_path / "other").exists()

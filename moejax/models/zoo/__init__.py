@@ -156,7 +156,7 @@ def config_to_hf(cfg: ModelConfig, model_type: str) -> dict:
     """
     if model_type not in FAMILIES:
         raise ConfigError(f"unknown model_type {model_type!r}; known: {', '.join(FAMILIES)}")
-    lost = _lost_fields(cfg, model_type)
+    lost = lost_fields(cfg, model_type)
     if lost:
         raise ConfigError(
             f"a {model_type} config.json cannot express this model: {'; '.join(lost)}. "
@@ -167,10 +167,10 @@ def config_to_hf(cfg: ModelConfig, model_type: str) -> dict:
 
 def families_for(cfg: ModelConfig) -> list[str]:
     """The model types whose config.json can express `cfg`."""
-    return [t for t in FAMILIES if not _lost_fields(cfg, t)]
+    return [t for t in FAMILIES if not lost_fields(cfg, t)]
 
 
-def _lost_fields(cfg: ModelConfig, model_type: str) -> list[str]:
+def lost_fields(cfg: ModelConfig, model_type: str) -> list[str]:
     """The architecture fields that change when `cfg` is written as `model_type` and read back."""
     family = FAMILIES[model_type]
     before = architecture(cfg)
