@@ -3,6 +3,7 @@
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 import pytest
 
 from moejax.config import (
@@ -18,7 +19,8 @@ from moejax.cost import hardware, memory, receipt, verify
 from moejax.cost.architecture import of_model
 from moejax.cost.flops import flops_per_token
 from moejax.cost.mesh import SPLIT, MeshSizes
-from moejax.models import loss
+from moejax.models import loss, transformer
+from moejax.params import abstract_params, is_spec
 from moejax.sharding import RULES, make_layout
 
 MOE = MoEConfig(num_experts=8, experts_per_token=2, d_expert=128, shared_experts=1)
@@ -63,28 +65,62 @@ def analysis(cfg, layout=None):
     return verify._compile(cfg, layout).memory_analysis()
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"moe": MoEConfig(), "d_ff": 600},
+        {"moe": MoEConfig(), "activation": "gelu_tanh", "dtype": "bfloat16"},
+        {"dtype": "bfloat16"},
+        {"attention": MLA},
+        {"attention": dataclasses.replace(MODEL.attention, qk_norm="head")},
+    ],
+    ids=["dense", "gelu, bfloat16", "moe, bfloat16", "mla", "qk norm"],
+)
+def test_layers_keep_what_jax_saves(changes):
+    """The plan's bytes per token against the arrays that the pullback of one block holds, traced
+    without compiling. Two are left out because XLA drops them: masks (the same for every layer)
+    and the second of two arrays of scores."""
+    cfg = dataclasses.replace(MODEL, num_layers=1, num_dense_layers=0, **changes)
+    seq_len = 96  # unlike any width, so that shapes tell arrays from weights
+    specs = transformer.block_specs(cfg, cfg.num_moe_layers > 0)
+    where = transformer.locate(jnp.zeros((1, seq_len), jnp.int32), cfg)
+
+    def saved(params, x_BSD):
+        layer = transformer.LayerInput(params, {}, 0, None, (None, None), None)
+        return jax.vjp(lambda p, x: transformer.block(x, layer._replace(params=p), cfg, where)[0],
+                       params, x_BSD)[1]  # fmt: skip
+
+    x_BSD = jax.ShapeDtypeStruct((1, seq_len, cfg.d_model), cfg.dtype)
+    arrays = jax.tree.leaves(jax.eval_shape(saved, abstract_params(specs), x_BSD))
+    weights = {s.shape for s in jax.tree.leaves(specs, is_leaf=is_spec)}
+    kept = [a for a in arrays if a.shape not in weights and a.dtype != jnp.bool_]
+    scores = 4 * cfg.attention.num_heads * seq_len
+    real = sum(a.size * a.dtype.itemsize for a in kept) / seq_len - scores
+    assert memory.layer_bytes(cfg, seq_len, MeshSizes()) == pytest.approx(real, rel=0.05)
+
+
 @pytest.mark.parametrize("remat", ["none", "full"])
 def test_memory_is_xlas(remat):
-    """The state to 1% (it also holds counters, the batch and the balance bias); all of it to 30%,
-    which is the error of the activation estimate on small models."""
+    """The state to 1% (it also holds counters, the batch and the balance bias); all of it to 15%,
+    the largest error of the estimate on small float32 models (see `moejax.cost.memory`)."""
     cfg = experiment(dataclasses.replace(MODEL, remat=remat))
     held, xla = memory.training(cfg.model, MeshSizes(), 8, 64), analysis(cfg)
     assert xla.argument_size_in_bytes == pytest.approx(held.weights + held.optimizer, rel=0.01)
     real = xla.argument_size_in_bytes + xla.temp_size_in_bytes
-    assert held.total == pytest.approx(real, rel=0.3)
+    assert held.total == pytest.approx(real, rel=0.15)
 
 
 @pytest.mark.slow
 def test_memory_of_a_mesh_is_xlas():
     """The state split over expert and fsdp to 2% (the plan splits norms too, the layout does not);
-    with the buffers of expert parallelism all of it to 30%."""
+    with the buffers of expert parallelism all of it to 20%."""
     cfg = experiment(MODEL, mesh=MeshConfig(data=1, fsdp=2, expert=4))
     layout = make_layout(cfg, jax.devices()[:8])
     held = memory.training(cfg.model, MeshSizes(fsdp=2, expert=4), 8, 64)
     xla = analysis(cfg, layout)
     assert xla.argument_size_in_bytes == pytest.approx(held.weights + held.optimizer, rel=0.02)
     real = xla.argument_size_in_bytes + xla.temp_size_in_bytes
-    assert held.total == pytest.approx(real, rel=0.3)
+    assert held.total == pytest.approx(real, rel=0.15)
 
 
 @pytest.mark.slow
