@@ -67,8 +67,10 @@ def damage(folder):
 
 
 def test_any_mesh_to_any_mesh(tmp_path, state):
-    first = jax.device_get(state)
     sharded = create_state(CFG, jax.random.key(0), on_mesh(data=2, expert=2, tensor=2))
+    first = jax.device_get(sharded)
+    # Initial values do not depend on the mesh, but for a last bit of the normal distribution's inverse.
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), first, state)
     saved(tmp_path, sharded)
     for layout in (None, on_mesh(fsdp=8)):
         checkpoints = Checkpoints(tmp_path, CFG)
@@ -76,7 +78,6 @@ def test_any_mesh_to_any_mesh(tmp_path, state):
         checkpoints.close()
         assert data_state == {"next_index": 1}
         assert int(restored.step) == 1
-        # Bit for bit what was drawn on one device: initial values do not depend on the mesh.
         same(restored._replace(step=0), first._replace(step=0))
         w = restored.params["moe_blocks"]["moe"]["experts"]["w_up"]
         mu = restored.opt_state[1][0].mu["moe_blocks"]["moe"]["experts"]["w_up"]
