@@ -57,8 +57,9 @@ def test_float32():
 
 
 def two_steps(**how):
-    """Parameters, optimiser and router state after two steps of `train_step`, and metrics."""
-    cfg = config(**how)
+    """Parameters, optimiser and router state after two steps of `train_step`, and metrics. With fewer
+    kinds of parameters: each is one more update to compile."""
+    cfg = config(ffn_bias=False, router_bias=False, shared_experts=0, **how)
     with jax.enable_x64(True):
         layout = layout_of(cfg)
         params, router_state, batch = make_inputs(cfg.model, False)
@@ -73,7 +74,7 @@ def two_steps(**how):
 
 
 def test_two_steps():
-    got = two_steps(mesh=ALL, accumulation=2, expert_parallel="all_to_all")
+    got = two_steps(mesh=ALL, expert_parallel="all_to_all")
     want = two_steps(dispatcher="dense")
     # Adam divides gradients by their size + 1e-8: errors of 1e-16 grow to 1e-8 of the learning rate.
     assert_same(got, want, dict(rtol=1e-8, atol=1e-9))

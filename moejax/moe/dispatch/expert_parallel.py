@@ -11,8 +11,9 @@ Tokens are split over the batch's mesh axes, experts over the expert's. Two ways
 An expert's FFN width may be split over further axes (tensor parallelism: partial sums are added up), and
 its model width over axes that hold the batch (fsdp: weights are gathered for use, which makes their
 gradient a reduce-scatter; with remat='none' the backward pass keeps the gathered weights of every layer,
-with 'full' it gathers them again). The router runs outside, on global arrays. `check_vma=True` derives the sums
-in the backward pass from types: a gradient that is not the same on all devices that claim it is an error.
+with 'full' it gathers them again). The router runs outside, on global arrays. `check_vma=True` derives
+the sums in the backward pass from types: a gradient that is not the same on all devices that claim it is
+an error.
 """
 
 import functools
@@ -123,9 +124,7 @@ def _ring(params_e, x_tD, routing_tK, cfg, experts: Axes, batch: Axes):
     """All-gather tokens, compute the experts at hand, reduce-scatter (or sum) the results."""
     if not experts:
         return dropless(params_e, x_tD, routing_tK, cfg)
-    shared = tuple(
-        a for a in experts if a in batch
-    )  # axes over which both tokens and experts split
+    shared = tuple(a for a in experts if a in batch)  # both tokens and experts are split over these
     apart = tuple(a for a in experts if a not in batch)
     if shared:
         x_tD, index_tK, weights_tK = (
