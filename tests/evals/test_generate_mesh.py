@@ -10,7 +10,8 @@ from moejax.config import (
     ModelConfig,
     MoEConfig,
 )
-from moejax.evals.generate import generate, place
+from moejax.evals.decode import place
+from moejax.evals.generate import generate
 from moejax.evals.writer import mesh_layout
 from moejax.models import transformer
 from moejax.models.cache import init_cache
@@ -66,7 +67,7 @@ def test_the_cache_is_laid_out_over_rows_and_heads():
 
 def test_meshes_that_do_not_fit_are_refused():
     cfg = ExperimentConfig(model=CFG)
-    with pytest.raises(ConfigError, match="expert=3.*may be 1, 2, 4 or 8"):
+    with pytest.raises(ConfigError, match=r"expert=3.*may be 1, 2, 4 or 8"):
         mesh_layout(cfg, "expert=3")
     with pytest.raises(ConfigError, match="needs 16 devices, there are 8"):
         mesh_layout(cfg, "tensor=2,expert=8")

@@ -1,0 +1,207 @@
+"""Prefill and decoding on the device: a batch of prompts in, tokens out, many per call."""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from moejax import axes
+from moejax.config import ModelConfig
+from moejax.evals import speculative
+from moejax.evals.sample import Sampling, sample
+from moejax.models import transformer
+from moejax.models.cache import Cache, init_cache, init_layers
+from moejax.sharding import Layout
+
+# Tokens per call of `decode`: the first calls are short, so that a reader sees text at once.
+CHUNKS = (1, 2, 4, 8, 16)
+NOTHING = -1  # in the place of a token: the row has none here
+
+
+class State(NamedTuple):
+    """Where every row stands; all that decoding carries from token to token.
+
+    Attributes:
+      token_B: the row's last token, not yet in the cache.
+      position_B: its position.
+      left_B: tokens that the row may still say; 0 = finished.
+      cache: keys and values of everything before `token_B`.
+      draft: of speculative decoding, else None.
+    """
+
+    token_B: jax.Array
+    position_B: jax.Array
+    left_B: jax.Array
+    cache: Cache | list[Cache]
+    draft: speculative.Draft | None
+
+
+def place(cache, layout: Layout | None):
+    """A cache laid out: rows like the batch, key/value heads over their mesh axes."""
+    if layout is None:
+        return cache
+    heads = {"k": (axes.KV_HEADS,), "v": (axes.KV_HEADS,)}
+    return {
+        name: layout.constrain(a, None, axes.BATCH, *heads.get(name, ()), None, None)
+        for name, a in cache.items()
+    }
+
+
+@functools.partial(jax.jit, static_argnames=("cfg", "length", "how", "with_draft", "layout"))
+def prefill(
+    params,
+    router_state,
+    tokens_BS,
+    lengths_B,
+    max_new_B,
+    keys_B,
+    stop_ids,
+    cfg: ModelConfig,
+    length: int,
+    how: Sampling,
+    with_draft: bool,
+    layout: Layout | None,
+) -> State:
+    """Read the (right-padded) prompts into a cache of `length` slots and choose each row's first token."""
+    batch, width = tokens_BS.shape
+    mask_BS = jnp.arange(width)[None] < lengths_B[:, None]
+    mask_BS &= (max_new_B > 0)[:, None]
+    apart = any(isinstance(v, list) for v in params.values())
+    stacked = functools.partial(init_cache, cfg, batch, length)
+    out = transformer.forward(
+        params,
+        router_state,
+        tokens_BS,
+        cfg,
+        mask_BS=mask_BS,
+        cache=init_layers(cfg, batch, length) if apart else place(stacked(), layout),
+        prefill=True,
+        layout=layout,
+    )
+    last = jnp.take_along_axis(out.hidden_BSD, (lengths_B - 1)[:, None, None], axis=1)
+    token_B = sample(transformer.logits(params, last)[:, 0], keys_B, lengths_B, how)
+    draft = None
+    if with_draft:
+        next_BS = jnp.pad(tokens_BS[:, 1:], ((0, 0), (0, 1)))
+        next_BS = next_BS.at[jnp.arange(batch), lengths_B - 1].set(token_B)
+        draft = speculative.guess(
+            params,
+            router_state,
+            out.hidden_BSD,
+            next_BS,
+            None,
+            lengths_B - 1,
+            place(stacked(layers=1), layout),
+            cfg,
+            mask_BS=mask_BS,
+            prefill=True,
+            layout=layout,
+        )
+    left_B = jnp.where(_is_stop(token_B, stop_ids), 0, jnp.maximum(max_new_B - 1, 0))
+    return State(token_B, lengths_B, left_B, place(out.cache, layout), draft)
+
+
+def _is_stop(token_B, stop_ids):
+    return (token_B[:, None] == stop_ids[None]).any(axis=1)
+
+
+class Spoken(NamedTuple):
+    """What one call of `decode` gave.
+
+    Attributes:
+      tokens_BC: NOTHING where a row had no token; a row's tokens are in order, not always side by side.
+      passes_B: forward passes in which the row took part.
+      accepted_B: of those, how many gave two tokens.
+    """
+
+    tokens_BC: jax.Array
+    passes_B: jax.Array
+    accepted_B: jax.Array
+
+
+@functools.partial(jax.jit, static_argnames=("cfg", "how", "layout"), donate_argnames=("state",))
+def decode(
+    params,
+    router_state,
+    state: State,
+    steps,
+    keys_B,
+    stop_ids,
+    cfg: ModelConfig,
+    how: Sampling,
+    layout: Layout | None,
+) -> tuple[State, Spoken]:
+    """Up to `steps` (a traced integer, at most CHUNKS[-1]) forward passes, until all rows are finished.
+
+    One token a pass; with a draft, one or two. The cache is updated in place.
+    """
+    per_pass = 1 if state.draft is None else 2
+    zero_B = jnp.zeros_like(state.left_B)
+    tokens_BC = jnp.full((state.token_B.shape[0], CHUNKS[-1] * per_pass), NOTHING, jnp.int32)
+
+    def more(carry):
+        i, state, _ = carry
+        return (i < steps) & (state.left_B > 0).any()
+
+    def one(carry):
+        i, state, spoken = carry
+        active_B = state.left_B > 0
+        new_Bn, cache, draft = _one_pass(
+            params, router_state, state, active_B, keys_B, cfg, how, layout
+        )
+        # A row says its tokens one after the other: a stop or its limit keeps back the second.
+        left_B, token_B, said = state.left_B, state.token_B, []
+        for new_B in new_Bn:
+            speaks_B = (left_B > 0) & (new_B != NOTHING)
+            token_B = jnp.where(speaks_B, new_B, token_B)
+            left_B = jnp.where(
+                speaks_B, jnp.where(_is_stop(new_B, stop_ids), 0, left_B - 1), left_B
+            )
+            said.append(jnp.where(speaks_B, new_B, NOTHING))
+        said_Bn = jnp.stack(said, axis=1)
+        number_B = (said_Bn != NOTHING).sum(axis=1, dtype=jnp.int32)
+        state = State(token_B, state.position_B + number_B, left_B, place(cache, layout), draft)
+        tokens_BC = jax.lax.dynamic_update_slice_in_dim(
+            spoken.tokens_BC, said_Bn, i * per_pass, axis=1
+        )
+        spoken = Spoken(
+            tokens_BC,
+            spoken.passes_B + active_B.astype(jnp.int32),
+            spoken.accepted_B + (number_B > 1).astype(jnp.int32),
+        )
+        return i + 1, state, spoken
+
+    start = (jnp.int32(0), state, Spoken(tokens_BC, zero_B, zero_B))
+    _, state, spoken = jax.lax.while_loop(more, one, start)
+    return state, spoken
+
+
+def _one_pass(params, router_state, state: State, active_B, keys_B, cfg, how, layout):
+    """One forward pass: the rows' next tokens (a list of [B], NOTHING where there is none), the cache and
+    the draft."""
+    if state.draft is not None:
+        true_B2, accepted_B, cache, draft = speculative.guess_round(
+            params,
+            router_state,
+            state.token_B,
+            state.position_B,
+            active_B,
+            state.cache,
+            state.draft,
+            cfg,
+            layout=layout,
+        )
+        return [true_B2[:, 0], jnp.where(accepted_B, true_B2[:, 1], NOTHING)], cache, draft
+    out = transformer.forward(
+        params,
+        router_state,
+        state.token_B[:, None],
+        cfg,
+        positions_BS=state.position_B[:, None],
+        mask_BS=active_B[:, None],
+        cache=state.cache,
+        layout=layout,
+    )
+    logits_BV = transformer.logits(params, out.hidden_BSD)[:, 0]
+    return [sample(logits_BV, keys_B, state.position_B + 1, how)], out.cache, None
