@@ -201,10 +201,12 @@ FAMILIES = {
 
 _BASE = dict(
     vocab_size=41, hidden_size=12, num_hidden_layers=3, num_attention_heads=4,
-    num_key_value_heads=2, intermediate_size=20, max_position_embeddings=64,
+    num_key_value_heads=2, intermediate_size=20, max_position_embeddings=64, rms_norm_eps=1e-5,
+    rope_theta=1e4,
 )  # fmt: skip
 _MLA = dict(
     num_key_value_heads=4, kv_lora_rank=10, qk_nope_head_dim=6, qk_rope_head_dim=4, v_head_dim=5,
+    q_lora_rank=None,
 )  # fmt: skip
 _DEEPSEEK = dict(
     n_routed_experts=4, num_experts_per_tok=2, moe_intermediate_size=7, n_shared_experts=2,
@@ -219,6 +221,7 @@ CONFIGS = {
     "deepseek_v3": {
         **_BASE, **_MLA, **_DEEPSEEK, "scoring_func": "sigmoid", "q_lora_rank": 8,
         "topk_method": "noaux_tc", "n_group": 2, "topk_group": 1, "num_nextn_predict_layers": 2,
+        "routed_scaling_factor": 2.5,
     },
     "mixtral": {**_BASE, "num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 4},
     "qwen2_moe": {

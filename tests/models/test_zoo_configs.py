@@ -189,3 +189,21 @@ def test_a_family_that_cannot_express_a_model_says_so():
     odd = dataclasses.replace(ModelConfig(), norm="layernorm")
     with pytest.raises(ConfigError, match="Families that can: none"):
         zoo.config_to_hf(odd, "llama")
+
+
+@pytest.mark.parametrize(
+    "name, field",
+    [
+        ("llama-2-7b", "rms_norm_eps"),  # 1e-5 and 1e-6 in families' code
+        ("mixtral-8x7b", "rope_theta"),  # 1e4 and 1e6
+        ("gpt-oss-20b", "num_key_value_heads"),  # 8, or the number of heads
+        ("deepseek-v2", "n_shared_experts"),  # none, or 2
+        ("deepseek-v2", "q_lora_rank"),  # null is V2-Lite's, absent 1536
+        ("deepseek-v3", "routed_scaling_factor"),  # 1.0 and 2.5
+        ("deepseek-v3", "n_group"),
+    ],
+)
+def test_no_guess_where_defaults_differ(name, field):
+    hf = {k: v for k, v in zoo.load_hf(name).items() if k != field}
+    with pytest.raises(ConfigError, match=f"{field}.* must be given"):
+        zoo.config_from_hf(hf)

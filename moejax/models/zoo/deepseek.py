@@ -17,6 +17,7 @@ def moe_shape(hf: dict, family: str) -> dict:
     """Keyword arguments of MoEConfig that all DeepSeek families share."""
     n = fields.sizes(hf, family, "n_routed_experts", "num_experts_per_tok", "moe_intermediate_size")
     fields.only(hf, family, "moe_layer_freq", 1)
+    fields.given(hf, family, "n_shared_experts")
     return {
         "num_experts": n["n_routed_experts"],
         "experts_per_token": n["num_experts_per_tok"],

@@ -21,6 +21,7 @@ def latent_attention(hf: dict, family: str) -> AttentionConfig:
     )
     fields.only(hf, family, "attention_bias", False)
     fields.only(hf, family, "rope_interleave", True)
+    fields.given(hf, family, "q_lora_rank")
     heads = fields.size(hf, family, "num_attention_heads")
     return AttentionConfig(
         kind="mla",

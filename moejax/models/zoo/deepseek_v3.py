@@ -44,6 +44,8 @@ def config_from_hf(hf: dict) -> ModelConfig:
     common = fields.decoder_from_hf(hf, MODEL_TYPE)
     fields.only(hf, MODEL_TYPE, "scoring_func", "sigmoid")
     fields.only(hf, MODEL_TYPE, "topk_method", "noaux_tc")
+    fields.given(hf, MODEL_TYPE, "first_k_dense_replace", "routed_scaling_factor")
+    fields.given(hf, MODEL_TYPE, "n_group", "topk_group")
     return ModelConfig(
         **common,
         num_dense_layers=fields.size(hf, MODEL_TYPE, "first_k_dense_replace", 0, least=0),

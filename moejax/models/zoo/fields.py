@@ -66,6 +66,16 @@ def flag(hf: dict, family: str, name: str, default: bool = False) -> bool:
     return value
 
 
+def given(hf: dict, family: str, *names: str) -> None:
+    """ConfigError for fields that are left out and whose defaults differ between the original model
+    code, `transformers` and its versions; null is a value."""
+    missing = [n for n in names if n not in hf]
+    if missing:
+        raise ConfigError(
+            f"{family} config: {', '.join(missing)} must be given: published code has several defaults"
+        )
+
+
 def items(hf: dict, family: str, name: str) -> list:
     """A list; an absent or null field is an empty one."""
     value = hf.get(name)
@@ -85,13 +95,23 @@ def head_dim(hf: dict, family: str) -> int:
 
 
 def rope_from_hf(
-    hf: dict, family: str, *, interleaved: bool = False, mla: bool = False
+    hf: dict,
+    family: str,
+    *,
+    interleaved: bool = False,
+    mla: bool = False,
+    default_theta: float | None = 10_000.0,
 ) -> RopeConfig:
-    """RoPE and YaRN from `rope_theta` + `rope_scaling`, or from the newer `rope_parameters`."""
+    """RoPE and YaRN from `rope_theta` + `rope_scaling`, or from the newer `rope_parameters`.
+
+    Without a `default_theta` the base must be given.
+    """
     scaling = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
     if not isinstance(scaling, dict):
         raise ConfigError(f"{family} config: rope_scaling={scaling!r} must be an object or null")
-    theta = number({**hf, **scaling}, family, "rope_theta", 10_000.0, least=1.0)
+    if default_theta is None:
+        given(hf | scaling, family, "rope_theta")
+    theta = number(hf | scaling, family, "rope_theta", default_theta or 10_000.0, least=1.0)
     kind = scaling.get("rope_type", scaling.get("type", "default"))
     if kind == "default":
         return RopeConfig(theta=theta, interleaved=interleaved)
@@ -173,6 +193,7 @@ def decoder_from_hf(hf: dict, family: str) -> dict:
         "num_attention_heads",
         "max_position_embeddings",
     )
+    given(hf, family, "rms_norm_eps")
     return {
         "vocab_size": n["vocab_size"],
         "d_model": n["hidden_size"],

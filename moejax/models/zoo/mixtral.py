@@ -45,12 +45,13 @@ def switch_loss_to_hf(cfg: ModelConfig) -> dict:
 
 def grouped_attention(hf: dict, family: str, **kwargs) -> AttentionConfig:
     """Grouped-query attention with half-split RoPE."""
+    fields.given(hf, family, "num_key_value_heads")
     heads = fields.size(hf, family, "num_attention_heads")
     return AttentionConfig(
         num_heads=heads,
         num_kv_heads=fields.size(hf, family, "num_key_value_heads", heads),
         head_dim=fields.head_dim(hf, family),
-        rope=fields.rope_from_hf(hf, family),
+        rope=fields.rope_from_hf(hf, family, default_theta=None),
         **kwargs,
     )
 
