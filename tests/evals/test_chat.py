@@ -2,12 +2,25 @@
 
 import json
 
+import jax
 import pytest
 import tokenizers
 
-from moejax.config import ConfigError
+from moejax.__main__ import main
+from moejax.config import (
+    AttentionConfig,
+    ConfigError,
+    DataConfig,
+    ExperimentConfig,
+    MeshConfig,
+    ModelConfig,
+    MoEConfig,
+)
 from moejax.data.tokenizer import ByteTokenizer, JsonTokenizer
 from moejax.evals import chat, chat_render
+from moejax.models import transformer
+from moejax.params import init_params
+from moejax.train.checkpoint import Checkpoints, claim_workdir
 
 # The form of published templates: special tokens, roles, trimmed blocks, errors of their own.
 TEMPLATE = """\
@@ -56,7 +69,9 @@ def tokenizer():
     )
     described = json.loads(made.to_str())
     described["decoder"] = {"type": "WordPiece", "prefix": "##", "cleanup": False}
-    return JsonTokenizer(json.dumps(described), "test")
+    made = JsonTokenizer(json.dumps(described), "test")
+    made.text = json.dumps(described)
+    return made
 
 
 def test_conversation_is_rendered_and_its_special_tokens_recognised(tmp_path, tokenizer):
@@ -155,3 +170,66 @@ def test_stop_ids_of_the_checkpoint(tmp_path, tokenizer):
         assert chat.stop_ids(files, tokenizer) == want
     with pytest.raises(ConfigError, match="eos_token_id"):
         chat.stop_ids(write(tmp_path, generation_config__json={"eos_token_id": ["x"]}), tokenizer)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory, tokenizer):
+    """A model with random weights in the folder of an import, with the files of a chat model."""
+    workdir = tmp_path_factory.mktemp("chat")
+    source = workdir / "source.json"
+    source.write_text(tokenizer.text)
+    model = ModelConfig(
+        vocab_size=8,  # wider than the tokenizer
+        d_model=8,
+        num_layers=1,
+        num_dense_layers=0,
+        max_seq_len=64,
+        init_std=0.3,
+        attention=AttentionConfig(num_heads=1, num_kv_heads=1, head_dim=8),
+        moe=MoEConfig(num_experts=2, experts_per_token=1, d_expert=4),
+    )
+    cfg = ExperimentConfig(
+        model=model,
+        data=DataConfig(tokenizer=str(source), seq_len=16),
+        mesh=MeshConfig(data=1),
+    )
+    claim_workdir(workdir, cfg)
+    checkpoints = Checkpoints(workdir, cfg)
+    checkpoints.save_model(
+        init_params(transformer.param_specs(model), jax.random.key(0)),
+        transformer.init_router_state(model),
+    )
+    checkpoints.close()
+    with_template(workdir, TEMPLATE)
+    write(workdir, generation_config__json={"eos_token_id": [2], "max_new_tokens": 6})
+    return workdir
+
+
+def test_chat_command(run, tmp_path, capsys, monkeypatch):
+    """A message, a file of messages and a conversation at the terminal; greedy with 6 tokens, as
+    generation_config.json says."""
+
+    def answer(*flags):
+        assert main(["generate", f"--workdir={run}", "--chat", *flags]) == 0
+        return capsys.readouterr().out
+
+    first = answer("--prompt=Hello")
+    assert first == answer("--prompt=Hello", "--greedy", "--max_new=6")
+    assert len(first.split()) <= 6
+    file = tmp_path / "messages.json"
+    file.write_text(json.dumps([{"role": "user", "content": "Hello"}]))
+    assert answer(f"--messages={file}") == first
+    row = json.loads(answer("--prompt=Hello", "--jsonl"))
+    assert row["messages"] == [{"role": "user", "content": "Hello"}]
+    assert row["text"] == first.removesuffix("\n")
+
+    asked = iter(["Hello", "a"])
+
+    def say(prompt):
+        for text in asked:
+            return text
+        raise EOFError
+
+    monkeypatch.setattr("builtins.input", say)
+    talk = answer()
+    assert talk.startswith(first) and talk != first
