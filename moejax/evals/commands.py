@@ -107,7 +107,7 @@ def _converse(fv, writer) -> int:
     while True:
         try:
             said = input("> ")
-        except EOFError:
+        except (EOFError, KeyboardInterrupt):
             print()
             return 0
         messages.append({"role": "user", "content": said})
