@@ -95,12 +95,16 @@ def update_router_state(state: dict, loads: dict, cfg: ModelConfig) -> dict:
 
 def unstack(params: dict) -> dict:
     """The same parameters with every stack of blocks as a list of layers."""
+    return {k: _layers(v) if k.endswith("_blocks") else v for k, v in params.items()}
 
-    def layers(tree):
-        n = jax.tree.leaves(tree)[0].shape[0]
-        return [jax.tree.map(lambda a, i=i: a[i], tree) for i in range(n)]
 
-    return {k: layers(v) if k.endswith("_blocks") else v for k, v in params.items()}
+def _layers(stacked) -> list:
+    """A stack of layers as a list. Split, not indexed: the gradient is one concatenation instead of a sum
+    of stacks, each of them zero but for one layer."""
+    leaves, structure = jax.tree.flatten(stacked)
+    n = leaves[0].shape[0]
+    parts = [jax.lax.split(a, (1,) * n) for a in leaves]
+    return [structure.unflatten([part[i][0] for part in parts]) for i in range(n)]
 
 
 def embed(params: dict, tokens_BS, positions_BS, cfg: ModelConfig) -> jax.Array:
@@ -206,13 +210,10 @@ def run_blocks(x_BSD, layers: LayerInput, cfg: ModelConfig, where, *, cache=None
         (x_BSD, cache), aux = jax.lax.scan(body, (x_BSD, cache), layers)
         return x_BSD, cache, aux
     auxes, apart = [], list(cache) if isinstance(cache, list) else None
+    params = layers.params if isinstance(layers.params, list) else _layers(layers.params)
     for i in range(layers.index.shape[0]):
         rest = jax.tree.map(lambda a, i=i: a[i], layers._replace(params=None))
-        if isinstance(layers.params, list):
-            p = layers.params[i]
-        else:
-            p = jax.tree.map(lambda a, i=i: a[i], layers.params)
-        rest = rest._replace(params=p)
+        rest = rest._replace(params=params[i])
         if apart is None:
             (x_BSD, cache), aux = body((x_BSD, cache), rest)
         else:
