@@ -34,7 +34,7 @@ def compile_seconds(cfg: ExperimentConfig) -> tuple[float, float]:
 
 def run(sizes: dict, repeats: int) -> list[dict]:
     def timer(layers):
-        cfg = step.experiment(dict(sizes, num_layers=layers))
+        cfg = step.experiment(dict(sizes, num_layers=layers), scan_layers=True)
         return common.Timer(lambda: compile_seconds(cfg))
 
     few, many = LAYERS

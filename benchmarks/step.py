@@ -68,8 +68,14 @@ TOY = dict(
 )
 
 
-def experiment(s: dict, dtype: str = "float32", **moe) -> ExperimentConfig:
-    """moejax's config of Qwen2-MoE with these sizes, or of its dense twin with num_experts=0."""
+def experiment(
+    s: dict, dtype: str = "float32", scan_layers: bool = False, **moe
+) -> ExperimentConfig:
+    """moejax's config of Qwen2-MoE with these sizes, or of its dense twin with num_experts=0.
+
+    Six layers are few enough to unroll, as the plain transformer's loop does: about 5% faster than the scan,
+    which copies what the backward pass needs into stacks.
+    """
     model = ModelConfig(
         vocab_size=s["vocab_size"],
         d_model=s["d_model"],
@@ -79,6 +85,7 @@ def experiment(s: dict, dtype: str = "float32", **moe) -> ExperimentConfig:
         init_std=0.02,
         max_seq_len=s["seq_len"],
         dtype=dtype,
+        scan_layers=scan_layers,
         attention=AttentionConfig(
             num_heads=s["num_heads"],
             num_kv_heads=s["num_heads"],
