@@ -132,6 +132,8 @@ def import_run(hf_dir: pathlib.Path, workdir: pathlib.Path) -> None:
         checkpoints.save_model(params, router_state)
         checkpoints.close()
         (folder / CONFIG).write_text(to_json(experiment))
+    if config_from_hf(checkpoint.hf).mtp_depth > cfg.mtp_depth:
+        print("the files hold no layers for multi-token prediction: imported without them")
     print(
         f"{account.table()}\n{workdir}: {checkpoint.hf['model_type']}, {count(params):,} parameters. "
         f'Try moejax generate --workdir={workdir} --prompt="..."'

@@ -84,6 +84,16 @@ def test_import_then_export(tmp_path, capsys, family):
     assert not (tmp_path / "out" / "modeling_remote.py").exists()
 
 
+def test_import_says_what_was_left_out(tmp_path, capsys):
+    hf = checkpoint(tmp_path / "hf", "deepseek_v3", num_nextn_predict_layers=0)
+    config = json.loads((hf / "config.json").read_text())
+    (hf / "config.json").write_text(json.dumps(config | {"num_nextn_predict_layers": 1}))
+    commands.import_run(hf, tmp_path / "run")
+    assert "no layers for multi-token prediction" in capsys.readouterr().out
+    commands.export_run(tmp_path / "run", tmp_path / "out")  # its own config.json all the same
+    assert (tmp_path / "out/config.json").read_bytes() == (hf / "config.json").read_bytes()
+
+
 # The two that differ most; tests/parity generates with all of them.
 @pytest.mark.parametrize("family", ["gpt2", "deepseek_v3"])
 def test_commands_in_sequence(tmp_path, capsys, family):
