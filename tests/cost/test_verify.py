@@ -79,7 +79,8 @@ def analysis(cfg, layout=None):
 def test_layers_keep_what_jax_saves(changes):
     """The plan's bytes per token against the arrays that the pullback of one block holds, traced
     without compiling. Two are left out because XLA drops them: masks (the same for every layer)
-    and the second of two arrays of scores."""
+    and the second of two arrays of scores. 6%: JAX 0.12 keeps that much less for GELU than 0.10,
+    and one more array as wide as the FFN would be 7%."""
     cfg = dataclasses.replace(MODEL, num_layers=1, num_dense_layers=0, **changes)
     seq_len = 96  # unlike any width, so that shapes tell arrays from weights
     specs = transformer.block_specs(cfg, cfg.num_moe_layers > 0)
@@ -96,7 +97,7 @@ def test_layers_keep_what_jax_saves(changes):
     kept = [a for a in arrays if a.shape not in weights and a.dtype != jnp.bool_]
     scores = 4 * cfg.attention.num_heads * seq_len
     real = sum(a.size * a.dtype.itemsize for a in kept) / seq_len - scores
-    assert memory.layer_bytes(cfg, seq_len, MeshSizes()) == pytest.approx(real, rel=0.05)
+    assert memory.layer_bytes(cfg, seq_len, MeshSizes()) == pytest.approx(real, rel=0.06)
 
 
 @pytest.mark.parametrize(
