@@ -225,6 +225,33 @@ def test_killed_import(tmp_path):
     assert load_run(tmp_path / "run").cfg.model.num_layers == 12
 
 
+@pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")  # ml_collections
+def test_fine_tune_an_import(tmp_path):
+    run = tmp_path / "run"
+    commands.import_run(checkpoint(tmp_path / "hf", "mixtral"), run)
+    before = load_run(run).params
+    (tmp_path / "mine.txt").write_text("hello world, hello\n" * 100)
+    flags = {
+        "data.sources": f"('mine={tmp_path}/mine.txt',)",
+        "data.seq_len": 16,
+        "data.batch_size": 2,
+        "train.steps": 2,
+        "train.eval_batches": 1,
+        "mesh.data": 1,
+    }
+    config = f"--config={ROOT}/experiments/finetune.py:{run}"
+    overrides = [f"--config.{k}={v}" for k, v in flags.items()]
+    assert main(["train", config, f"--workdir={run}", "--noreport", *overrides]) == 0
+    after = load_run(run)
+    assert after.step == 2
+    moved = jax.tree.map(
+        lambda a, b: float(jnp.abs(a - b.astype(a.dtype)).max()), after.params, before
+    )
+    # Float32 masters that moved by about two steps of a learning rate that warms up to 1e-5.
+    assert all(a.dtype == jnp.float32 for a in jax.tree.leaves(after.params))
+    assert 0 < max(jax.tree.leaves(moved)) < 1e-4
+
+
 def test_bad_arguments():
     """Exit code 2 and one clear message, no traceback."""
     process = command("import", "--hf_dir=nowhere", "--workdir=run")
