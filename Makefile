@@ -55,10 +55,7 @@ $(PARITY_VENV)/installed: requirements-parity.txt requirements-dev.txt requireme
 		else echo "make parity: $$python is not Python 3.11 and there is no python3.11 on PATH:" \
 			"pip may download a CUDA build of torch" >&2; fi; \
 	fi; \
-	echo "make product: $(VENV)/installed-dev
-	$(BIN)/python -m pytest -m product
-
-parity: $(PARITY_VENV) from $$python ($$($$python --version))"; \
+	echo "make parity: $(PARITY_VENV) from $$python ($$($$python --version))"; \
 	$$python -m venv $(PARITY_VENV)
 	$(PARITY_VENV)/bin/pip install --quiet --upgrade pip
 	$(PARITY_VENV)/bin/pip install --quiet -r requirements.txt -r requirements-dev.txt -r requirements-parity.txt
