@@ -11,7 +11,7 @@ from tqdm import tqdm
 from moejax import command_line
 from moejax.config import ConfigError, DataConfig
 from moejax.cost.tables import Table, render
-from moejax.data import load_corpus, validation_batches
+from moejax.data import Corpus, load_corpus, validation_batches
 from moejax.evals.writer import mesh_layout
 from moejax.train.run import load_run, read_config
 from moejax.train.validation import compile_eval, evaluate
@@ -21,7 +21,7 @@ usage: moejax evaluate --workdir=RUN                              the run's own 
        moejax evaluate --workdir=RUN --sources=wiki=FILES,..      text, .jsonl[.gz|.zst] or .parquet"""
 
 
-def held_out(data: DataConfig, sources: tuple[str, ...]) -> tuple[DataConfig, object]:
+def held_out(data: DataConfig, sources: tuple[str, ...]) -> tuple[DataConfig, Corpus]:
     """The data config and corpus to evaluate on: the run's own held-out documents, or every document
     of `sources`."""
     if not sources:

@@ -1,6 +1,6 @@
 """Validation: the loss over held-out batches, and which domain goes to which expert."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import jax
 import numpy as np
@@ -26,7 +26,7 @@ def evaluate(
     eval_fn: Callable,
     params: dict,
     router_state: dict,
-    batches: Sequence[dict[str, np.ndarray]],
+    batches: Iterable[dict[str, np.ndarray]],
     domains: Sequence[str],
     tokenizer: Tokenizer,
     layout: Layout | None = None,
