@@ -19,11 +19,13 @@ PARITY_VENV := .venv-parity
 train: $(VENV)/installed
 	$(BIN)/moejax train --config=experiments/quickstart.py --workdir=runs/quickstart
 
+# Compiling is most of a test, and uses one core.
+JOBS ?= 2
 test: $(VENV)/installed-dev
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 
 product: $(VENV)/installed-dev
-	$(BIN)/python -m pytest -m product
+	$(BIN)/python -m pytest -n $(JOBS) -m product
 
 parity: $(PARITY_VENV)/installed
 	$(PARITY_VENV)/bin/python -m pytest tests/parity

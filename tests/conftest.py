@@ -16,8 +16,12 @@ import jax
 import pytest
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
+# Most of the time is LLVM's; the HLO, and so FLOPs, memory and collectives, stay what they are.
+jax.config.update("jax_disable_most_optimizations", True)
 _cache = pathlib.Path(__file__).parent.parent / ".jax_cache"
-jax.config.update("jax_compilation_cache_dir", str(_cache / f"{jax.__version__}"))
+# Each pytest-xdist worker has its own: an entry that another one is writing must not be read.
+_worker = os.environ.get("PYTEST_XDIST_WORKER", "main")
+jax.config.update("jax_compilation_cache_dir", str(_cache / jax.__version__ / _worker))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
 

@@ -6,19 +6,10 @@
 import importlib.util
 from collections import defaultdict
 
-import jax
 import pytest
 
 if not all(importlib.util.find_spec(name) for name in ("torch", "transformers")):
     collect_ignore_glob = ["test_*.py"]
-
-
-@pytest.fixture(scope="package", autouse=True)
-def quick_compilation():
-    """Some 70 programs, each run a few times on tiny arrays: nearly all the time is compilation."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 _largest = pytest.StashKey[dict]()
