@@ -4,7 +4,8 @@
 
 Result (that command, two CPU cores, Python 3.11): validation loss 5.126, 2.52 bits per byte after
 300 steps, in 2 min 52 s; balanced after 100 steps (MaxVio below 1, no expert without a token). The dense twin
-(`quickstart.py:dense`, the same active parameters, tokens and data) comes to 5.176 with this seed; three seeds are in the README: the MoE wins on average, not with each.
+(`quickstart.py:dense`, the same active parameters, tokens and data) comes to 5.176 with
+this seed; the README has three seeds: the MoE wins on average, not with each.
 
 The text is what a Python installation carries: source code, English documentation, C headers. The layout is
 DeepSeekMoE's: fine-grained routed experts, one shared expert, a first dense layer; V3's sigmoid scores with
