@@ -166,6 +166,11 @@ class ModelConfig:
     loss_chunk: int = 0  # cross-entropy over this many tokens at a time; 0: chosen by vocabulary
 
     @property
+    def tokens_of_logits(self) -> int:
+        """Tokens whose logits exist at once in the loss: `loss_chunk`, or as many as give 2^25 logits."""
+        return self.loss_chunk or max(1, 2**25 // self.vocab_size)
+
+    @property
     def num_moe_layers(self) -> int:
         return self.num_layers - self.num_dense_layers if self.moe.num_experts else 0
 

@@ -1,10 +1,4 @@
-"""The mesh, and the one table from logical axes to mesh axes.
-
-Mesh axes: `data` (replicas), `fsdp` (batch and weights split over the same devices), `expert` (experts
-split, and batch too), `tensor` (heads, FFN width and vocabulary split). The batch is split over the first
-three. A config may replace rows of the table, e.g. `--config.mesh.rules="('expert=data',)"` lays the experts
-over the devices that hold the batch.
-"""
+"""The mesh, and layouts: arrays on it by the table of `moejax.mesh_rules`, checked before compilation."""
 
 import dataclasses
 import math
@@ -15,26 +9,8 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from moejax import axes
 from moejax.config import ConfigError, ExperimentConfig, MeshConfig, MoEConfig, divisors_text
+from moejax.mesh_rules import mesh_sizes, parse_rules
 from moejax.params import Tree, map_specs
-
-# Logical axis -> mesh axes. Two dimensions of one array must not meet on one mesh axis.
-RULES: dict[str, tuple[str, ...]] = {
-    axes.LAYERS: (),
-    axes.EMBED: (axes.FSDP,),
-    axes.VOCAB: (axes.TENSOR,),
-    axes.HEADS: (axes.TENSOR,),
-    axes.KV_HEADS: (axes.TENSOR,),
-    axes.LATENT: (),
-    axes.MLP: (axes.TENSOR,),
-    axes.EXPERT: (axes.EXPERT_AXIS,),
-    axes.EXPERT_EMBED: (axes.FSDP,),
-    axes.EXPERT_MLP: (axes.TENSOR,),
-    axes.BATCH: (axes.DATA, axes.FSDP, axes.EXPERT_AXIS),
-    axes.SEQ: (),
-    axes.ACT_EMBED: (),
-    axes.ACT_HEADS: (axes.TENSOR,),
-    axes.ACT_MLP: (axes.TENSOR,),
-}
 
 # Logical axes that meet in one array: parameters, then activations.
 TOGETHER = (
@@ -108,47 +84,13 @@ class Layout:
         return NamedSharding(self.mesh, PartitionSpec())
 
 
-def parse_rules(overrides: tuple[str, ...]) -> dict[str, tuple[str, ...]]:
-    """RULES with the rows of MeshConfig.rules replaced; ConfigError names a bad row."""
-    rules = dict(RULES)
-    for row in overrides:
-        logical, sep, target = row.partition("=")
-        mesh_axes = tuple(a for a in target.split("+") if a)
-        if not sep or logical not in RULES:
-            raise ConfigError(
-                f"mesh.rules: {row!r} is not 'logical=mesh[+mesh]'; logical axes: {', '.join(RULES)}"
-            )
-        for a in mesh_axes:
-            if a not in axes.MESH_AXES:
-                raise ConfigError(
-                    f"mesh.rules: {row!r} names mesh axis {a!r}; known: {', '.join(axes.MESH_AXES)}"
-                )
-        rules[logical] = mesh_axes
-    return rules
-
-
 def make_mesh(cfg: MeshConfig, devices=None) -> Mesh:
     """The mesh of a config over `devices` (default: all); an axis of -1 takes what is left.
 
     Raises ConfigError, before anything is compiled, if the sizes do not match the devices.
     """
     devices = jax.devices() if devices is None else devices
-    sizes = {a: getattr(cfg, a) for a in axes.MESH_AXES}
-    fixed = math.prod(s for s in sizes.values() if s != -1)
-    free = [a for a, s in sizes.items() if s == -1]
-    text = ", ".join(f"{a}={s}" for a, s in sizes.items())
-    if free:
-        if len(devices) % fixed:
-            raise ConfigError(
-                f"mesh ({text}): the fixed axes need a multiple of {fixed} devices, there are "
-                f"{len(devices)}; their product may be {divisors_text(len(devices))}"
-            )
-        sizes[free[0]] = len(devices) // fixed
-    elif fixed > len(devices):
-        raise ConfigError(
-            f"mesh ({text}) needs {fixed} devices, there are {len(devices)}; "
-            f"the product may be {divisors_text(len(devices))}, or set data=-1 to use what is left"
-        )
+    sizes = mesh_sizes(cfg, len(devices))
     need = math.prod(sizes.values())
     grid = np.asarray(devices[:need]).reshape(tuple(sizes.values()))
     # Auto axes: the compiler propagates shardings; collectives are explicit only inside shard_map.

@@ -7,6 +7,7 @@ import sys
 from absl import flags
 
 from moejax import command_line
+from moejax.axes import MESH_AXES
 from moejax.config import (
     CHOICES,
     ConfigError,
@@ -17,7 +18,7 @@ from moejax.config import (
 from moejax.cost import compare as comparing
 from moejax.cost.hardware import load_device
 from moejax.cost.memory import checkpoint_bytes
-from moejax.cost.mesh import AXES, MeshSizes
+from moejax.cost.mesh import MeshSizes
 from moejax.cost.plan import plan
 from moejax.cost.published import facts_of, published, sizes_text
 from moejax.cost.roofline import EFFICIENCY
@@ -160,7 +161,7 @@ def _computed(cfg: ModelConfig | None, fv, published: bool) -> ModelConfig | Non
 
 def parse_mesh(text: str) -> MeshSizes:
     """'fsdp=8,expert=4' -> MeshSizes; ConfigError names a bad axis or size."""
-    known = AXES
+    known = MESH_AXES
     sizes = {}
     for item in filter(None, text.split(",")):
         axis, _, size = item.partition("=")

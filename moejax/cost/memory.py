@@ -14,7 +14,6 @@ from moejax.config import ModelConfig
 from moejax.cost.architecture import UNGATED, Architecture, Part, of_model
 from moejax.cost.mesh import MeshSizes
 
-LOGITS_BUDGET = 2**25  # as moejax.models.loss, which imports jax
 BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2, "fp8": 1}
 
 
@@ -219,8 +218,7 @@ def _in_flight(
     experts = 4 * sum(p.total / mesh.shards(p) for p in parts if p.experts)
     one = experts / max(cfg.num_moe_layers + cfg.mtp_depth, 1)
     layer = tokens * layer_bytes(cfg, seq_len, mesh) + 3 * one + 0.4 * experts
-    chunk = cfg.loss_chunk or max(1, LOGITS_BUDGET // cfg.vocab_size)
-    at_once = min(tokens, max(1.0, chunk / mesh.batch))
+    at_once = min(tokens, max(1.0, cfg.tokens_of_logits / mesh.batch))
     logits = 3 * 4 * at_once * cfg.vocab_size / mesh.tensor
     update = 1.4 * 4 * sum(p.total / mesh.shards(p) for p in parts) - passing
     return max(layer, logits, update)

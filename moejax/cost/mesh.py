@@ -1,26 +1,16 @@
-"""How many devices split what: the mesh without jax, for counting."""
+"""How many devices split what, by the table of `moejax.mesh_rules`."""
 
 import dataclasses
 import math
 
+from moejax.axes import MESH_AXES
 from moejax.cost.architecture import Part
-
-AXES = ("data", "fsdp", "expert", "tensor")
-
-# What moejax.sharding (which imports jax) splits over what, as far as it matters here.
-SPLIT = {
-    "batch": ("data", "fsdp", "expert"),
-    "embed": ("fsdp",),
-    "mlp": ("tensor",),
-    "expert": ("expert",),
-    "expert_embed": ("fsdp",),
-    "expert_mlp": ("tensor",),
-}
+from moejax.mesh_rules import parse_rules
 
 
 @dataclasses.dataclass(frozen=True)
 class MeshSizes:
-    """Devices along each mesh axis; `rules` replace rows of SPLIT, as MeshConfig.rules do."""
+    """Devices along each mesh axis; `rules` replace rows of the table, as MeshConfig.rules do."""
 
     data: int = 1
     fsdp: int = 1
@@ -30,10 +20,7 @@ class MeshSizes:
 
     def axes(self, *logical: str) -> frozenset[str]:
         """Mesh axes that these logical axes are split over."""
-        split = dict(SPLIT)
-        for rule in self.rules:
-            name, _, target = rule.partition("=")
-            split[name] = tuple(a for a in target.split("+") if a)
+        split = parse_rules(self.rules)
         return frozenset(a for name in logical for a in split[name])
 
     def size(self, axes: frozenset[str]) -> int:
@@ -41,7 +28,7 @@ class MeshSizes:
 
     @property
     def devices(self) -> int:
-        return self.size(frozenset(AXES))
+        return self.size(frozenset(MESH_AXES))
 
     @property
     def batch(self) -> int:
@@ -75,4 +62,4 @@ class MeshSizes:
         )
 
     def __str__(self):
-        return ",".join(f"{a}={getattr(self, a)}" for a in AXES)
+        return ",".join(f"{a}={getattr(self, a)}" for a in MESH_AXES)

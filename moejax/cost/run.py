@@ -6,11 +6,13 @@ from typing import Any, cast
 
 import numpy as np
 
+from moejax.axes import MESH_AXES
 from moejax.config import ConfigError, DataConfig, ExperimentConfig, ModelConfig, divisors_text
 from moejax.cost import memory, roofline
 from moejax.cost.architecture import Architecture, of_model
 from moejax.cost.hardware import Device
-from moejax.cost.mesh import AXES, MeshSizes
+from moejax.cost.mesh import MeshSizes
+from moejax.mesh_rules import mesh_sizes, parse_rules
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,11 +51,11 @@ def check_run(cfg: ModelConfig | None, run: Run) -> None:
         problems.append(f"batch={run.batch} must be a multiple of micro_batch={run.micro_batch}")
     if not problems and cfg is not None and run.mesh.devices > 1:
         # The rules of training themselves; they need jax, so only a real mesh pays for it.
-        from moejax.sharding import Layout, layout_problems, parse_rules
+        from moejax.sharding import Layout, layout_problems
 
         platform = "tpu" if run.device.name.startswith("tpu") else "gpu"
         device = types.SimpleNamespace(platform="cpu" if run.device.name == "cpu" else platform)
-        shape = {a: getattr(run.mesh, a) for a in AXES}
+        shape = {a: getattr(run.mesh, a) for a in MESH_AXES}
         mesh = cast(Any, types.SimpleNamespace(shape=shape, devices=np.array([device])))
         experiment = ExperimentConfig(model=cfg, data=DataConfig(batch_size=run.micro_batch))
         found = layout_problems(
@@ -79,22 +81,11 @@ def check_counted(arch: Architecture, mesh: MeshSizes) -> None:
 
 def of_experiment(cfg: ExperimentConfig, device: Device, devices: int) -> tuple[Architecture, Run]:
     """The architecture and run of an experiment; ConfigError if its mesh does not fit `devices`."""
-    m = cfg.mesh
-    sizes = {k: getattr(m, k) for k in ("data", "fsdp", "expert", "tensor")}
-    fixed = 1
-    for v in sizes.values():
-        fixed *= v if v != -1 else 1
-    free = [k for k, v in sizes.items() if v == -1]
-    if (free and devices % fixed) or (not free and fixed > devices):
-        raise ConfigError(
-            f"mesh {sizes} does not fit {devices} devices: they must be a multiple of {fixed}"
-        )
-    if free:
-        sizes[free[0]] = devices // fixed
+    sizes = mesh_sizes(cfg.mesh, devices)
     steps = cfg.train.steps * cfg.data.batch_size * cfg.data.seq_len
     return of_model(cfg.model, cfg.name), Run(
         device=device,
-        mesh=MeshSizes(**sizes, rules=m.rules),
+        mesh=MeshSizes(**sizes, rules=cfg.mesh.rules),
         batch=cfg.data.batch_size,
         micro_batch=cfg.data.batch_size // cfg.train.accumulation,
         context=cfg.data.seq_len,

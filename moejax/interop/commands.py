@@ -28,10 +28,11 @@ from moejax.interop.files import (
 )
 from moejax.interop.load import read_model
 from moejax.interop.save import save_model
+from moejax.mesh_rules import RULES
 from moejax.models.zoo import FAMILIES, config_from_hf, config_to_hf, lost_fields
 from moejax.models.zoo.architecture import architecture
 from moejax.params import count
-from moejax.sharding import RULES, Layout, make_mesh
+from moejax.sharding import Layout, make_mesh
 from moejax.train.checkpoint import Checkpoints
 from moejax.train.run import Run, load_run
 

@@ -128,13 +128,10 @@ def mean_over_layers(aux: dict[str, MoEAux]) -> dict[str, jax.Array]:
 # ---------------------------------------------------------------------------------------------------
 # Cross-entropy that never holds all logits.
 
-LOGITS_BUDGET = 2**25  # elements of logits at a time
-
 
 def chunk_length(batch: int, seq_len: int, cfg: ModelConfig) -> int:
-    """Positions per row at a time: a divisor of the sequence length within the budget."""
-    want = cfg.loss_chunk or max(1, LOGITS_BUDGET // cfg.vocab_size)
-    per_row = max(1, want // batch)
+    """Positions per row at a time: a divisor of the sequence length."""
+    per_row = max(1, cfg.tokens_of_logits // batch)
     return max(c for c in range(1, seq_len + 1) if seq_len % c == 0 and (c <= per_row or c == 1))
 
 
