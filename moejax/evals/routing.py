@@ -7,7 +7,7 @@ import numpy as np
 
 from moejax.config import ModelConfig
 from moejax.models import transformer
-from moejax.moe.routing import SlotRouting
+from moejax.moe import stats
 
 
 def count_tokens(
@@ -21,7 +21,7 @@ def count_tokens(
     DESIGN.md). Each layer asked for is an array of num_experts x vocab_size."""
 
     @jax.jit
-    def routes(batch):
+    def count(batch):
         out = transformer.forward(
             params,
             router_state,
@@ -30,27 +30,23 @@ def count_tokens(
             positions_BS=batch["positions"],
             segment_ids_BS=batch["segment_ids"],
         )
-        return out.aux["moe_blocks"].routing
+        tokens_T = batch["tokens"].reshape(-1)
+        routing = out.aux["moe_blocks"].routing
+        return [
+            stats.load_by_label(
+                jax.tree.map(lambda a, i=layer: a[i], routing),
+                tokens_T,
+                cfg.vocab_size,
+                cfg.moe.num_experts,
+            )
+            for layer in layers
+        ]
 
-    counts = {layer: np.zeros((cfg.moe.num_experts, cfg.vocab_size), np.int64) for layer in layers}
+    total = [np.zeros((cfg.vocab_size, cfg.moe.num_experts), np.int64) for _ in layers]
     for batch in batches:
-        routing = jax.device_get(routes(batch))
-        tokens_T = np.asarray(batch["tokens"]).reshape(-1)
-        for layer, count_EV in counts.items():
-            token_N, expert_N = pairs(jax.tree.map(lambda a, i=layer: a[i], routing))
-            np.add.at(count_EV, (expert_N, tokens_T[token_N]), 1)
-    return counts
-
-
-def pairs(routing) -> tuple[np.ndarray, np.ndarray]:
-    """(token, expert) of every route of one layer; empty slots left out."""
-    if isinstance(routing, SlotRouting):
-        token_EC = routing.token_index_EC
-        expert_EC = np.broadcast_to(np.arange(token_EC.shape[0])[:, None], token_EC.shape)
-        return token_EC[token_EC >= 0], expert_EC[token_EC >= 0]
-    expert_TK = routing.expert_index_TK
-    token_TK = np.broadcast_to(np.arange(expert_TK.shape[0])[:, None], expert_TK.shape)
-    return token_TK[expert_TK >= 0], expert_TK[expert_TK >= 0]
+        for sum_VE, count_VE in zip(total, jax.device_get(count(batch))):
+            sum_VE += count_VE
+    return {layer: sum_VE.T for layer, sum_VE in zip(layers, total)}
 
 
 def domain_information(load_dE: np.ndarray) -> float:

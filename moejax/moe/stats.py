@@ -3,6 +3,8 @@
 import jax
 import jax.numpy as jnp
 
+from moejax.moe.routing import Routing
+
 
 def max_violation(load_E: jax.Array) -> jax.Array:
     """MaxVio = max(load)/mean(load) - 1 (2408.15664 section 4.1); 0 is perfect balance. Last axis: E."""
@@ -32,19 +34,19 @@ def summarize(load_LE: jax.Array, dropped_L: jax.Array) -> dict[str, jax.Array]:
     }
 
 
-def domain_load(routing, domain_T: jax.Array, num_domains: int, num_experts: int) -> jax.Array:
-    """Routes of each domain's tokens to each expert, int32 [num_domains, E].
+def load_by_label(routing, label_T: jax.Array, num_labels: int, num_experts: int) -> jax.Array:
+    """Routes to each expert of the tokens with each label (domains, vocabulary entries), int32 [label, E].
 
     `routing` is a `Routing` or a `SlotRouting`, see moejax.moe.routing; empty slots do not count.
     """
-    if hasattr(routing, "expert_index_TK"):
+    if isinstance(routing, Routing):
         expert = routing.expert_index_TK
-        domain = jnp.broadcast_to(domain_T[:, None], expert.shape)
+        label = jnp.broadcast_to(label_T[:, None], expert.shape)
         filled = expert >= 0
     else:
         token_EC = routing.token_index_EC
         expert = jnp.broadcast_to(jnp.arange(num_experts)[:, None], token_EC.shape)
-        domain = domain_T[token_EC]
+        label = label_T[token_EC]
         filled = token_EC >= 0
-    zeros = jnp.zeros((num_domains, num_experts), jnp.int32)
-    return zeros.at[domain, expert].add(filled.astype(jnp.int32))
+    zeros = jnp.zeros((num_labels, num_experts), jnp.int32)
+    return zeros.at[label, expert].add(filled.astype(jnp.int32))

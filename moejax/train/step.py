@@ -188,9 +188,9 @@ def eval_step(params, router_state, batch, cfg: ExperimentConfig, *, num_domains
     if "moe_blocks" in parts.aux:
         domain_T = batch["domain"].reshape(-1)
         load = functools.partial(
-            stats.domain_load,
-            domain_T=domain_T,
-            num_domains=num_domains,
+            stats.load_by_label,
+            label_T=domain_T,
+            num_labels=num_domains,
             num_experts=cfg.model.moe.num_experts,
         )
         sums["domain_load"] = jax.vmap(load, out_axes=1)(parts.aux["moe_blocks"].routing)

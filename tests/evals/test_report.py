@@ -11,8 +11,7 @@ import pytest
 
 from moejax.config import ConfigError, from_json, to_json
 from moejax.evals import report
-from moejax.evals.routing import count_tokens, domain_information, favourite_tokens, pairs
-from moejax.moe.routing import Routing, SlotRouting
+from moejax.evals.routing import count_tokens, domain_information, favourite_tokens
 from moejax.train.run import load_run
 
 
@@ -80,13 +79,6 @@ def test_routes_by_token(trained):
     assert counts.sum() == 2 * 2 * 24 * 2
     assert set(np.flatnonzero(counts.sum(axis=0))) == {97, 98, 99, 48}
     assert set(counts.sum(axis=0)[[97, 98, 99, 48]]) == {48}
-
-
-def test_both_forms_of_routing_give_the_same_pairs():
-    token_form = Routing(np.array([[0, 1], [1, -1], [2, 0]]), np.ones((3, 2)))
-    slot_form = SlotRouting(np.array([[0, 2], [1, 0], [2, -1]]), np.ones((3, 2)))
-    same = [set(zip(*map(np.ndarray.tolist, pairs(r)))) for r in (token_form, slot_form)]
-    assert same[0] == same[1] == {(0, 0), (0, 1), (1, 1), (2, 2), (2, 0)}
 
 
 def test_domain_information():

@@ -30,10 +30,10 @@ def test_summary_is_computed_per_layer_and_then_averaged():
     assert stats.max_violation(load_LE.mean(axis=0)) != got["max_vio"]
 
 
-def test_domain_load_of_both_forms():
+def test_load_by_label_of_both_forms():
     domain_T = jnp.array([0, 1, 1])
     token_form = Routing(jnp.array([[0, 2], [2, -1], [1, 2]]), jnp.ones((3, 2)))
     slot_form = SlotRouting(jnp.array([[0, -1, -1], [2, -1, -1], [0, 1, 2]]), jnp.ones((3, 3)))
     want = [[1, 0, 1], [0, 1, 2]]
     for routing in (token_form, slot_form):
-        np.testing.assert_array_equal(stats.domain_load(routing, domain_T, 2, 3), want)
+        np.testing.assert_array_equal(stats.load_by_label(routing, domain_T, 2, 3), want)
