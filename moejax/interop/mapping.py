@@ -15,8 +15,7 @@ from moejax.interop.safetensors_file import Index
 from moejax.models import transformer
 from moejax.models.zoo import FAMILIES
 from moejax.models.zoo.names import Duplicate, Row, Table, Transform
-from moejax.moe.routers import ROUTERS
-from moejax.params import ParamSpec, path_name
+from moejax.params import ParamSpec, is_spec, path_name
 
 ROUTER_STATE = "router_state"
 Bounds = tuple[tuple[int, int], ...]  # (start, stop) of each axis
@@ -114,34 +113,22 @@ def as_saved(cfg: ModelConfig, model_type: str, found: Mapping[str, Any]) -> Mod
 
 def array_specs(cfg: ModelConfig) -> dict[str, ParamSpec]:
     """Specs of parameters and router state by path, the state under 'router_state/'."""
-    leaves = jax.tree_util.tree_flatten_with_path(
-        transformer.param_specs(cfg), is_leaf=lambda x: isinstance(x, ParamSpec)
-    )[0]
-    out = {path_name(path): spec for path, spec in leaves}
-    if cfg.moe.num_experts:
-        one = jax.eval_shape(lambda: ROUTERS[cfg.moe.router].init_state(cfg.moe))
-        for group, layers in (("moe_blocks", cfg.num_moe_layers), ("mtp", cfg.mtp_depth)):
-            for key, leaf in one.items() if layers else ():
-                shape = (layers, *leaf.shape)
-                spec = ParamSpec(shape, (None,) * len(shape), dtype=leaf.dtype)
-                out[f"{ROUTER_STATE}/{group}/{key}"] = spec
-    return out
+    leaves = jax.tree_util.tree_flatten_with_path(_specs(cfg), is_leaf=is_spec)[0]
+    return {path_name(path): spec for path, spec in leaves}
 
 
 def as_trees(arrays: dict[str, Any], cfg: ModelConfig) -> tuple[dict, dict]:
-    """(params, router_state) from arrays by path; a group without state is {} as in a fresh model."""
-    tree: dict = {ROUTER_STATE: {}}
-    if cfg.moe.num_experts:
-        groups = (("moe_blocks", cfg.num_moe_layers), ("mtp", cfg.mtp_depth))
-        tree[ROUTER_STATE] = {group: {} for group, layers in groups if layers}
-    for path, array in arrays.items():
-        *parents, leaf = path.split("/")
-        node = tree
-        for key in parents:
-            node = node.setdefault(key, {})
-        node[leaf] = array
-    state = tree.pop(ROUTER_STATE)
-    return tree, state
+    """(params, router_state) from arrays by path."""
+    tree = jax.tree_util.tree_map_with_path(
+        lambda path, _: arrays[path_name(path)], _specs(cfg), is_leaf=is_spec
+    )
+    return tree, tree.pop(ROUTER_STATE)
+
+
+def _specs(cfg: ModelConfig) -> dict:
+    state = jax.eval_shape(lambda: transformer.init_router_state(cfg))
+    of_state = jax.tree.map(lambda a: ParamSpec(a.shape, (None,) * a.ndim, dtype=a.dtype), state)
+    return {**transformer.param_specs(cfg), ROUTER_STATE: of_state}
 
 
 def duplicates(

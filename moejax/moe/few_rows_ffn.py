@@ -7,6 +7,7 @@ multiply 16 rows, most of them padding, where one is meant. Forward only; traini
 import jax
 import jax.numpy as jnp
 
+from moejax.linear import linear
 from moejax.moe.varying import vary, varying_axes
 
 # Rows per expert up to which this is faster than windows (measured at 256 x 128, 64 experts).
@@ -25,16 +26,11 @@ def forward(params: dict, x_RD, group_sizes_E, act, limit: float) -> jax.Array:
             for k, w in params.items()
         }
         x_1D = jax.lax.dynamic_slice_in_dim(x_RD, r, 1)
-        gate_1F = _linear(mine, "gate", x_1D) if act.gated else None
-        hidden_1F = act.apply(gate_1F, _linear(mine, "up", x_1D), limit)
-        y_1D = _linear(mine, "down", hidden_1F)
+        through = lambda name, x: linear(x, mine[f"w_{name}"], mine.get(f"b_{name}"))  # noqa: E731
+        gate_1F = through("gate", x_1D) if act.gated else None
+        y_1D = through("down", act.apply(gate_1F, through("up", x_1D), limit))
         return jax.lax.dynamic_update_slice_in_dim(y_RD, y_1D, r, 0)
 
     axes = varying_axes(x_RD, group_sizes_E, *params.values())
     y_RD = vary(jnp.zeros_like(x_RD), axes)
     return jax.lax.fori_loop(jnp.zeros_like(end_E[-1]), end_E[-1], body, y_RD)
-
-
-def _linear(params, name, x_1D):
-    y_1F = x_1D @ params[f"w_{name}"]
-    return y_1F + params[f"b_{name}"][None] if f"b_{name}" in params else y_1F
