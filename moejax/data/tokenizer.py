@@ -306,8 +306,10 @@ class StreamDecoder:
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
 
     def push(self, ids: Iterable[int]) -> str:
-        """The text that these ids complete; '' while a character is incomplete."""
-        return self._utf8.decode(b"".join(self._pieces[i] for i in ids))
+        """The text that these ids complete; '' while a character is incomplete. A model may be wider
+        than its tokenizer: ids beyond it stand for nothing."""
+        known = len(self._pieces)
+        return self._utf8.decode(b"".join(self._pieces[i] for i in ids if i < known))
 
     def flush(self) -> str:
         """What is left at the end: U+FFFD for an incomplete character, else ''."""

@@ -5,6 +5,7 @@ import pathlib
 
 from absl import flags
 
+from moejax import command_line
 from moejax.config import ConfigError
 from moejax.evals import chat
 
@@ -46,13 +47,9 @@ def _generate_flags() -> flags.FlagValues:
 def generate_main(argv: list[str]) -> int:
     """`moejax generate ...`; argv without the command's name. Raises ConfigError for bad input."""
     fv = _generate_flags()
-    if any(a in ("--help", "-h") for a in argv):
-        print(f"{GENERATE_USAGE}\n\nFlags:\n{fv.get_help()}")
+    rest = command_line.parse("generate", GENERATE_USAGE, fv, argv)
+    if rest is None:
         return 0
-    try:
-        rest = fv(["generate", *argv])[1:]
-    except flags.Error as e:
-        raise ConfigError(f"{e}\n{GENERATE_USAGE}") from e
     if rest or not fv.workdir:
         what = f"unexpected {rest}" if rest else "generate needs --workdir"
         raise ConfigError(f"{what}\n{GENERATE_USAGE}")

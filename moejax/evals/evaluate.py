@@ -8,7 +8,7 @@ import pathlib
 from absl import flags
 from tqdm import tqdm
 
-from moejax import command_line
+from moejax import axes, command_line
 from moejax.config import ConfigError, DataConfig
 from moejax.cost.tables import Table, render
 from moejax.data import Corpus, load_corpus, validation_batches
@@ -61,7 +61,13 @@ def evaluate_run(
             f"seq_len={data.seq_len} exceeds the model's model.max_seq_len={cfg.model.max_seq_len}"
         )
     data, corpus = held_out(data, sources)
-    layout = None if mesh is None else mesh_layout(dataclasses.replace(cfg, data=data), mesh)
+    layout = None if mesh is None else mesh_layout(cfg, mesh)
+    ways = 1 if layout is None else layout.size(axes.BATCH)
+    if data.batch_size % ways:
+        raise ConfigError(
+            f"batch_size={data.batch_size} does not divide over the {ways} devices that hold the batch; "
+            f"--batch_size={-(-data.batch_size // ways) * ways} would work"
+        )
     run = load_run(workdir, layout)
     batches = validation_batches(corpus, run.tokenizer, data, num_batches)
     eval_fn = compile_eval(run.cfg, num_domains=len(corpus.domains), layout=layout)

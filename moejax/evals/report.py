@@ -15,7 +15,7 @@ from moejax.config import ConfigError, to_json
 from moejax.cost.architecture import of_model
 from moejax.cost.params import active, total
 from moejax.cost.tables import count_text
-from moejax.data import load_corpus, validation_batches
+from moejax.data import StreamDecoder, load_corpus, validation_batches
 from moejax.evals import charts
 from moejax.evals.generate import generate
 from moejax.evals.routing import count_tokens, domain_information, favourite_tokens
@@ -251,7 +251,8 @@ def continue_prompts(run: Run, prompts: list[list[int]], max_new: int) -> list[s
 
 
 def _decode(run: Run, ids) -> str:
-    return b"".join(run.tokenizer.pieces[int(i)] for i in ids).decode("utf-8", "replace")
+    decoder = StreamDecoder(run.tokenizer)
+    return decoder.push(map(int, ids)) + decoder.flush()
 
 
 def optimisation_section(rows) -> Section:

@@ -31,14 +31,12 @@ class StoppingText:
     def __init__(self, tokenizer: Tokenizer, stop_texts: Sequence[str] = ()):
         self.stopped = False
         self._decoder = StreamDecoder(tokenizer)
-        self._vocab_size = tokenizer.vocab_size
         self._stop_texts = [s for s in stop_texts if s]
         self._held = ""
 
     def push(self, ids: Iterable[int]) -> str:
-        """The text that these ids complete. A model may be wider than its tokenizer; the ids beyond it
-        stand for nothing."""
-        return self._pass(self._decoder.push(i for i in ids if i < self._vocab_size))
+        """The text that these ids complete."""
+        return self._pass(self._decoder.push(ids))
 
     def flush(self) -> str:
         """What is left at the end."""

@@ -194,3 +194,11 @@ def test_sentencepiece_style(tmp_path):
     assert tokenizer.token_bytes_V[ids].sum() == len("a aé".encode())
     decoder = StreamDecoder(tokenizer)
     assert "".join(decoder.push([i]) for i in ids) == "a aé"
+
+
+def test_ids_beyond_the_tokenizer_stand_for_nothing():
+    """A published model may have more rows than its tokenizer has tokens, and a sampler may choose one."""
+    tokenizer = load_tokenizer(DataConfig(tokenizer="byte"), CORPUS)
+    decoder = StreamDecoder(tokenizer)
+    ids = tokenizer.encode("ab")
+    assert decoder.push([ids[0], tokenizer.vocab_size, ids[1]]) + decoder.flush() == "ab"

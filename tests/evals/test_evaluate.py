@@ -62,6 +62,12 @@ def test_other_text_and_the_command(trained, tmp_path, capsys):
     assert f"{got['loss/strange']:.4f}" in printed and f"{got['bits_per_byte']:.4f}" in printed
 
 
+def test_same_on_a_mesh(trained):
+    one = evaluate_run(trained, num_batches=2)
+    many = evaluate_run(trained, num_batches=2, mesh="data=2,tensor=2")
+    assert many == pytest.approx(one, rel=1e-5)  # float32 sums in another order
+
+
 def test_bad_input(trained, tmp_path):
     with pytest.raises(ConfigError, match="not the folder of a run"):
         evaluate_run(tmp_path)
@@ -69,5 +75,9 @@ def test_bad_input(trained, tmp_path):
         evaluate_run(trained, (f"x={tmp_path}/*.txt",))
     with pytest.raises(ConfigError, match="seq_len=9999 exceeds"):
         evaluate_run(trained, seq_len=9999)
+    with pytest.raises(
+        ConfigError, match=r"batch_size=4 does not divide over the 8 .*=8 would work"
+    ):
+        evaluate_run(trained, mesh="data=8")
     with pytest.raises(ConfigError, match="needs --workdir"):
         evaluate_main([])
