@@ -88,7 +88,7 @@ class ByteTokenizer:
         return [self.encode(text) for text in texts]
 
     def decode(self, ids: Iterable[int]) -> str:
-        return b"".join(self.pieces[i] for i in ids).decode("utf-8", "replace")
+        return _bytes(self.pieces, ids).decode("utf-8", "replace")
 
 
 class JsonTokenizer:
@@ -152,7 +152,7 @@ class JsonTokenizer:
 
     def decode(self, ids: Iterable[int]) -> str:
         if self._byte_level:
-            return b"".join(self.pieces[i] for i in ids).decode("utf-8", "replace")
+            return _bytes(self.pieces, ids).decode("utf-8", "replace")
         return self._tokenizer.decode(list(ids), skip_special_tokens=True)
 
 
@@ -266,6 +266,11 @@ def _write(path: pathlib.Path, text: str) -> None:
     os.replace(f.name, path)
 
 
+def _bytes(pieces: list[bytes], ids: Iterable[int]) -> bytes:
+    """The bytes of ids. A model may be wider than its tokenizer: ids beyond it stand for nothing."""
+    return b"".join(pieces[i] for i in ids if i < len(pieces))
+
+
 def _lengths(pieces: list[bytes]) -> np.ndarray:
     return np.array([len(piece) for piece in pieces], np.int32)
 
@@ -306,10 +311,8 @@ class StreamDecoder:
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
 
     def push(self, ids: Iterable[int]) -> str:
-        """The text that these ids complete; '' while a character is incomplete. A model may be wider
-        than its tokenizer: ids beyond it stand for nothing."""
-        known = len(self._pieces)
-        return self._utf8.decode(b"".join(self._pieces[i] for i in ids if i < known))
+        """The text that these ids complete; '' while a character is incomplete."""
+        return self._utf8.decode(_bytes(self._pieces, ids))
 
     def flush(self) -> str:
         """What is left at the end: U+FFFD for an incomplete character, else ''."""

@@ -15,7 +15,7 @@ from moejax.config import ConfigError, to_json
 from moejax.cost.architecture import of_model
 from moejax.cost.params import active, total
 from moejax.cost.tables import count_text
-from moejax.data import StreamDecoder, load_corpus, validation_batches
+from moejax.data import load_corpus, validation_batches
 from moejax.evals import charts
 from moejax.evals.generate import generate
 from moejax.evals.routing import count_tokens, domain_information, favourite_tokens
@@ -228,7 +228,7 @@ def samples_section(run: Run, corpus) -> Section:
         for documents in corpus.validation.values()
     ]
     texts = continue_prompts(run, prompts, SAMPLE_TOKENS)
-    samples = [Sample(_decode(run, p[1:]), text) for p, text in zip(prompts, texts)]
+    samples = [Sample(run.tokenizer.decode(p[1:]), text) for p, text in zip(prompts, texts)]
     text = "Beginnings of held-out documents (blue), continued by the model (temperature 0.8, top-p 0.95)."
     return Section("Samples", text, samples=tuple(samples))
 
@@ -247,12 +247,7 @@ def continue_prompts(run: Run, prompts: list[list[int]], max_new: int) -> list[s
         top_p=0.95,
         stop_ids=(eos,),
     )
-    return [_decode(run, (i for i in row if i != eos)) for row in rows]
-
-
-def _decode(run: Run, ids) -> str:
-    decoder = StreamDecoder(run.tokenizer)
-    return decoder.push(map(int, ids)) + decoder.flush()
+    return [run.tokenizer.decode(i for i in row if i != eos) for row in rows]
 
 
 def optimisation_section(rows) -> Section:

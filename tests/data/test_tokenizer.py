@@ -201,4 +201,5 @@ def test_ids_beyond_the_tokenizer_stand_for_nothing():
     tokenizer = load_tokenizer(DataConfig(tokenizer="byte"), CORPUS)
     decoder = StreamDecoder(tokenizer)
     ids = tokenizer.encode("ab")
-    assert decoder.push([ids[0], tokenizer.vocab_size, ids[1]]) + decoder.flush() == "ab"
+    wide = [ids[0], tokenizer.vocab_size, ids[1]]
+    assert decoder.push(wide) + decoder.flush() == tokenizer.decode(wide) == "ab"
