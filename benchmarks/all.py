@@ -8,7 +8,6 @@ Each runs in a process of its own, so that none inherits another's memory or cac
 """
 
 import json
-import os
 import pathlib
 import subprocess
 import sys
@@ -36,13 +35,11 @@ BENCHMARKS = {
 
 def run(name: str, folder: str) -> dict | None:
     """The result of one benchmark; None if it failed."""
-    here = pathlib.Path(__file__).parent
     output = pathlib.Path(folder) / f"{name}.json"
-    command = [sys.executable, str(here / f"{name}.py"), f"--json={output}"]
+    command = [sys.executable, "-m", f"benchmarks.{name}", f"--json={output}"]
     command += [f"--{flag.name}={flag.value}" for flag in BENCHMARKS[name][1]]
     command += ["--tiny"] if TINY.value else []
-    path = os.pathsep.join([str(here.parent), os.environ.get("PYTHONPATH", "")])
-    if subprocess.run(command, env=os.environ | {"PYTHONPATH": path}).returncode:
+    if subprocess.run(command).returncode:
         return None
     return json.loads(output.read_text())
 

@@ -32,9 +32,9 @@ def compile_seconds(cfg: ExperimentConfig) -> tuple[float, float]:
     return time.perf_counter() - wall, time.process_time() - cpu
 
 
-def run(sizes: dict, repeats: int) -> list[dict]:
+def run(sizes: dict, rows: int, length: int, repeats: int) -> list[dict]:
     def timer(layers):
-        cfg = step.experiment(dict(sizes, num_layers=layers), scan_layers=True)
+        cfg = step.experiment(dict(sizes, num_layers=layers), rows, length, scan_layers=True)
         return common.Timer(lambda: compile_seconds(cfg))
 
     few, many = LAYERS
@@ -52,8 +52,9 @@ def main(argv):
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments: {argv[1:]}")
     common.select_platform("cpu" if step.ON_CPU.value else step.PLATFORM.value)
-    sizes = step.TOY if step.TINY.value else step.SIZES
-    rows = run(sizes, flags.FLAGS.compile_repeats)
+    toy = (step.TOY, step.TOY_ROWS, step.TOY_LENGTH)
+    case = toy if step.TINY.value else (step.SIZES, step.ROWS, step.LENGTH)
+    rows = run(*case, flags.FLAGS.compile_repeats)
     common.report("Compilation", rows, step.OUTPUT.value)
 
 

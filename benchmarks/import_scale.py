@@ -1,6 +1,6 @@
 """Importing at full width: peak memory of the process against the bytes of the parameters.
 
-    python benchmarks/import_scale.py --layers=8 --folder=/tmp/import_scale
+    python -m benchmarks.import_scale --layers=7
 
 Writes a checkpoint in the layout of DeepSeekMoE 16B (2401.06066; random bfloat16, real widths, as many
 layers as asked for, shards of 5 GB), then reads it in child processes and prints, for each way of reading,
@@ -22,22 +22,20 @@ import multiprocessing
 import os
 import pathlib
 import shutil
-import sys
+import tempfile
 import time
-
-sys.path.insert(0, str(pathlib.Path(__file__).parent))
 
 import numpy as np
 from absl import app, flags
-from common import report
 
+from benchmarks.common import report
 from moejax.interop import mapping
 from moejax.interop.checkpoint import CONFIG, INDEX
 from moejax.interop.safetensors_file import DTYPES, NewTensor, shards, write_file
 from moejax.models.zoo import config_to_hf, load_preset
 
 LAYERS = flags.DEFINE_integer("layers", 8, "1.17 GB each, and 0.84 GB for embedding and head.")
-FOLDER = flags.DEFINE_string("folder", "/tmp/import_scale", "Written, and removed at the end.")
+FOLDER = flags.DEFINE_string("folder", "", "Written, and removed at the end [a temporary one].")
 JSON = flags.DEFINE_string("json", "", "File for the results.")
 
 SHARD_BYTES = 5 * 10**9
@@ -146,9 +144,9 @@ def measure(way: str, hf: str, work: str, out) -> None:
 
 def main(argv):
     del argv
-    folder = pathlib.Path(FOLDER.value)
-    if folder.exists():
-        raise app.UsageError(f"{folder} exists; it would be removed at the end")
+    if FOLDER.value and pathlib.Path(FOLDER.value).exists():
+        raise app.UsageError(f"{FOLDER.value} exists; it would be removed at the end")
+    folder = pathlib.Path(FOLDER.value or tempfile.mkdtemp(prefix="import_scale_"))
     rows = []
     try:
         written = write_checkpoint(folder / "hf", LAYERS.value)

@@ -8,16 +8,11 @@ machine's peak.
 The architecture is that of Qwen2-MoE: vocabulary 4096, D 256, 6 layers of which the first is dense, E 64,
 K 6, F 128, a gated shared expert of 256; 8 sequences of 256 tokens. moejax computes its balance loss and its
 metrics too. The plain dense transformer (`plain_dense.py`) has FFNs of width K F + shared: the same active
-FLOPs. The torch side (`torch_step.py`) runs in a child process; all take turns.
+FLOPs. The torch side (`torch_peer.py`) runs in a child process; all take turns.
 """
 
-import dataclasses
 import importlib.util
-import json
-import os
-import subprocess
 import sys
-import time
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +20,8 @@ import numpy as np
 from absl import app, flags
 
 from benchmarks import common, plain_dense
-from moejax.config import AttentionConfig, DataConfig, ExperimentConfig, ModelConfig, MoEConfig
+from benchmarks.qwen2_moe import IMPLEMENTATIONS, SIZES, TOY, Torch, model_config
+from moejax.config import DataConfig, ExperimentConfig
 from moejax.train.state import create_state
 from moejax.train.step import compile_step
 
@@ -38,76 +34,23 @@ TINY = flags.DEFINE_bool("tiny", False, "Toy sizes, to test the script.")
 ON_CPU = flags.DEFINE_bool("on_cpu", False, "Run the GPU benchmark on the CPU, to test the script.")
 OUTPUT = flags.DEFINE_string("json", "", "Write the results as JSON to this file.")
 
-SIZES = dict(
-    vocab_size=4096,
-    d_model=256,
-    num_layers=6,
-    num_dense_layers=1,
-    d_ff=1024,
-    num_heads=4,
-    num_experts=64,
-    experts_per_token=6,
-    d_expert=128,
-    d_shared=256,
-    seq_len=256,
-    batch_size=8,
-)
-TOY = dict(
-    vocab_size=64,
-    d_model=32,
-    num_layers=3,
-    num_dense_layers=1,
-    d_ff=48,
-    num_heads=2,
-    num_experts=8,
-    experts_per_token=2,
-    d_expert=16,
-    d_shared=16,
-    seq_len=16,
-    batch_size=2,
-)
+ROWS, LENGTH = 8, 256
+TOY_ROWS, TOY_LENGTH = 2, 16
 
 
 def experiment(
-    s: dict, dtype: str = "float32", scan_layers: bool = False, **moe
+    s: dict, rows: int, length: int, moe: dict | None = None, scan_layers: bool = False, **model
 ) -> ExperimentConfig:
-    """moejax's config of Qwen2-MoE with these sizes, or of its dense twin with num_experts=0.
+    """moejax's config of Qwen2-MoE with these sizes, or of its dense twin with moe={'num_experts': 0}.
 
-    Six layers are few enough to unroll, as the plain transformer's loop does: about 4% faster than the scan,
-    which copies what the backward pass needs into stacks.
+    Six layers are few enough to unroll, as the plain transformer's loop does.
     """
-    model = ModelConfig(
-        vocab_size=s["vocab_size"],
-        d_model=s["d_model"],
-        num_layers=s["num_layers"],
-        num_dense_layers=s["num_dense_layers"],
-        d_ff=s["d_ff"],
-        init_std=0.02,
-        max_seq_len=s["seq_len"],
-        dtype=dtype,
-        scan_layers=scan_layers,
-        attention=AttentionConfig(
-            num_heads=s["num_heads"],
-            num_kv_heads=s["num_heads"],
-            head_dim=s["d_model"] // s["num_heads"],
-            qkv_bias=True,
-        ),
-        moe=MoEConfig(
-            num_experts=s["num_experts"],
-            experts_per_token=s["experts_per_token"],
-            d_expert=s["d_expert"],
-            shared_experts=1,
-            d_shared=s["d_shared"],
-            shared_gate=True,
-            expert_loss=0.01,
-        ),
-    )
-    model = dataclasses.replace(model, moe=dataclasses.replace(model.moe, **moe))
-    data = DataConfig(seq_len=s["seq_len"], batch_size=s["batch_size"])
-    return ExperimentConfig(model=model, data=data)
+    moe = {"expert_loss": 0.01, **(moe or {})}
+    cfg = model_config(s, moe, scan_layers=scan_layers, **model)
+    return ExperimentConfig(model=cfg, data=DataConfig(seq_len=length, batch_size=rows))
 
 
-def flops(s: dict) -> float:
+def flops(s: dict, tokens: int) -> float:
     """Useful FLOPs of a step: 6 per token and active weight of a matrix; attention's two products of
     activations are left out."""
     d, moe_layers = s["d_model"], s["num_layers"] - s["num_dense_layers"]
@@ -115,12 +58,11 @@ def flops(s: dict) -> float:
     weights = s["num_layers"] * 4 * d * d + d * s["vocab_size"]
     weights += s["num_dense_layers"] * 3 * d * s["d_ff"]
     weights += moe_layers * (3 * d * width + d * s["num_experts"])
-    return 6.0 * weights * s["batch_size"] * s["seq_len"]
+    return 6.0 * weights * tokens
 
 
-def random_tokens(s: dict) -> np.ndarray:
-    rng = np.random.default_rng(0)
-    return rng.integers(0, s["vocab_size"], (s["batch_size"], s["seq_len"] + 1), np.int32)
+def random_tokens(s: dict, rows: int, length: int) -> np.ndarray:
+    return np.random.default_rng(0).integers(0, s["vocab_size"], (rows, length + 1), np.int32)
 
 
 def moejax_step(cfg: ExperimentConfig, tokens: np.ndarray):
@@ -167,113 +109,93 @@ def dense_step(s: dict, tokens: np.ndarray):
     return run
 
 
-class TorchSteps:
-    """The child process with torch's models; `timer(name)` is a step of one of them."""
-
-    def __init__(self, python: str, s: dict):
-        script = os.path.join(os.path.dirname(__file__), "torch_step.py")
-        threads = str(len(os.sched_getaffinity(0)))
-        command = [python, script, f"--sizes={json.dumps(s)}", f"--threads={threads}"]
-        pipe = subprocess.PIPE
-        self.child = subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True)
-        self.versions = self.child.stdout.readline().strip()
-        if not self.versions:
-            raise SystemExit(
-                f"{python} could not run benchmarks/torch_step.py (see above): give the path of a "
-                "Python that has torch and transformers with --torch_python=PATH, or leave them out "
-                "with --torch_python="
-            )
-
-    def timer(self, name: str) -> common.Timer:
-        def run():
-            print(name, file=self.child.stdin, flush=True)
-            wall, cpu = map(float, self.child.stdout.readline().split())
-            time.sleep(0.1)  # let the child's threads go to sleep before the next one's turn
-            return wall, cpu
-
-        return common.Timer(run)
-
-    def close(self):
-        self.child.stdin.close()
-        self.child.wait()
+def dense_twin(s: dict, rows: int, length: int, **model) -> ExperimentConfig:
+    dense = dict(s, num_dense_layers=s["num_layers"])
+    return experiment(dense, rows, length, {"num_experts": 0}, **model)
 
 
-def run_cpu(s: dict, peak_size: int, torch_python: str, repeats: int) -> list[dict]:
-    tokens = random_tokens(s)
-    dense_twin = experiment(dict(s, num_dense_layers=s["num_layers"]), num_experts=0)
+def run_cpu(
+    s: dict, rows: int, length: int, peak_size: int, torch_python: str, repeats: int
+) -> list[dict]:
+    tokens = random_tokens(s, rows, length)
     peak, peak_flops = common.matmul(peak_size, jnp.float32)
     functions = {
-        "moejax": moejax_step(experiment(s), tokens),
+        "moejax": moejax_step(experiment(s, rows, length), tokens),
         "plain dense": dense_step(s, tokens),
-        "dense twin": moejax_step(dense_twin, tokens),
+        "dense twin": moejax_step(dense_twin(s, rows, length), tokens),
         "peak": peak,
     }
     if torch_python:
-        torch = TorchSteps(torch_python, s)
-        functions |= {name: torch.timer(name) for name in ("grouped_mm", "eager")}
+        torch = Torch(torch_python, s)
+        functions |= {i: torch.timer("step", i, rows, length) for i in IMPLEMENTATIONS}
         t = common.side_by_side(functions, repeats)
         torch.close()
     else:
         t = common.side_by_side(functions, repeats)
 
-    count = s["batch_size"] * s["seq_len"]
+    count = rows * length
     speed = {n: f"{count / x.wall:.0f} tokens/s ({x.cpu:.2f} CPU s)" for n, x in t.items()}
-    rows = []
+    table = []
     if torch_python:
         ratio = min(t["grouped_mm"].wall, t["eager"].wall) / t["moejax"].wall
         detail = (
             f"{speed['moejax']}; grouped_mm {speed['grouped_mm']}; eager {speed['eager']}; "
             f"{torch.versions}"
         )
-        rows.append(common.row("step: tokens/s / best of torch", ratio, 1.3, detail, least=True))
+        table.append(common.row("step: tokens/s / best of torch", ratio, 1.3, detail, least=True))
     else:
         print("torch was left out (--torch_python=)")
     for name, goal in (("plain dense", 1.3), ("dense twin", None)):
         ratio = t["moejax"].wall / t[name].wall
         detail = f"{speed['moejax']}; {speed[name]}"
         what = {"plain dense": "plain dense JAX", "dense twin": "moejax's dense twin"}[name]
-        rows.append(common.row(f"step: time / {what}", ratio, goal, detail))
-    achieved, best = flops(s) / t["moejax"].wall, peak_flops / t["peak"].wall
-    detail = f"{1e-9 * achieved:.0f} of {1e-9 * best:.0f} GFLOP/s, {1e-9 * flops(s):.1f} GFLOP"
+        table.append(common.row(f"step: time / {what}", ratio, goal, detail))
+    achieved, best = flops(s, count) / t["moejax"].wall, peak_flops / t["peak"].wall
+    detail = (
+        f"{1e-9 * achieved:.0f} of {1e-9 * best:.0f} GFLOP/s, {1e-9 * flops(s, count):.1f} GFLOP"
+    )
     what = f"step: useful FLOP/s / matmul {peak_size}"
-    rows.append(common.row(what, achieved / best, 0.5, detail, least=True))
-    return rows
+    table.append(common.row(what, achieved / best, 0.5, detail, least=True))
+    return table
 
 
-def run_gpu(s: dict, peak_size: int, repeats: int) -> list[dict]:
+def run_gpu(s: dict, rows: int, length: int, peak_size: int, repeats: int) -> list[dict]:
     """Tokens/s of the step with each back end, in bfloat16."""
-    tokens = random_tokens(s)
+    tokens = random_tokens(s, rows, length)
     peak, peak_flops = common.matmul(peak_size, jnp.bfloat16)
     names = ["ragged", *(["tokamax"] if importlib.util.find_spec("tokamax") else [])]
-    functions = {n: moejax_step(experiment(s, "bfloat16", grouped_matmul=n), tokens) for n in names}
-    twin = experiment(dict(s, num_dense_layers=s["num_layers"]), "bfloat16", num_experts=0)
+    functions = {
+        n: moejax_step(experiment(s, rows, length, {"grouped_matmul": n}, dtype="bfloat16"), tokens)
+        for n in names
+    }
+    twin = dense_twin(s, rows, length, dtype="bfloat16")
     functions |= {"moejax's dense twin": moejax_step(twin, tokens), "peak": peak}
     t = common.side_by_side(functions, repeats)
-    rows = []
+    table, count = [], rows * length
     for name in (*names, "moejax's dense twin"):
-        achieved = flops(s) / t[name].wall
-        rows.append(
+        achieved = flops(s, count) / t[name].wall
+        table.append(
             {
                 "step": name,
                 "ms": f"{1e3 * t[name].wall:.2f}",
-                "tokens/s": f"{s['batch_size'] * s['seq_len'] / t[name].wall:.0f}",
+                "tokens/s": f"{count / t[name].wall:.0f}",
                 "TFLOP/s": f"{1e-12 * achieved:.3g}",
                 "of matmul peak": f"{achieved * t['peak'].wall / peak_flops:.1%}",
             }
         )
-    return rows
+    return table
 
 
 def main(argv):
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments: {argv[1:]}")
     common.select_platform("cpu" if ON_CPU.value else PLATFORM.value)
-    sizes = TOY if TINY.value else SIZES
+    case = (TOY, TOY_ROWS, TOY_LENGTH) if TINY.value else (SIZES, ROWS, LENGTH)
     if PLATFORM.value == "gpu":
-        rows = run_gpu(sizes, 128 if TINY.value else 8192, REPEATS.value)
+        rows = run_gpu(*case, 128 if TINY.value else 8192, REPEATS.value)
         common.report("Training step, bfloat16", rows, OUTPUT.value)
     else:
-        rows = run_cpu(sizes, 128 if TINY.value else 2048, TORCH.value, REPEATS.value)
+        rows = run_cpu(*case, 128 if TINY.value else 2048, TORCH.value, REPEATS.value)
         common.report("Training step, float32", rows, OUTPUT.value)
 
 
