@@ -8,7 +8,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 # XLA frees and reallocates large buffers every step; keep them mapped instead of faulting them in again
-# (a fifth of the processor time of a step, see benchmarks/common.py).
+# (see benchmarks/common.py).
 export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1:glibc.malloc.mmap_max=0:glibc.malloc.arena_max=1:glibc.malloc.trim_threshold=1099511627776
 
 # On Python 3.11 the pinned torch is the CPU wheel; on others it may bring gigabytes of CUDA.

@@ -8,8 +8,8 @@ def linear(x: jax.Array, w_DF: jax.Array, b_F: jax.Array | None = None) -> jax.A
     """x (..., D) @ w (D, F) + b, computed in x's dtype: (..., F).
 
     The leading dimensions are merged first. With more than one of them, the gradient of w contracts
-    several dimensions at once, which XLA:CPU does by writing transposed copies of both operands (an FFN
-    with its gradients takes 1.45 times as long); with one it is a plain product.
+    several dimensions at once, which XLA:CPU does by writing transposed copies of both operands; with one
+    it is a plain product.
     """
     y = jnp.dot(x.reshape(-1, x.shape[-1]), w_DF.astype(x.dtype))
     if b_F is not None:

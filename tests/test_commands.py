@@ -9,26 +9,10 @@ import subprocess
 import sys
 import time
 
+import tiny
+
 ROOT = pathlib.Path(__file__).parent.parent
-TINY = [
-    "--config.model.d_model=16",
-    "--config.model.num_layers=2",
-    "--config.model.d_ff=32",
-    "--config.model.attention.num_heads=2",
-    "--config.model.attention.num_kv_heads=2",
-    "--config.model.attention.head_dim=8",
-    "--config.model.moe.num_experts=4",
-    "--config.model.moe.experts_per_token=2",
-    "--config.model.moe.d_expert=8",
-    "--config.data.tokenizer=byte",
-    "--config.data.max_bytes=100000",
-    "--config.data.seq_len=32",
-    "--config.data.batch_size=4",
-    "--config.train.log_every=1",
-    "--config.train.eval_every=100",
-    "--config.train.eval_batches=1",
-    "--config.train.checkpoint_every=5",
-]
+TINY = tiny.flags({"train.checkpoint_every": 5})
 
 
 def command(workdir, *flags):

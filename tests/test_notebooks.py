@@ -6,26 +6,13 @@ import pathlib
 import nbclient
 import nbformat
 import pytest
+import tiny
 
 ROOT = pathlib.Path(__file__).parent.parent
-TINY = {
-    "model.d_model": 16,
-    "model.num_layers": 2,
-    "model.d_ff": 32,
-    "model.attention.num_heads": 2,
-    "model.attention.num_kv_heads": 2,
-    "model.attention.head_dim": 8,
-    "model.moe.num_experts": 4,
-    "model.moe.experts_per_token": 2,
-    "model.moe.d_expert": 8,
-    "data.tokenizer": "byte",
-    "data.max_bytes": 100_000,
-    "data.seq_len": 32,
-    "data.batch_size": 4,
+TINY = tiny.OVERRIDES | {
     "train.steps": 6,
     "train.log_every": 2,
     "train.eval_every": 3,
-    "train.eval_batches": 1,
     "mesh.data": 1,
 }
 

@@ -1,10 +1,9 @@
 """Bytes: checkpoints, key/value cache, training and inference memory per device.
 
 Weights, gradients, optimiser and cache follow from shapes. What a step holds besides follows from
-what the layers save, and from what XLA was seen to copy: for 29 small float32 steps on CPU (dense,
-MoE, MLA, every remat, expert parallel on 8 devices) the sum is within 16% of XLA's own analysis, 4%
-on average. On CPU a dense bfloat16 step takes a third more, since XLA computes it in float32.
-`plan --verify` compares.
+what the layers save, and from what XLA was seen to copy. tests/cost/test_verify.py holds it to XLA's own
+analysis: to 15% on one device, to 25% on a mesh. On CPU a bfloat16 step takes more, since XLA computes it in
+float32. `plan --verify` compares.
 """
 
 import dataclasses

@@ -98,7 +98,7 @@ def attend(q_BSNH, k_BMTH, v_BMTH, mask_BST, scale: float, sinks_N=None) -> jax.
     b, s, n, h = q_BSNH.shape
     m, t = k_BMTH.shape[1:3]
     # Heads first: then every product, of the backward pass too, is a batch of matrices as they lie in
-    # memory, which halves the time on CPU. The queries of one key head are the rows of one matrix.
+    # memory, which XLA:CPU runs faster. The queries of one key head are the rows of one matrix.
     q_BMGSH = (q_BSNH * scale).reshape(b, s, m, n // m, h).transpose(0, 2, 3, 1, 4)
     q_BMQH = q_BMGSH.reshape(b, m, n // m * s, h)
     logits_BMQT = jnp.einsum(

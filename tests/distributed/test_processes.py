@@ -13,33 +13,24 @@ import time
 import jax
 import numpy as np
 import pytest
+import tiny
 
 from moejax.config import ConfigError, ExperimentConfig, MeshConfig
 from moejax.sharding import make_layout
 from moejax.train import processes
 
 ROOT = pathlib.Path(__file__).parent.parent.parent
-FLAGS = [
-    "--config.model.d_model=16",
-    "--config.model.num_layers=1",
-    "--config.model.num_dense_layers=0",
-    "--config.model.attention.num_heads=2",
-    "--config.model.attention.num_kv_heads=2",
-    "--config.model.attention.head_dim=8",
-    "--config.model.moe.num_experts=4",
-    "--config.model.moe.experts_per_token=2",
-    "--config.model.moe.d_expert=8",
-    "--config.data.tokenizer=byte",
-    "--config.data.max_bytes=100000",
-    "--config.data.seq_len=32",
-    "--config.data.batch_size=8",
-    "--config.optimizer.schedule=constant",  # so that train.steps is only where a run ends
-    "--config.optimizer.warmup_steps=1",
-    "--config.train.log_every=1",
-    "--config.train.eval_every=10000",
-    "--config.train.eval_batches=1",
-    "--config.train.checkpoint_every=10000",
-]
+FLAGS = tiny.flags(
+    {
+        "model.num_layers": 1,
+        "model.num_dense_layers": 0,
+        "data.batch_size": 8,
+        "optimizer.schedule": "constant",  # so that train.steps is only where a run ends
+        "optimizer.warmup_steps": 1,
+        "train.eval_every": 10000,
+        "train.checkpoint_every": 10000,
+    }
+)
 MESH = ["--config.mesh.data=2", "--config.mesh.expert=2", "--config.mesh.tensor=2"]
 
 
