@@ -15,8 +15,8 @@ import jax
 import jax.numpy as jnp
 
 # glibc gives every buffer of more than 32 MiB back to the system when it is freed, and XLA:CPU asks for one
-# of up to a gigabyte in every step: the kernel then clears and maps it page by page. These settings take all memory from one heap that is never
-# given back (no page faults at all), in huge pages.
+# of up to a gigabyte in every step: the kernel then clears and maps it page by page. These settings take
+# all memory from one heap that is never given back, in huge pages.
 ALLOCATOR = (
     "glibc.malloc.hugetlb=1:glibc.malloc.mmap_max=0:glibc.malloc.arena_max=1:"
     "glibc.malloc.trim_threshold=1099511627776"
