@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 from moejax.config import ConfigError
 from moejax.data.tokenizer import JsonTokenizer, Tokenizer
 from moejax.evals import chat_render
+from moejax.interop.files import KEPT_FOLDER, exists, read_bytes, read_json
 
-FOLDER = "hf"
 TEMPLATE_FILE = "chat_template.jinja"
 MOST_BYTES = 10_000_000  # of a file here; published ones have a few hundred kB at most
 RENDER_SECONDS = 2 * chat_render.CPU_SECONDS  # of wall time
@@ -37,41 +37,26 @@ class PromptFiles(NamedTuple):
 
 def read_prompt_files(workdir: pathlib.Path) -> PromptFiles:
     """The files of the run in `workdir`. Raises ConfigError naming a file that is not what it should be."""
-    folder = workdir / FOLDER
-    tokenizer_config = _read_json(folder / "tokenizer_config.json")
+    folder = workdir / KEPT_FOLDER
+    tokenizer_config = _read_json(folder, "tokenizer_config.json")
     template = tokenizer_config.get("chat_template")
-    if (folder / TEMPLATE_FILE).exists():
-        template = _read_text(folder / TEMPLATE_FILE)
+    if exists(folder, TEMPLATE_FILE):
+        try:
+            template = read_bytes(folder, TEMPLATE_FILE, MOST_BYTES).decode("utf-8")
+        except UnicodeDecodeError as e:
+            raise ConfigError(f"{folder / TEMPLATE_FILE} is not text in UTF-8 ({e})") from e
     elif isinstance(template, list):  # several by name
         named = {t.get("name"): t.get("template") for t in template if isinstance(t, dict)}
         template = named.get("default")
     if not isinstance(template, str | None):
         raise ConfigError(f"{folder / 'tokenizer_config.json'}: chat_template is not a text")
     return PromptFiles(
-        folder, tokenizer_config, _read_json(folder / "generation_config.json"), template
+        folder, tokenizer_config, _read_json(folder, "generation_config.json"), template
     )
 
 
-def _read_text(path: pathlib.Path) -> str:
-    size = path.stat().st_size
-    if size > MOST_BYTES:
-        raise ConfigError(f"{path} has {size:,} bytes; more than {MOST_BYTES:,} cannot be meant")
-    try:
-        return path.read_text("utf-8")
-    except UnicodeDecodeError as e:
-        raise ConfigError(f"{path} is not text in UTF-8 ({e})") from e
-
-
-def _read_json(path: pathlib.Path) -> dict:
-    if not path.exists():
-        return {}
-    try:
-        value = json.loads(_read_text(path))
-    except json.JSONDecodeError as e:
-        raise ConfigError(f"{path} is not JSON: {e}") from e
-    if not isinstance(value, dict):
-        raise ConfigError(f"{path} must hold a JSON object")
-    return value
+def _read_json(folder: pathlib.Path, name: str) -> dict:
+    return read_json(folder, name, MOST_BYTES) if exists(folder, name) else {}
 
 
 def check_messages(messages: Any, where: str) -> list[Message]:

@@ -19,6 +19,7 @@ from moejax.config import (
 from moejax.data.tokenizer import FILE_NAME, JsonTokenizer
 from moejax.interop.checkpoint import CONFIG, open_checkpoint
 from moejax.interop.files import (
+    KEPT_FOLDER,
     InteropError,
     exists,
     need_space,
@@ -36,9 +37,8 @@ from moejax.sharding import Layout, make_mesh
 from moejax.train.checkpoint import Checkpoints
 from moejax.train.run import Run, load_run
 
-# Files of a checkpoint that a run keeps under hf/, so that `export` can write them again and
+# Files of a checkpoint that a run keeps in KEPT_FOLDER, so that `export` can write them again and
 # `generate` can read what it needs.
-KEPT_FOLDER = "hf"
 TOKENIZER_CONFIG = "tokenizer_config.json"
 KEPT = (
     CONFIG,

@@ -13,6 +13,8 @@ from moejax.config import ConfigError
 
 # The largest published index (94,000 tensors) is 9 MB; the largest tokenizer.json about 30 MB.
 MAX_JSON_BYTES = 200_000_000
+# Where the folder of an imported run keeps files of its checkpoint.
+KEPT_FOLDER = "hf"
 
 
 class InteropError(ConfigError):
@@ -42,11 +44,11 @@ def checked_file(folder: pathlib.Path, name: str) -> pathlib.Path:
     return real
 
 
-def read_bytes(folder: pathlib.Path, name: str) -> bytes:
+def read_bytes(folder: pathlib.Path, name: str, most: int = MAX_JSON_BYTES) -> bytes:
     path = checked_file(folder, name)
     size = path.stat().st_size
-    if size > MAX_JSON_BYTES:
-        raise InteropError(f"{path}: {size:,} bytes; at most {MAX_JSON_BYTES:,} are read")
+    if size > most:
+        raise InteropError(f"{path}: {size:,} bytes; at most {most:,} are read")
     return path.read_bytes()
 
 
@@ -72,8 +74,8 @@ def parse_json(data: bytes, what: str) -> dict:
     return value
 
 
-def read_json(folder: pathlib.Path, name: str) -> Any:
-    return parse_json(read_bytes(folder, name), str(folder / name))
+def read_json(folder: pathlib.Path, name: str, most: int = MAX_JSON_BYTES) -> Any:
+    return parse_json(read_bytes(folder, name, most), str(folder / name))
 
 
 def exists(folder: pathlib.Path, name: str) -> bool:
