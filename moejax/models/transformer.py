@@ -200,17 +200,20 @@ def run_blocks(x_BSD, layers: LayerInput, cfg: ModelConfig, where, *, cache=None
 
     def body(carry, layer):
         x, kv = carry
-        x, kv, aux = block(x, layer, cfg, where, cache=kv, **args)
+        here = {} if experts is None else {"stack": (experts, layer.index - layers.index[0])}
+        x, kv, aux = block(x, layer, cfg, where, cache=kv, **args, **here)
         return (x, kv), aux
 
-    unrolled = isinstance(layers.params, list) or not cfg.scan_layers
+    listed = isinstance(layers.params, list)
+    unrolled = listed or not cfg.scan_layers
+    experts = None if listed or "moe" not in layers.params else layers.params["moe"]["experts"]
     if cfg.remat != "none" and cache is None:
         body = jax.checkpoint(body, policy=REMAT_POLICIES[cfg.remat], prevent_cse=unrolled)
     if not unrolled:
         (x_BSD, cache), aux = jax.lax.scan(body, (x_BSD, cache), layers)
         return x_BSD, cache, aux
     auxes, apart = [], list(cache) if isinstance(cache, list) else None
-    params = layers.params if isinstance(layers.params, list) else _layers(layers.params)
+    params = layers.params if listed else _layers(layers.params)
     for i in range(layers.index.shape[0]):
         rest = jax.tree.map(lambda a, i=i: a[i], layers._replace(params=None))
         rest = rest._replace(params=params[i])

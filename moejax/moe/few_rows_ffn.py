@@ -14,23 +14,29 @@ from moejax.moe.varying import vary, varying_axes
 ROWS_PER_EXPERT = 2
 
 
-def forward(params: dict, x_RD, group_sizes_E, act, limit: float) -> jax.Array:
-    """y_RD for rows sorted by expert; rows past the groups give zero."""
+def forward(
+    stack: dict, first, x_TD, weight_R, token_R, group_sizes_E, act, limit: float
+) -> jax.Array:
+    """y_TD, in x's dtype: for every token the sum over its rows of weight_r FFN_{e(r)}(x). Arguments as of
+    `windowed_ffn.forward`."""
     end_E = jnp.cumsum(group_sizes_E)
-    row_R = jnp.arange(x_RD.shape[0], dtype=end_E.dtype)
-    expert_R = jnp.sum(row_R[:, None] >= end_E[None], axis=1, dtype=jnp.int32)
+    row_R = jnp.arange(token_R.shape[0], dtype=end_E.dtype)
+    expert_R = first + jnp.sum(row_R[:, None] >= end_E[None], axis=1, dtype=jnp.int32)
 
-    def body(r, y_RD):
+    def body(r, y_TD):
         mine = {
-            k: jax.lax.dynamic_index_in_dim(w, expert_R[r], keepdims=False).astype(x_RD.dtype)
-            for k, w in params.items()
+            k: jax.lax.dynamic_index_in_dim(w, expert_R[r], keepdims=False).astype(x_TD.dtype)
+            for k, w in stack.items()
         }
-        x_1D = jax.lax.dynamic_slice_in_dim(x_RD, r, 1)
         through = lambda name, x: linear(x, mine[f"w_{name}"], mine.get(f"b_{name}"))  # noqa: E731
+        x_1D = jax.lax.dynamic_slice_in_dim(x_TD, token_R[r], 1)
         gate_1F = through("gate", x_1D) if act.gated else None
         y_1D = through("down", act.apply(gate_1F, through("up", x_1D), limit))
-        return jax.lax.dynamic_update_slice_in_dim(y_RD, y_1D, r, 0)
+        sum_1D = jax.lax.dynamic_slice_in_dim(y_TD, token_R[r], 1) + y_1D * weight_R[r]
+        return jax.lax.dynamic_update_slice_in_dim(y_TD, sum_1D, token_R[r], 0)
 
-    axes = varying_axes(x_RD, group_sizes_E, *params.values())
-    y_RD = vary(jnp.zeros_like(x_RD), axes)
-    return jax.lax.fori_loop(jnp.zeros_like(end_E[-1]), end_E[-1], body, y_RD)
+    axes = varying_axes(x_TD, weight_R, group_sizes_E, *stack.values())
+    wide = jnp.promote_types(x_TD.dtype, weight_R.dtype)
+    y_TD = vary(jnp.zeros(x_TD.shape, wide), axes)
+    y_TD = jax.lax.fori_loop(jnp.zeros_like(end_E[-1]), end_E[-1], body, y_TD)
+    return y_TD.astype(x_TD.dtype)

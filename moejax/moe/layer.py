@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from moejax import axes
 from moejax.config import ModelConfig
 from moejax.moe.dispatch import DISPATCHERS
+from moejax.moe.dispatch.dropless import dropless
 from moejax.moe.dispatch.expert_parallel import expert_parallel
 from moejax.moe.experts import expert_param_specs, ffn, ffn_param_specs
 from moejax.moe.routers import ROUTERS
@@ -64,6 +65,7 @@ def moe(
     replay_TK: jax.Array | None = None,
     totals: BatchTotals | None = None,
     layout: Layout | None = None,
+    stack: tuple | None = None,
     key: jax.Array | None = None,
 ) -> tuple[jax.Array, MoEAux]:
     """One MoE layer.
@@ -78,6 +80,7 @@ def moe(
       replay_TK: expert indices to force; weights are still computed.
       totals: totals of the global batch when this is one micro-batch of it.
       layout: the mesh and its table; None on one device.
+      stack: the experts of all layers and this layer's index among them, where `params` is a slice of those.
       key: for routers that draw random numbers.
 
     Returns:
@@ -99,8 +102,10 @@ def moe(
         totals=totals,
     )
     experts = params["experts"]
-    if layout is not None and cfg.moe.dispatcher == "dropless":
+    if cfg.moe.dispatcher == "dropless" and layout is not None:
         y_TD, dropped = expert_parallel(experts, x_TD, out.routing, cfg.moe, layout)
+    elif cfg.moe.dispatcher == "dropless":
+        y_TD, dropped = dropless(experts, x_TD, out.routing, cfg.moe, stack=stack)
     else:  # on a mesh the compiler partitions these: global semantics, one program
         y_TD, dropped = DISPATCHERS[cfg.moe.dispatcher](experts, x_TD, out.routing, cfg.moe)
     y_BSD = y_TD.reshape(b, s, d)

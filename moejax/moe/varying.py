@@ -4,6 +4,8 @@ JAX inserts these casts itself in front of ordinary operations; loop carries and
 have to state them. Outside shard_map all of this does nothing.
 """
 
+from typing import Any
+
 import jax
 
 
@@ -19,7 +21,8 @@ def vary(x: jax.Array, axes: frozenset[str]) -> jax.Array:
     return jax.lax.pcast(x, missing, to="varying") if missing else x
 
 
-def vary_together(*arrays: jax.Array) -> list[jax.Array]:
-    """All of `arrays`, each varying over every axis that one of them varies over."""
-    axes = varying_axes(*arrays)
-    return [vary(a, axes) for a in arrays]
+def vary_together(*trees: Any) -> list:
+    """All arrays of `trees`, each varying over every axis that one of them varies over."""
+    leaves, structure = jax.tree.flatten(list(trees))
+    axes = varying_axes(*leaves)
+    return structure.unflatten([vary(a, axes) for a in leaves])

@@ -1,8 +1,11 @@
 """The expert FFN on CPU: all of its products for a set of windows at once, forward and backward.
 
-Against three grouped matmuls it reads every row and matrix once per pass, multiplies gate and up as
-one matrix (a product twice as large, which XLA:CPU spreads over cores), casts parameters slice by
-slice, and keeps only the inputs of the activation for the backward pass.
+Against three grouped matmuls it gathers every row where it is used and reads every matrix once per pass,
+multiplies gate and up as one matrix (a product twice as large, which XLA:CPU spreads over cores), casts
+parameters slice by slice, and keeps only the inputs of the activation for the backward pass.
+
+Rows of a window that are not its own repeat a row that exists and weigh nothing: so they need no mask
+on anything of the model's width, and a token that holds NaN but has no expert is never read.
 """
 
 import jax
@@ -12,68 +15,116 @@ from moejax.moe.grouped_matmul import windows as win
 from moejax.moe.varying import vary, varying_axes
 
 
-def forward(params: dict, x_RD, group_sizes_E, act, limit: float):
-    """y_RD and the activation's inputs: (gate_RF, up_RF), or (up_RF,) where not gated."""
-    num_rows, d_model = x_RD.shape
-    axes = varying_axes(x_RD, group_sizes_E, *params.values())
-    width = params["w_up"].shape[2]
+def forward(stack: dict, first, x_TD, weight_R, token_R, group_sizes_E, act, limit: float):
+    """y_r = weight_r FFN_{e(r)}(x_{token_r}).
 
-    def zeros(width):
-        return vary(jnp.zeros((num_rows, width), x_RD.dtype), axes)
+    Args:
+      stack: expert parameters (N, ...), of which those from `first` on are meant: a layer's experts are
+        read where they lie, in the stack of all layers.
+      first: index of expert 0.
+      x_TD: tokens.
+      weight_R, token_R: of every row; rows are sorted by expert.
+      group_sizes_E: rows of each expert.
+      act, limit: the activation.
 
-    carry = zeros(d_model), tuple(zeros(width) for _ in range(1 + act.gated))
+    Returns:
+      y_RD, and the activation's inputs: (gate_RF, up_RF), or (up_RF,) where not gated.
+    """
+    axes = varying_axes(x_TD, group_sizes_E, *stack.values())
+    width, num_rows = stack["w_up"].shape[2], token_R.shape[0]
+    zeros = _Zeros(group_sizes_E, axes)
+    y_RD = zeros((num_rows, x_TD.shape[1]), x_TD.dtype)
+    inputs = tuple(zeros((num_rows, width), x_TD.dtype) for _ in range(1 + act.gated))
 
     def body(carry, windows):
         y_RD, inputs = carry
-        params_S = {k: win.read_experts(w, windows, x_RD.dtype) for k, w in params.items()}
-        inputs_S = _project(params_S, win.read_rows(x_RD, windows))
-        y_SCD = _finish(params_S, inputs_S, act, limit)
+        params_S = {k: win.read_experts(w, windows, x_TD.dtype, first) for k, w in stack.items()}
+        x_SCD, weight_SC = _read(windows, x_TD, weight_R, token_R)
+        inputs_S = _project(params_S, x_SCD)
+        y_SCD = _finish(params_S, inputs_S, weight_SC, act, limit)
         inputs = tuple(win.write_rows(a, b, windows) for a, b in zip(inputs, inputs_S))
         return win.write_rows(y_RD, y_SCD, windows), inputs
 
-    return _run(params, group_sizes_E, num_rows, carry, body)
+    return _run(stack, group_sizes_E, num_rows, (y_RD, inputs), body)
 
 
-def backward(params: dict, x_RD, group_sizes_E, inputs, dy_RD, act, limit: float):
-    """Gradients of params (in their dtype) and of x_RD."""
-    num_rows = x_RD.shape[0]
-    axes = varying_axes(x_RD, group_sizes_E, dy_RD, *params.values())
-
-    def accumulator(w):
-        return vary(jnp.zeros(w.shape, jnp.promote_types(w.dtype, jnp.float32)), axes)
-
-    carry = {k: accumulator(w) for k, w in params.items()}, vary(jnp.zeros_like(x_RD), axes)
+def backward(
+    stack: dict, first, x_TD, weight_R, token_R, group_sizes_E, inputs, dy_TD, act, limit: float
+):
+    """Gradients, given that of sum_rows y: of the E experts (in their dtype), of the token in every row
+    (dx_RD) and of weight_R."""
+    axes = varying_axes(x_TD, group_sizes_E, dy_TD, *stack.values())
+    num_experts, num_rows = group_sizes_E.shape[0], token_R.shape[0]
+    zeros = _Zeros(group_sizes_E, axes)
+    dparams = {
+        k: zeros((num_experts, *w.shape[1:]), jnp.promote_types(w.dtype, jnp.float32))
+        for k, w in stack.items()
+    }
+    dx_RD = zeros((num_rows, x_TD.shape[1]), x_TD.dtype)
+    dweight_R1 = zeros((num_rows, 1), weight_R.dtype)
 
     def body(carry, windows):
-        dparams, dx_RD = carry
-        params_S = {k: win.read_experts(w, windows, x_RD.dtype) for k, w in params.items()}
-        x_SCD = win.read_rows(x_RD, windows, mask=True)
-        # Rows that are not the window's get a zero gradient here, and so add nothing to anything.
-        dy_SCD = win.read_rows(dy_RD, windows, mask=True)
+        dparams, dx_RD, dweight_R1 = carry
+        params_S = {k: win.read_experts(w, windows, x_TD.dtype, first) for k, w in stack.items()}
+        x_SCD, weight_SC = _read(windows, x_TD, weight_R, token_R)
+        dy_SCD, _ = _read(windows, dy_TD, weight_R, token_R)
         inputs_S = tuple(win.read_rows(a, windows) for a in inputs)
         # Both halves are differentiated where they were evaluated. Their values (all but the
         # activation's) are not used, and XLA drops the products that would compute them.
         _, finish_pullback = jax.vjp(
-            lambda params, inputs: _finish(params, inputs, act, limit), params_S, inputs_S
+            lambda params, inputs, weight: _finish(params, inputs, weight, act, limit),
+            params_S,
+            inputs_S,
+            weight_SC,
         )
-        dparams_down, dinputs_S = finish_pullback(dy_SCD)
+        dparams_down, dinputs_S, dweight_SC = finish_pullback(dy_SCD)
         _, project_pullback = jax.vjp(_project, params_S, x_SCD)
         dparams_up, dx_SCD = project_pullback(dinputs_S)
         dparams = {
             k: win.add_experts(w, (dparams_down if k.endswith("_down") else dparams_up)[k], windows)
             for k, w in dparams.items()
         }
-        return dparams, win.write_rows(dx_RD, dx_SCD, windows)
+        dx_RD = win.write_rows(dx_RD, dx_SCD, windows)
+        return dparams, dx_RD, win.write_rows(dweight_R1, dweight_SC[..., None], windows)
 
-    dparams, dx_RD = _run(params, group_sizes_E, num_rows, carry, body)
-    return {k: g.astype(params[k].dtype) for k, g in dparams.items()}, dx_RD
+    carry = _run(stack, group_sizes_E, num_rows, (dparams, dx_RD, dweight_R1), body)
+    dparams, dx_RD, dweight_R1 = carry
+    dparams = {k: g.astype(stack[k].dtype) for k, g in dparams.items()}
+    return dparams, dx_RD, dweight_R1[:, 0]
 
 
-def _run(params, group_sizes_E, num_rows, carry, body):
-    num_experts, d_model, width = params["w_up"].shape
+class _Zeros:
+    """Arrays of zeros for loops to write into, each of its own: of a constant, XLA would make one array for
+    all layers and copy it into every loop. So the zero is one that it does not know to be zero."""
+
+    def __init__(self, group_sizes_E, axes):
+        self._zero_E, self._axes, self._count = jnp.minimum(group_sizes_E, 0), axes, 0
+
+    def __call__(self, shape, dtype):
+        zero = self._zero_E[self._count % self._zero_E.shape[0]]
+        self._count += 1
+        return vary(jnp.broadcast_to(zero.astype(dtype), shape), self._axes)
+
+
+def _read(windows, x_TD, weight_R, token_R):
+    """(S, C, D) tokens of the windows' rows and (S, C) weights; rows that are not theirs repeat a token
+    that has an expert, with weight 0."""
+    some = token_R[windows[0].start]  # of the longest window of the set: not empty
+
+    def read(a_R, window, other):
+        a_C = jax.lax.dynamic_slice_in_dim(a_R, window.at, window.mine.shape[0])
+        return jnp.where(window.mine[:, 0], a_C, other)
+
+    token_SC = jnp.stack([read(token_R, w, some) for w in windows])
+    weight_SC = jnp.stack([read(weight_R, w, 0) for w in windows])
+    return x_TD.at[token_SC].get(mode="promise_in_bounds"), weight_SC
+
+
+def _run(stack, group_sizes_E, num_rows, carry, body):
+    _, d_model, width = stack["w_up"].shape
     if num_rows == 0:
         return carry
-    at_once = win.windows_at_once(num_experts, d_model * width)
+    at_once = win.windows_at_once(group_sizes_E.shape[0], d_model * width)
     return win.for_each_set(group_sizes_E, num_rows, at_once, carry, body)
 
 
@@ -88,11 +139,17 @@ def _project(params_S, x_SCD):
     return tuple(jnp.split(both, len(names), axis=2))
 
 
-def _finish(params_S, inputs, act, limit):
-    """From the activation's inputs to the result."""
+def _finish(params_S, inputs, weight_SC, act, limit):
+    """From the activation's inputs to the weighted result. The weight meets the hidden values, which are
+    fewer than the result's, in its own precision."""
     gate = inputs[0] if act.gated else None
-    y_SCD = _batched_rows(act.apply(gate, inputs[-1], limit), params_S["w_down"])
-    return y_SCD + params_S["b_down"][:, None] if "b_down" in params_S else y_SCD
+    hidden_SCF = act.apply(gate, inputs[-1], limit)
+    hidden_SCF = (hidden_SCF * weight_SC[..., None]).astype(hidden_SCF.dtype)
+    y_SCD = _batched_rows(hidden_SCF, params_S["w_down"])
+    if "b_down" not in params_S:
+        return y_SCD
+    bias_SCD = params_S["b_down"][:, None] * weight_SC[..., None]
+    return y_SCD + bias_SCD.astype(y_SCD.dtype)
 
 
 def _batched_rows(x_SCD, w_SDF):

@@ -9,16 +9,16 @@ import pytest
 from jax.sharding import AxisType, PartitionSpec
 
 from moejax.config import CHOICES, MoEConfig
-from moejax.moe.dispatch.dropless import dropless, sort_routes
+from moejax.moe.dispatch.dropless import dropless
 from moejax.moe.experts import (
     ACTIVATIONS,
-    expert_ffn,
     expert_ffn_slots,
     expert_param_specs,
     ffn,
     ffn_param_specs,
 )
 from moejax.moe.routing import Routing
+from moejax.moe.rows import sort_routes
 from moejax.params import init_params
 
 E, D, F, T, K = 6, 8, 5, 24, 3
@@ -251,7 +251,8 @@ def test_slots_and_single_ffn(activation, bias):
     # A slice of the experts is a set of experts.
     part = {k: v[1:3] for k, v in params.items()}
     rows = f32(x_ECD)[1:3].reshape(8, D)
-    got = expert_ffn(f32(part), rows, jnp.asarray([4, 4]), moe)
+    routing = Routing(jnp.repeat(jnp.arange(2), 4)[:, None], jnp.ones((8, 1)))
+    got, _ = dropless(f32(part), rows, routing, moe)
     np.testing.assert_allclose(got, want[1:3].reshape(8, D), atol=atol)
 
 

@@ -26,9 +26,10 @@ from jax.sharding import PartitionSpec
 
 from moejax import axes
 from moejax.config import MoEConfig
-from moejax.moe.dispatch.dropless import combine, dispatch, dropless, sort_routes
+from moejax.moe.dispatch.dropless import dropless
 from moejax.moe.experts import Params, expert_param_specs
 from moejax.moe.routing import Routing
+from moejax.moe.rows import SortedRoutes, sort_routes, to_rows, to_tokens
 from moejax.moe.varying import vary, vary_together, varying_axes
 from moejax.sharding import Layout
 
@@ -146,33 +147,35 @@ def _ring(params_e, x_tD, routing_tK, cfg, experts: Axes, batch: Axes):
 
 
 def _all_to_all(params_e, x_tD, routing_tK, cfg, experts: Axes):
-    """Send rows to the devices of their experts, compute, send back, combine where they came from."""
+    """Send rows and their weights to the devices of their experts, compute, send back, sum where they
+    came from."""
     held = params_e["w_down"].shape[0]
     num_tokens, k = routing_tK.expert_index_TK.shape
     balanced = num_tokens * k * held / cfg.num_experts
     size = _rows(cfg, num_tokens * min(k, held), balanced)
-    route_R, row_tK, send_Pe, dropped = _pack(routing_tK.expert_index_TK, held, cfg, size)
+    routes, send_Pe, dropped = _pack(routing_tK.expert_index_TK, held, cfg, size)
     receive_Pe = jax.lax.all_to_all(send_Pe, experts, 0, 0, tiled=True)
     # Chunk p of what arrives holds peer p's rows, sorted by expert: the counts say which is whose.
     end_Pe = jnp.cumsum(receive_Pe, axis=1)
     expert_PC = (jnp.arange(size)[None, :, None] >= end_Pe[:, None]).sum(axis=2, dtype=jnp.int32)
     expert_R1 = jnp.where(expert_PC < held, expert_PC, -1).reshape(-1, 1)
-    x_RD = dispatch(*vary_together(x_tD, route_R, row_tK))
+    weight_r1 = routing_tK.combine_weights_TK.reshape(-1, 1)
+    x_tD, weight_r1, routes = vary_together(x_tD, weight_r1, routes)
+    x_RD = to_rows(x_tD, routes)
+    weight_R1 = to_rows(weight_r1, routes.one_by_one())
     send_P, receive_P = send_Pe.sum(axis=1), receive_Pe.sum(axis=1)
     x_RD = exchange(*vary_together(x_RD, send_P, receive_P), experts)
-    one_R1 = jnp.ones(expert_R1.shape, routing_tK.combine_weights_TK.dtype)
-    y_RD, _ = dropless(params_e, x_RD, Routing(expert_R1, one_R1), cfg)
+    weight_R1 = exchange(*vary_together(weight_R1, send_P, receive_P), experts)
+    y_RD, _ = dropless(params_e, x_RD, Routing(expert_R1, weight_R1), cfg)
     y_RD = exchange(*vary_together(y_RD, receive_P, send_P), experts)
-    weights_tK = routing_tK.combine_weights_TK
-    return combine(*vary_together(y_RD, weights_tK, route_R, row_tK)), dropped
+    return to_tokens(*vary_together(y_RD, routes)), dropped
 
 
 def _pack(index_tK, held: int, cfg: MoEConfig, size: int):
     """Where each route lies in a buffer of one chunk of `size` rows for every device.
 
     Returns:
-      route_R: the route of every row, T K where it is empty.
-      row_tK: the row of every route, R where it has none.
+      routes: the rows of all chunks; some are empty.
       send_Pe: rows for each device and each of its experts.
       dropped: routes that found no row.
     """
@@ -192,7 +195,7 @@ def _pack(index_tK, held: int, cfg: MoEConfig, size: int):
     route_PC = jnp.where(filled_PC, routes.route_R[sorted_PC], index_tK.size)
     worst = index_tK.shape[0] * min(index_tK.shape[1], held)
     dropped = jnp.zeros((), jnp.int32) if size >= worst else (wanted_Pe - send_Pe).sum()
-    return route_PC.reshape(-1), row_tK, send_Pe, dropped
+    return SortedRoutes(route_PC.reshape(-1), row_tK, routes.group_sizes_E), send_Pe, dropped
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))

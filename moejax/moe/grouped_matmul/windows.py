@@ -22,13 +22,14 @@ class Window(NamedTuple):
 
     Attributes:
       expert: the expert.
-      at: first row to read or write, `mine.shape[0]` rows from there. Not always the window's own
-        first
-        row: near the end of the array it is moved up, so that the rows exist.
+      start: its first row.
+      at: first row to read or write, `mine.shape[0]` rows from there. Not always `start`: near the end
+        of the array it is moved up, so that the rows exist.
       mine: (C, 1) boolean, the rows among those that belong to the window.
     """
 
     expert: jax.Array
+    start: jax.Array
     at: jax.Array
     mine: jax.Array
 
@@ -65,7 +66,7 @@ def for_each_set(
       num_rows: R > 0, of the arrays that the body reads and writes.
       at_once: windows per set; some may be empty (no row is `mine`).
       init: the carry; it must have the varying type (`moejax.moe.varying`) of the body's result.
-      body: called once for each static length.
+      body: called once for each static length; the first window of a set is its longest, and not empty.
     """
     lengths = static_lengths(num_rows, group_sizes_E.shape[0])
     expert_GS, start_GS, rows_GS = _cut(group_sizes_E, num_rows, lengths[-1], at_once)
@@ -81,7 +82,9 @@ def for_each_set(
                 at = jnp.minimum(start_GS[g, s], num_rows - length)
                 row_C = at + jnp.arange(length, dtype=jnp.int32)
                 mine_C = (row_C >= start_GS[g, s]) & (row_C < start_GS[g, s] + rows_GS[g, s])
-                windows.append(Window(expert_GS[g, s], at, mine_C[:, None]))
+                windows.append(
+                    Window(expert_GS[g, s], start_GS[g, s], at, mine_C[:, None])
+                )
             return body(carry, windows)
 
         carry = jax.lax.fori_loop(longer[i + 1], longer[i], step, carry)
@@ -135,10 +138,12 @@ def write_rows(y_RD: jax.Array, y_SCD: jax.Array, windows: Sequence[Window]) -> 
     return y_RD
 
 
-def read_experts(w_E: jax.Array, windows: Sequence[Window], dtype: Any) -> jax.Array:
-    """(S, ...) the parameter of each window's expert, as `dtype`."""
+def read_experts(
+    w_E: jax.Array, windows: Sequence[Window], dtype: Any, first: jax.Array | int = 0
+) -> jax.Array:
+    """(S, ...) the parameter of each window's expert, as `dtype`; `first` is the index of expert 0."""
     return jnp.stack(
-        [jax.lax.dynamic_index_in_dim(w_E, w.expert, keepdims=False) for w in windows]
+        [jax.lax.dynamic_index_in_dim(w_E, first + w.expert, keepdims=False) for w in windows]
     ).astype(dtype)
 
 
