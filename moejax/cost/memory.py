@@ -131,6 +131,8 @@ def training(
     gathered = [p for p in arch.parts if mesh.gathers(p) > 1]
     layer = [p.total / arch.num_layers / mesh.shards(p) * mesh.gathers(p) for p in gathered]
     cast += 2 * b * max(layer, default=0.0)
+    if cfg.remat == "none":  # the backward pass keeps the gathered experts of every layer
+        cast += sum(b * p.total / mesh.shards(p) * mesh.gathers(p) for p in gathered if p.experts)
     tokens = micro_batch * seq_len / mesh.batch
     kept = _activations(cfg, tokens, seq_len, mesh)
     # All that the backward pass needs and the optimiser does not.
@@ -182,7 +184,10 @@ def layer_bytes(cfg: ModelConfig, seq_len: int, mesh: MeshSizes) -> float:
     moe = 0.0
     if m.num_experts:
         inputs = 1 if m.activation in UNGATED else 2
-        moe += b * rows_per_token(cfg, mesh) * (2 * d + inputs * m.d_expert / tensor)
+        moe += b * rows_per_token(cfg, mesh) * inputs * m.d_expert / tensor
+        if mesh.peers > 1:  # tokens of the peers; or their rows, and the results for one's own
+            ring = m.expert_parallel == "ring"
+            moe += b * d * (mesh.peers if ring else 2 * rows_per_token(cfg, mesh))
         moe += b * 6 * m.shared_width / tensor + b * into * d * bool(m.shared_width)
         moe += wide * (d + m.num_experts * (m.experts_per_token + 1))
     share = cfg.num_moe_layers / cfg.num_layers
@@ -207,8 +212,8 @@ def _in_flight(
 ) -> float:
     """The fullest of three moments, beside weights, gradients and activations.
 
-    In a layer's backward pass: what that layer keeps, and the gradients of its experts (several
-    times: they are summed up, and copied into their stack). In the loss: one chunk's logits,
+    In a layer's backward pass: what that layer keeps, the gradient of its rows, and the gradients of its
+    experts (several times: they are summed up, and copied into their stack). In the loss: one chunk's logits,
     probabilities and gradient, in float32. In the optimiser: new weights and moments beside the
     old, while the `passing` bytes (activations and what else it has no use for) are gone.
     """
@@ -216,7 +221,8 @@ def _in_flight(
     parts = (*arch.parts, *arch.mtp)
     experts = 4 * sum(p.total / mesh.shards(p) for p in parts if p.experts)
     one = experts / max(cfg.num_moe_layers + cfg.mtp_depth, 1)
-    layer = tokens * layer_bytes(cfg, seq_len, mesh) + 3 * one + 0.4 * experts
+    rows = tokens * rows_per_token(cfg, mesh) * BYTES[cfg.dtype] * cfg.d_model if experts else 0.0
+    layer = tokens * layer_bytes(cfg, seq_len, mesh) + rows + 3 * one + 0.4 * experts
     at_once = min(tokens, max(1.0, cfg.tokens_of_logits / mesh.batch))
     logits = 3 * 4 * at_once * cfg.vocab_size / mesh.tensor
     update = 1.4 * 4 * sum(p.total / mesh.shards(p) for p in parts) - passing

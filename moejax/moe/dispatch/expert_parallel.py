@@ -147,8 +147,7 @@ def _ring(params_e, x_tD, routing_tK, cfg, experts: Axes, batch: Axes):
 
 
 def _all_to_all(params_e, x_tD, routing_tK, cfg, experts: Axes):
-    """Send rows and their weights to the devices of their experts, compute, send back, sum where they
-    came from."""
+    """Send rows to the devices of their experts, compute, send back, weigh and sum where they came from."""
     held = params_e["w_down"].shape[0]
     num_tokens, k = routing_tK.expert_index_TK.shape
     balanced = num_tokens * k * held / cfg.num_experts
@@ -159,16 +158,18 @@ def _all_to_all(params_e, x_tD, routing_tK, cfg, experts: Axes):
     end_Pe = jnp.cumsum(receive_Pe, axis=1)
     expert_PC = (jnp.arange(size)[None, :, None] >= end_Pe[:, None]).sum(axis=2, dtype=jnp.int32)
     expert_R1 = jnp.where(expert_PC < held, expert_PC, -1).reshape(-1, 1)
-    weight_r1 = routing_tK.combine_weights_TK.reshape(-1, 1)
-    x_tD, weight_r1, routes = vary_together(x_tD, weight_r1, routes)
-    x_RD = to_rows(x_tD, routes)
-    weight_R1 = to_rows(weight_r1, routes.one_by_one())
+    x_tD, weight_r1, routes = vary_together(
+        x_tD, routing_tK.combine_weights_TK.reshape(-1, 1), routes
+    )
     send_P, receive_P = send_Pe.sum(axis=1), receive_Pe.sum(axis=1)
-    x_RD = exchange(*vary_together(x_RD, send_P, receive_P), experts)
-    weight_R1 = exchange(*vary_together(weight_R1, send_P, receive_P), experts)
-    y_RD, _ = dropless(params_e, x_RD, Routing(expert_R1, weight_R1), cfg)
+    x_RD = exchange(*vary_together(to_rows(x_tD, routes), send_P, receive_P), experts)
+    one_R1 = jnp.ones(expert_R1.shape, weight_r1.dtype)
+    y_RD, _ = dropless(params_e, x_RD, Routing(expert_R1, one_R1), cfg)
     y_RD = exchange(*vary_together(y_RD, receive_P, send_P), experts)
-    return to_tokens(*vary_together(y_RD, routes)), dropped
+    # Weighed at home: sending the weights along would cost two more exchanges, there and back.
+    y_RD = y_RD * to_rows(weight_r1, routes.one_by_one())
+    y_tD = to_tokens(*vary_together(y_RD, routes))
+    return y_tD.astype(x_tD.dtype), dropped
 
 
 def _pack(index_tK, held: int, cfg: MoEConfig, size: int):
