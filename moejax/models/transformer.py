@@ -200,8 +200,11 @@ def run_blocks(x_BSD, layers: LayerInput, cfg: ModelConfig, where, *, cache=None
 
     def body(carry, layer):
         x, kv = carry
-        here = {} if experts is None else {"stack": (experts, layer.index - layers.index[0])}
-        x, kv, aux = block(x, layer, cfg, where, cache=kv, **args, **here)
+        if experts is None:
+            x, kv, aux = block(x, layer, cfg, where, cache=kv, **args)
+        else:
+            stack = (experts, layer.index - layers.index[0])
+            x, kv, aux = block(x, layer, cfg, where, cache=kv, stack=stack, **args)
         return (x, kv), aux
 
     listed = isinstance(layers.params, list)

@@ -82,9 +82,7 @@ def for_each_set(
                 at = jnp.minimum(start_GS[g, s], num_rows - length)
                 row_C = at + jnp.arange(length, dtype=jnp.int32)
                 mine_C = (row_C >= start_GS[g, s]) & (row_C < start_GS[g, s] + rows_GS[g, s])
-                windows.append(
-                    Window(expert_GS[g, s], start_GS[g, s], at, mine_C[:, None])
-                )
+                windows.append(Window(expert_GS[g, s], start_GS[g, s], at, mine_C[:, None]))
             return body(carry, windows)
 
         carry = jax.lax.fori_loop(longer[i + 1], longer[i], step, carry)
