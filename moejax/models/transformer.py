@@ -200,11 +200,8 @@ def run_blocks(x_BSD, layers: LayerInput, cfg: ModelConfig, where, *, cache=None
 
     def body(carry, layer):
         x, kv = carry
-        if experts is None:
-            x, kv, aux = block(x, layer, cfg, where, cache=kv, **args)
-        else:
-            stack = (experts, layer.index - layers.index[0])
-            x, kv, aux = block(x, layer, cfg, where, cache=kv, stack=stack, **args)
+        stack = None if experts is None else (experts, layer.index - layers.index[0])
+        x, kv, aux = block(x, layer, cfg, where, cache=kv, stack=stack, **args)
         return (x, kv), aux
 
     listed = isinstance(layers.params, list)
