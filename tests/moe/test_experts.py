@@ -227,6 +227,50 @@ def test_dropless_in_shard_map():
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=2e-5), got, want)
 
 
+def test_tokens_without_experts_are_not_read():
+    """They may hold anything: NaN there reaches no value and no gradient."""
+    moe, params = _config(bias=True), jax.tree.map(jnp.float32, _params(_config(bias=True)))
+    index_TK, weights_TK = _routes("with empty slots")
+    x = jnp.asarray(np.random.default_rng(3).normal(size=(T, D)), jnp.float32)
+    routing = Routing(jnp.asarray(index_TK), jnp.asarray(weights_TK, jnp.float32))
+
+    @jax.jit
+    @functools.partial(jax.grad, argnums=(0, 1), has_aux=True)
+    def gradients(params, x):
+        y, _ = dropless(params, x, routing, moe)
+        return jnp.sum(y**2), y
+
+    got, want = gradients(params, x.at[3].set(jnp.nan)), gradients(params, x)
+    jax.tree.map(np.testing.assert_array_equal, got, want)
+
+
+@pytest.mark.parametrize("index", [0, 2])
+def test_experts_read_in_the_stack_of_layers(index):
+    """The same values, and the whole gradient goes to the slice."""
+    moe = _config(bias=True)
+    layers = [jax.tree.map(jnp.float32, _params(moe, seed)) for seed in range(3)]
+    stacked = jax.tree.map(lambda *a: jnp.stack(a), *layers)
+    index_TK, weights_TK = _routes("uniform")
+    routing = Routing(jnp.asarray(index_TK), jnp.asarray(weights_TK, jnp.float32))
+    x = jnp.asarray(np.random.default_rng(3).normal(size=(T, D)), jnp.float32)
+
+    @jax.jit
+    def alone(params):
+        return jnp.sum(dropless(params, x, routing, moe)[0] ** 2)
+
+    @jax.jit
+    def in_the_stack(stacked, i):
+        params = jax.tree.map(lambda a: a[index], stacked)
+        return jnp.sum(dropless(params, x, routing, moe, stack=(stacked, i))[0] ** 2)
+
+    want, dparams = jax.value_and_grad(alone)(layers[index])
+    got, dstack = jax.value_and_grad(in_the_stack)(stacked, jnp.int32(index))
+    np.testing.assert_allclose(got, want, rtol=1e-6)  # one rounding of a float32 sum
+    for k, g in dstack.items():
+        np.testing.assert_allclose(g[index], dparams[k], rtol=1e-5, atol=1e-5)
+        assert not np.any(np.delete(g, index, axis=0))
+
+
 def test_sort_routes_is_stable():
     routes = sort_routes(jnp.asarray([[2, 0], [-1, 2], [0, -1]], jnp.int32), 3)
     np.testing.assert_array_equal(routes.route_R, [1, 4, 0, 3, 2, 5])
