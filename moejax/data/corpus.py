@@ -6,6 +6,7 @@ on the same side, in every domain, whatever order the files come in: nothing hel
 
 import dataclasses
 import hashlib
+import json
 import sys
 from collections.abc import Iterable, Iterator
 
@@ -25,7 +26,7 @@ class Corpus:
         same order, and the position of a domain in it is the number that batches carry as `domain`.
       weights: sampling weight of each domain, in that order; they sum to 1.
       manifest: what was read, for the record of a run (JSON-serialisable): the Python version, a
-        sha256 of all content, sizes of each domain, and every file with its documents and bytes.
+        sha256 of all content and of each domain's, its size, and every file with its documents and bytes.
     """
 
     train: dict[str, Documents]
@@ -180,23 +181,25 @@ def _num_bytes(documents: Iterable[Document]) -> int:
 
 
 def _manifest(cfg, train, validation, weights) -> dict:
-    content = hashlib.sha256()
+    content = {name: hashlib.sha256() for name in train}
     files: dict[tuple[str, str], dict] = {}
     for domain, document in _all_documents(train, validation):
-        content.update(domain.encode() + b"\0" + _digest(document))
+        content[domain].update(_digest(document))
         entry = files.setdefault(
             (domain, document.file),
             {"domain": domain, "file": document.file, "documents": 0, "bytes": 0},
         )
         entry["documents"] += 1
         entry["bytes"] += len(document.text.encode())
+    sums = {name: h.hexdigest() for name, h in content.items()}
     return {
         "python": sys.version.split()[0],
         "sources": list(cfg.sources),
-        "sha256": content.hexdigest(),
+        "sha256": hashlib.sha256(json.dumps(sums).encode()).hexdigest(),
         "bytes": sum(f["bytes"] for f in files.values()),
         "domains": {
             name: {
+                "sha256": sums[name],
                 "weight": weight,
                 "train_documents": len(train[name]),
                 "train_bytes": _num_bytes(train[name]),

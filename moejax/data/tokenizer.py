@@ -8,7 +8,6 @@ import codecs
 import json
 import os
 import pathlib
-import tempfile
 from collections.abc import Iterable, Iterator
 from typing import Protocol
 
@@ -21,6 +20,7 @@ from moejax.data.corpus import Corpus
 from moejax.data.sources import DataError
 
 FILE_NAME = "tokenizer.json"
+MOST_TOKENS = 2**24  # an id beyond this is a mistake: published vocabularies stay below 2^19
 SEPARATOR, PADDING = "<|endoftext|>", "<|pad|>"
 # BPE learns from at most this much text of the training documents: a few seconds on one core.
 BPE_TRAINING_BYTES = 6_000_000
@@ -95,7 +95,7 @@ class JsonTokenizer:
     """A tokenizer.json of the `tokenizers` library.
 
     Args:
-      text: the content of the file.
+      text: the content of the file, which is kept.
       name: how error messages call it.
     """
 
@@ -107,13 +107,18 @@ class JsonTokenizer:
             raise DataError(
                 f"{name}: not a tokenizer.json of the `tokenizers` library ({e})"
             ) from e
+        self.text = text
         # A text may spell a special token; it is text all the same.
         self._tokenizer.encode_special_tokens = True
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
-        self._byte_level = "ByteLevel" in json.dumps(described["decoder"])
+        self._byte_level = "ByteLevel" in json.dumps(described.get("decoder"))
         vocab = self._tokenizer.get_vocab(with_added_tokens=True)
-        self.vocab_size = max(vocab.values()) + 1
+        self.vocab_size = max(vocab.values(), default=-1) + 1
+        if not 0 < self.vocab_size <= MOST_TOKENS:
+            raise DataError(
+                f"{name}: {self.vocab_size:,} token ids; 1 to {MOST_TOKENS:,} are supported"
+            )
         self.eos_id = self._find(_EOS_NAMES, described, name)
         self.bos_id = self._find(_BOS_NAMES, described, name, self.eos_id)
         self.pad_id = self._find(_PAD_NAMES, described, name, self.eos_id)
@@ -121,7 +126,7 @@ class JsonTokenizer:
         self.token_bytes_V = _lengths(self.pieces)
 
     def _find(self, names, described, file, default: int | None = None) -> int:
-        special = {t["content"]: t["id"] for t in described["added_tokens"] if t["special"]}
+        special = {t["content"]: t["id"] for t in _added(described) if t["special"]}
         for token in names:
             if token in special:
                 return special[token]
@@ -161,12 +166,12 @@ def load_tokenizer(
 ) -> Tokenizer:
     """The tokenizer of a run: `cfg.tokenizer` = 'byte', 'bpe', or the path of a tokenizer.json.
 
-    'bpe' and a path are kept as workdir/tokenizer.json and read from there ever after, so that a
-    run can be resumed, evaluated and moved without the corpus or the original file.
+    'bpe' and a path are kept as workdir/tokenizer.json (`kept_files`) and read from there ever after, so
+    that a run can be resumed, evaluated and moved without the corpus or the original file.
 
     Args:
       corpus: trains the BPE; not needed once workdir/tokenizer.json exists.
-      workdir: None to keep nothing.
+      workdir: of the run, which may not exist yet; nothing is written.
 
     Raises:
       DataError: no such file, another tokenizer in workdir, nothing to train on.
@@ -185,9 +190,12 @@ def load_tokenizer(
             f"{saved} has {tokenizer.vocab_size} tokens, more than data.vocab_size="
             f"{cfg.vocab_size}: it belongs to another config; use its size, or another workdir"
         )
-    if saved is not None and kept is None:
-        _write(saved, text)
     return tokenizer
+
+
+def kept_files(tokenizer: Tokenizer) -> dict[str, str]:
+    """What a run keeps of its tokenizer: name -> text."""
+    return {FILE_NAME: tokenizer.text} if isinstance(tokenizer, JsonTokenizer) else {}
 
 
 def train_bpe(corpus: Corpus | None, vocab_size: int) -> str:
@@ -258,14 +266,6 @@ def _read(path: pathlib.Path) -> str:
         raise DataError(f"{path}: not a readable tokenizer.json ({e})") from e
 
 
-def _write(path: pathlib.Path, text: str) -> None:
-    """Whole or not at all: a killed run must not leave half a tokenizer."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=path.parent, delete=False) as f:
-        f.write(text)
-    os.replace(f.name, path)
-
-
 def _bytes(pieces: list[bytes], ids: Iterable[int]) -> bytes:
     """The bytes of ids. A model may be wider than its tokenizer: ids beyond it stand for nothing."""
     return b"".join(pieces[i] for i in ids if i < len(pieces))
@@ -283,10 +283,15 @@ def _byte_alphabet() -> dict[str, int]:
     return {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}
 
 
+def _added(described: dict) -> list[dict]:
+    """The tokens beside the model's own vocabulary; `tokenizers` has checked their fields."""
+    return described.get("added_tokens") or []
+
+
 def _pieces(described: dict, vocab: dict[str, int], size: int, byte_level: bool) -> list[bytes]:
     """The bytes of every id; ids without a token stand for nothing."""
     alphabet = _byte_alphabet()
-    added = {t["content"]: t for t in described["added_tokens"]}
+    added = {t["content"]: t for t in _added(described)}
     pieces = [b""] * size
     for token, i in vocab.items():
         if token in added:

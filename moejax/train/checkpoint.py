@@ -4,7 +4,8 @@ A step's folder holds three items:
 
     model      {params, router_state}: all that evaluation, generation and export need
     training   {step, opt_state, skipped, bad_in_a_row}; an imported model has none
-    meta       JSON: the config, and the position in the data (null for an imported model)
+    meta       JSON: the config, the position in the data (null for an imported model), and a checksum of
+               each of the other two
 
 Arrays are read straight onto the shards of the mesh at hand, whatever mesh and number of processes wrote
 them. Nothing is pickled.
@@ -14,10 +15,11 @@ import contextlib
 import json
 import pathlib
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
 from moejax.config import ConfigError, ExperimentConfig, to_json
@@ -25,9 +27,10 @@ from moejax.params import path_name
 from moejax.sharding import Layout
 from moejax.train.state import TrainState, abstract_state, state_of_model, state_shardings
 
-# What orbax and tensorstore raise for files that are cut, emptied or gone.
-UNREADABLE = (ValueError, OSError, KeyError, json.JSONDecodeError)
+CONFIG = "config.json"
 
+# What orbax and tensorstore raise for files that are cut, emptied or gone; a bare Exception too.
+UNREADABLE = (ValueError, OSError, KeyError)
 
 # Pieces of an array that is not packed.
 PIECE_BYTES = 64 * 2**20
@@ -73,7 +76,11 @@ class Checkpoints:
         self.wait()
 
     def _save(self, step: int, data_state: dict | None, **items) -> None:
-        meta = {"config": json.loads(to_json(self.cfg)), "data": data_state}
+        meta = {
+            "config": json.loads(to_json(self.cfg)),
+            "data": data_state,
+            "checksums": {name: int(checksum(item)) for name, item in items.items()},
+        }
         piece = ocp.SaveArgs(chunk_byte_size=None if self.packed else PIECE_BYTES)
         args = {
             name: ocp.args.StandardSave(item, save_args=jax.tree.map(lambda _: piece, item))
@@ -123,12 +130,14 @@ class Checkpoints:
                 return step, jax.block_until_ready(read(step))
             except ConfigError:
                 raise
-            except UNREADABLE as e:
+            except Exception as e:
+                if not isinstance(e, UNREADABLE) and type(e) is not Exception:
+                    raise  # no memory, say: not the file's fault
                 rest = (
                     f"falling back to step {steps[i + 1]}" if i + 1 < len(steps) else "none is left"
                 )
                 warnings.warn(
-                    f"checkpoint {self.folder / str(step)} cannot be read ({type(e).__name__}); {rest}",
+                    f"checkpoint {self.folder / str(step)} cannot be read ({_reason(e)}); {rest}",
                     stacklevel=3,
                 )
         if steps:
@@ -139,14 +148,15 @@ class Checkpoints:
         return None
 
     def _read_state(self, step: int, layout: Layout | None) -> tuple[TrainState, dict | None]:
-        meta_args = ocp.args.Composite(meta=ocp.args.JsonRestore())
-        data_state = self.manager.restore(step, args=meta_args)["meta"]["data"]
+        meta = self._read_meta(step)
+        data_state = meta["data"]
         params, router_state = self._read_model(step, layout)
         if data_state is None:
             return state_of_model(self.cfg, params, router_state, layout), None
         _, training = _split(self._abstract(layout))
         args = ocp.args.Composite(training=ocp.args.StandardRestore(training))
         training = self.manager.restore(step, args=args)["training"]
+        _verify(training, meta, "training")
         return TrainState(params=params, router_state=router_state, **training), data_state
 
     def _read_model(
@@ -159,7 +169,12 @@ class Checkpoints:
         model = _fit(model, stored.tree, self.folder / str(step), stored_dtype)
         args = ocp.args.Composite(model=ocp.args.StandardRestore(model))
         out = self.manager.restore(step, args=args)["model"]
+        _verify(out, self._read_meta(step), "model")
         return out["params"], out["router_state"]
+
+    def _read_meta(self, step: int) -> dict:
+        args = ocp.args.Composite(meta=ocp.args.JsonRestore())
+        return self.manager.restore(step, args=args)["meta"]
 
     def _abstract(self, layout: Layout | None) -> TrainState:
         return jax.tree.map(
@@ -200,6 +215,35 @@ def _split(state: TrainState) -> tuple[dict, dict]:
     """The items 'model' and 'training' of a state."""
     fields = state._asdict()
     return {name: fields.pop(name) for name in ("params", "router_state")}, fields
+
+
+@jax.jit
+def checksum(tree) -> jax.Array:
+    """The sum of all 32-bit words modulo 2^32: the same on any mesh, and changed by any damaged word.
+
+    Narrower floats count as the float32 that they are, so that a model read in float32 has the checksum
+    with which it was saved in bfloat16.
+    """
+
+    def one(a):
+        if jnp.issubdtype(a.dtype, jnp.floating):
+            a = a.astype(jnp.promote_types(a.dtype, jnp.float32))
+        return jnp.sum(jax.lax.bitcast_convert_type(a, jnp.uint32), dtype=jnp.uint32)
+
+    return sum(map(one, jax.tree.leaves(tree)), jnp.uint32(0))
+
+
+def _verify(tree, meta: dict, item: str) -> None:
+    """ValueError if arrays are not those that were saved (as far as checksums were saved with them)."""
+    saved = meta.get("checksums", {}).get(item)
+    if saved is not None and int(checksum(tree)) != saved:
+        raise ValueError(f"checksum of its {item} differs: damaged data")
+
+
+def _reason(e: Exception) -> str:
+    """The kind of an error and the first words of what it says."""
+    lines = str(e).strip().splitlines() or [""]
+    return f"{type(e).__name__}: {lines[0][:100]}"
 
 
 def _fit(ours: dict, stored: dict, folder: pathlib.Path, stored_dtype: bool) -> dict:
@@ -273,14 +317,10 @@ def check_workdir(workdir: pathlib.Path, cfg: ExperimentConfig) -> None:
     What is in FREE may differ: a run can be prolonged, and go on on other devices. An imported model that
     was not trained here yet may be trained on any data in any way.
     """
-    path = workdir / "config.json"
-    if not path.exists():
+    if not (workdir / CONFIG).exists():
         return
     free = FREE + (FREE_ONCE_IMPORTED if _only_imported(workdir) else ())
-    try:
-        theirs = json.loads(path.read_text())
-    except json.JSONDecodeError as e:
-        raise ConfigError(f"{path} is not JSON: {e}; restore it, or use another --workdir") from e
+    theirs = read_config_values(workdir)
     lines = _differences(theirs, json.loads(to_json(cfg)), "", free)
     if lines:
         raise ConfigError(
@@ -290,21 +330,48 @@ def check_workdir(workdir: pathlib.Path, cfg: ExperimentConfig) -> None:
         )
 
 
-def claim_workdir(workdir: pathlib.Path, cfg: ExperimentConfig) -> None:
-    """Write the config into the workdir, after `check_workdir`."""
+def read_config_values(workdir: pathlib.Path) -> dict:
+    """What config.json of a run holds. Raises ConfigError if there is none, or it is damaged."""
+    path = workdir / CONFIG
+    if not path.exists():
+        raise ConfigError(f"{workdir} is not the folder of a run: it has no {CONFIG}")
+    try:
+        values = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError) as e:
+        raise ConfigError(f"{path} is not JSON: {e}; restore it, or use another --workdir") from e
+    if not isinstance(values, dict) or not values.keys() >= {"model", "data"}:
+        raise ConfigError(
+            f"{path} is not the config of a run; restore it, or use another --workdir"
+        )
+    return values
+
+
+def claim_workdir(
+    workdir: pathlib.Path, cfg: ExperimentConfig, files: Mapping[str, str] | None = None
+) -> None:
+    """Write the config, and what else belongs to a run (name -> text), after `check_workdir`."""
     check_workdir(workdir, cfg)
     try:
         workdir.mkdir(parents=True, exist_ok=True)
-        part = workdir / "config.json.part"  # a killed run must not leave half a config
-        part.write_text(to_json(cfg))
-        part.replace(workdir / "config.json")
+        for name, text in {CONFIG: to_json(cfg), **(files or {})}.items():
+            part = workdir / f"{name}.part"  # a killed run must not leave half a file
+            part.write_text(text, "utf-8")
+            part.replace(workdir / name)
     except OSError as e:
         raise ConfigError(f"--workdir={workdir} cannot be written: {e.strerror}") from e
 
 
+def is_trained(workdir: pathlib.Path) -> bool:
+    """Whether there is a checkpoint of training: an imported model is step 0, which training never saves."""
+    return any(p.name != "0" for p in _steps(workdir))
+
+
 def _only_imported(workdir: pathlib.Path) -> bool:
-    """Whether the only checkpoint is an imported model: training never saves a step 0."""
-    return [p.name for p in workdir.glob("checkpoints/[0-9]*")] == ["0"]
+    return bool(_steps(workdir)) and not is_trained(workdir)
+
+
+def _steps(workdir: pathlib.Path) -> list[pathlib.Path]:
+    return list(workdir.glob("checkpoints/[0-9]*"))
 
 
 def _differences(old, new, key: str, free: tuple[str, ...]) -> list[str]:

@@ -71,7 +71,8 @@ def _finish(workdir: pathlib.Path, results: dict, steps: int, with_report: bool)
         print(f"moejax report --workdir={workdir} makes a page of pictures of the run")
         return
     path, samples = write_report(workdir)
-    print(
-        f"A held-out beginning | and how the model goes on:\n{samples[0].prompt} | {samples[0].text}\n"
-    )
+    for sample in samples[:1]:
+        print(
+            f"A held-out beginning | and how the model goes on:\n{sample.prompt} | {sample.text}\n"
+        )
     print(f"report: {path}")

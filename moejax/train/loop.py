@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import pathlib
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -11,15 +12,24 @@ from tqdm import tqdm
 
 from moejax.config import ConfigError, ExperimentConfig
 from moejax.cost.receipt import RunPlan, model_flops_per_token, plan_run
-from moejax.data import Tokenizer, load_corpus, load_tokenizer, train_iterator, validation_batches
+from moejax.data import (
+    Tokenizer,
+    kept_files,
+    load_corpus,
+    load_tokenizer,
+    train_iterator,
+    validation_batches,
+)
 from moejax.params import count
 from moejax.sharding import Layout, make_layout, make_mesh
 from moejax.train import processes
-from moejax.train.checkpoint import Checkpoints, check_workdir, claim_workdir
+from moejax.train.checkpoint import Checkpoints, check_workdir, claim_workdir, is_trained
 from moejax.train.metrics import Log, Meter, scalars
 from moejax.train.state import TrainState, create_state, state_shardings
 from moejax.train.step import compile_step
 from moejax.train.validation import compile_eval, evaluate
+
+CORPUS = "corpus.json"
 
 
 class Diverged(RuntimeError):
@@ -56,17 +66,18 @@ def train(cfg: ExperimentConfig, workdir: pathlib.Path) -> dict:
     `train.max_bad_steps` non-finite steps in a row, with the last good checkpoint intact.
     """
     devices = processes.ordered_devices()
-    _check_mesh(cfg, devices)
+    _check_devices(cfg, devices)
     corpus = load_corpus(cfg.data)
     with processes.first_goes_first():
-        _make_folder(workdir)
+        # Nothing is written before everything is checked: a refused command leaves other runs alone.
         tokenizer = load_tokenizer(cfg.data, corpus, workdir)
         cfg = with_vocabulary(cfg, tokenizer.vocab_size)
         check_workdir(workdir, cfg)
         layout = make_layout(cfg, devices)
         if processes.is_first():
-            claim_workdir(workdir, cfg)
-            (workdir / "corpus.json").write_text(json.dumps(corpus.manifest, indent=1))
+            check_corpus(workdir, corpus.manifest)
+            manifest = json.dumps(corpus.manifest, indent=1)
+            claim_workdir(workdir, cfg, {**kept_files(tokenizer), CORPUS: manifest})
     say = print if processes.is_first() else _say_nothing
     index, parts = processes.rows_here(layout, cfg.data.batch_size, cfg.data.seq_len)
     session = Session(
@@ -88,18 +99,36 @@ def train(cfg: ExperimentConfig, workdir: pathlib.Path) -> dict:
         session.checkpoints.close()
 
 
-def _check_mesh(cfg: ExperimentConfig, devices: list) -> None:
-    """What can be said of the mesh before the corpus is read: all but whether the vocabulary divides."""
+def _check_devices(cfg: ExperimentConfig, devices: list) -> None:
+    """What can be said of dtype and mesh before the corpus is read: all but whether the vocabulary divides."""
+    if cfg.model.dtype == "float64" and not jax.config.jax_enable_x64:  # pyright: ignore
+        raise ConfigError("model.dtype='float64' needs JAX_ENABLE_X64=1 in the environment")
     mesh = make_mesh(cfg.mesh, devices)
     model = dataclasses.replace(cfg.model, vocab_size=mesh.size)
     processes.check_layout(make_layout(dataclasses.replace(cfg, model=model), devices))
 
 
-def _make_folder(workdir: pathlib.Path) -> None:
+def check_corpus(workdir: pathlib.Path, manifest: dict) -> None:
+    """Warns if the run here has read another text: its position in the data then means other batches."""
+    path = workdir / CORPUS
+    if not path.exists() or not is_trained(workdir):
+        return
     try:
-        workdir.mkdir(parents=True, exist_ok=True)
-    except OSError as e:
-        raise ConfigError(f"--workdir={workdir} cannot be made: {e.strerror}") from e
+        before = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError):
+        before = {"sha256": "?", "domains": {}}
+    if before["sha256"] == manifest["sha256"]:
+        return
+    old, new = before["domains"], manifest["domains"]
+    changed = [d for d in {**old, **new} if old.get(d) != new.get(d)]
+    aside = path.with_name(f"{path.stem}.before.json")
+    path.replace(aside)
+    warnings.warn(
+        f"{workdir} was trained on another text (domains that differ: {', '.join(changed)}; files are listed "
+        f"in {aside} and {path}): from here on its batches and held-out documents are not those of "
+        "an uninterrupted run",
+        stacklevel=3,
+    )
 
 
 def _train(s: Session) -> dict:
@@ -144,9 +173,13 @@ def _run(s: Session, state: TrainState, key: jax.Array, stop: processes.StopRequ
         unit="step",
         disable=not processes.is_first(),
     )
+    bad_before = None
     for done in range(first + 1, train_cfg.steps + 1):
         batch = processes.place_rows(next(s.data), s.layout, s.cfg.data.batch_size)
         state, metrics = step_fn(state, batch)
+        if bad_before is not None:
+            _check_finite(s, done - 1, int(bad_before))  # while the device computes this step
+        bad_before = metrics["bad_in_a_row"]
         meter.count(s.tokens_per_step)
         asked = stop.now(done)  # asked once: a signal during this step stops the next one
         last = done == train_cfg.steps or asked
@@ -166,14 +199,19 @@ def _run(s: Session, state: TrainState, key: jax.Array, stop: processes.StopRequ
     return results
 
 
-def _log_step(s: Session, done: int, values: dict, meter: Meter) -> dict:
-    """Write the metrics of a step; raises Diverged. Returns what the progress bar shows."""
-    if values["bad_in_a_row"] >= s.cfg.train.max_bad_steps:
+def _check_finite(s: Session, done: int, bad_in_a_row: int) -> None:
+    """Raises Diverged after too many steps whose update was left out."""
+    if bad_in_a_row >= s.cfg.train.max_bad_steps:
         raise Diverged(
-            f"{values['bad_in_a_row']} steps in a row had a NaN or infinite loss or gradient; "
+            f"{bad_in_a_row} steps in a row had a NaN or infinite loss or gradient; "
             f"stopped at step {done}. The last good checkpoint in {s.checkpoints.folder} is intact; "
             f"see {s.log.path} for the steps before, and lower optimizer.learning_rate"
         )
+
+
+def _log_step(s: Session, done: int, values: dict, meter: Meter) -> dict:
+    """Write the metrics of a step; raises Diverged. Returns what the progress bar shows."""
+    _check_finite(s, done, values["bad_in_a_row"])
     values["tokens_per_second"] = speed = meter.read()
     values["flops_per_second"] = speed * model_flops_per_token(s.cfg)
     s.log.write(done, "train", scalars(values, s.domains))

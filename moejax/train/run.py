@@ -1,13 +1,12 @@
 """A trained (or imported) run, opened for use: its config, model and tokenizer, without the optimiser."""
 
-import json
 import pathlib
 from typing import NamedTuple
 
-from moejax.config import ConfigError, ExperimentConfig, from_json
+from moejax.config import ConfigError, ExperimentConfig, from_config_dict
 from moejax.data import Tokenizer, load_tokenizer
 from moejax.sharding import Layout
-from moejax.train.checkpoint import Checkpoints
+from moejax.train.checkpoint import CONFIG, Checkpoints, read_config_values
 
 
 class Run(NamedTuple):
@@ -27,13 +26,11 @@ class Run(NamedTuple):
 
 def read_config(workdir: pathlib.Path) -> ExperimentConfig:
     """The config of the run in `workdir`; ConfigError if that is not the folder of a run."""
-    path = workdir / "config.json"
-    if not path.exists():
-        raise ConfigError(f"{workdir} is not the folder of a run: it has no config.json")
+    values = read_config_values(workdir)
     try:
-        return from_json(path.read_text())
-    except json.JSONDecodeError as e:
-        raise ConfigError(f"{path} is not JSON: {e}; restore it, or use another --workdir") from e
+        return from_config_dict(values)
+    except ConfigError as e:
+        raise ConfigError(f"{workdir / CONFIG}: {e}") from e
 
 
 def load_run(workdir: pathlib.Path, layout: Layout | None = None) -> Run:

@@ -10,7 +10,7 @@ from tokenizers import decoders, models, pre_tokenizers
 from moejax.config import DataConfig
 from moejax.data.corpus import Corpus
 from moejax.data.sources import DataError, Document
-from moejax.data.tokenizer import StreamDecoder, load_tokenizer, train_bpe
+from moejax.data.tokenizer import StreamDecoder, kept_files, load_tokenizer, train_bpe
 
 HARD_TEXTS = [
     "",
@@ -79,14 +79,28 @@ def test_bpe_training_is_deterministic():
     assert train_bpe(CORPUS, 300) == train_bpe(CORPUS, 300)
 
 
+def keep(cfg, corpus, workdir):
+    """Load, and keep as a run does."""
+    tokenizer = load_tokenizer(cfg, corpus, workdir)
+    workdir.mkdir(exist_ok=True)
+    for name, text in kept_files(tokenizer).items():
+        (workdir / name).write_text(text, "utf-8")
+    return tokenizer
+
+
+def test_loading_writes_nothing(tmp_path):
+    load_tokenizer(BPE, CORPUS, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    assert kept_files(load_tokenizer(DataConfig(tokenizer="byte"))) == {}
+
+
 def test_bpe_is_kept_and_reloaded_without_the_corpus(tmp_path):
-    trained = load_tokenizer(BPE, CORPUS, tmp_path / "run")
-    saved = (tmp_path / "run" / "tokenizer.json").read_text()
+    trained = keep(BPE, CORPUS, tmp_path / "run")
     assert [p.name for p in (tmp_path / "run").iterdir()] == ["tokenizer.json"]
     again = load_tokenizer(BPE, None, tmp_path / "run")
     assert again.pieces == trained.pieces and again.eos_id == trained.eos_id
-    load_tokenizer(BPE, make_corpus(["another text " * 50]), tmp_path / "run")
-    assert (tmp_path / "run" / "tokenizer.json").read_text() == saved
+    other = load_tokenizer(BPE, make_corpus(["another text " * 50]), tmp_path / "run")
+    assert other.pieces == trained.pieces
 
 
 def test_bpe_of_a_tiny_corpus_is_smaller_than_asked():
@@ -100,7 +114,7 @@ def test_bpe_errors(tmp_path):
         load_tokenizer(dataclasses.replace(BPE, vocab_size=257), CORPUS)
     with pytest.raises(DataError, match=r"no tokenizer.json in the workdir"):
         load_tokenizer(BPE, None, tmp_path)
-    load_tokenizer(BPE, CORPUS, tmp_path)
+    keep(BPE, CORPUS, tmp_path)
     with pytest.raises(DataError, match=r"has 300 tokens, more than data.vocab_size=299"):
         load_tokenizer(dataclasses.replace(BPE, vocab_size=299), CORPUS, tmp_path)
     (tmp_path / "tokenizer.json").write_text("{}")
@@ -117,7 +131,7 @@ def external(path, **changes):
 
 def test_external_file_is_copied_to_the_workdir(tmp_path):
     cfg = external(tmp_path / "theirs.json")
-    first = load_tokenizer(cfg, None, tmp_path / "run")
+    first = keep(cfg, None, tmp_path / "run")
     assert first.decode(first.encode("quick")) == "quick"
     (tmp_path / "theirs.json").rename(tmp_path / "moved.json")
     assert load_tokenizer(cfg, None, tmp_path / "run").pieces == first.pieces
@@ -127,7 +141,7 @@ def test_external_file_is_copied_to_the_workdir(tmp_path):
 
 def test_external_file_must_agree_with_its_copy(tmp_path):
     cfg = external(tmp_path / "theirs.json")
-    load_tokenizer(cfg, None, tmp_path)
+    keep(cfg, None, tmp_path)
     external(tmp_path / "theirs.json", version="1.0 ")
     with pytest.raises(DataError, match="the workdir belongs to another run"):
         load_tokenizer(cfg, None, tmp_path)
@@ -159,6 +173,29 @@ def test_external_separators(tmp_path):
         DataError, match="no token that ends a document; its special tokens are <other>"
     ):
         load_tokenizer(cfg)
+
+
+@pytest.mark.parametrize(
+    "changes, text",
+    [
+        ({"decoder": None, "added_tokens": []}, "no token that ends a document"),
+        ({"model": {"type": "BPE", "vocab": {"a": 2**32 - 6}, "merges": []}}, "4,294,967,291 token ids"),
+        ({"model": {"type": "BPE", "vocab": {}, "merges": []}, "added_tokens": []}, "0 token ids"),
+    ],
+)  # fmt: skip
+def test_hostile_files(tmp_path, changes, text):
+    with pytest.raises(DataError, match=text):
+        load_tokenizer(external(tmp_path / "t.json", **changes))
+
+
+def test_fields_may_be_left_out(tmp_path):
+    described = json.loads(train_bpe(CORPUS, 300))
+    del described["decoder"], described["added_tokens"]
+    (tmp_path / "t.json").write_text(json.dumps(described))
+    with pytest.raises(
+        DataError, match="no token that ends a document; its special tokens are none"
+    ):
+        load_tokenizer(DataConfig(tokenizer=str(tmp_path / "t.json")))
 
 
 def test_external_template_and_truncation_do_not_apply(tmp_path):

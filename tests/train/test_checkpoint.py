@@ -1,7 +1,9 @@
 """Checkpoints: what is saved comes back, on any mesh; what does not fit or is damaged is named."""
 
 import dataclasses
+import json
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -19,7 +21,7 @@ from moejax.config import (
     TrainConfig,
 )
 from moejax.sharding import make_layout
-from moejax.train.checkpoint import Checkpoints, claim_workdir
+from moejax.train.checkpoint import Checkpoints, checksum, claim_workdir, read_config_values
 from moejax.train.state import create_state
 
 CFG = ExperimentConfig(
@@ -57,7 +59,7 @@ def on_mesh(**sizes: int):
 
 
 def same(a, b):
-    jax.tree.map(np.testing.assert_array_equal, a, b)
+    chex.assert_trees_all_equal(a, b)
 
 
 def damage(folder):
@@ -107,6 +109,36 @@ def test_a_damaged_checkpoint_is_passed_over_and_its_step_can_be_saved_again(tmp
     checkpoints = Checkpoints(tmp_path, CFG)
     same(checkpoints.restore()[0], again)  # pyright: ignore
     checkpoints.close()
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # orbax's readers
+@pytest.mark.parametrize("item", ["model", "training"])
+@pytest.mark.parametrize("how", ["cut", "gone", "other"])
+def test_damaged_data_is_noticed(tmp_path, state, item, how):
+    saved(tmp_path, state, steps=(1, 2))
+    step = tmp_path / "checkpoints" / "2"
+    for file in [f for f in (step / item).rglob("*") if f.parent.name == "d"]:
+        if how == "cut":
+            file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+        elif how == "gone":
+            file.unlink()
+    if how == "other":  # readable, but not what was saved
+        meta = json.loads((step / "meta" / "metadata").read_text())
+        meta["checksums"][item] ^= 1
+        (step / "meta" / "metadata").write_text(json.dumps(meta))
+    checkpoints = Checkpoints(tmp_path, CFG)
+    with pytest.warns(UserWarning, match=r"checkpoints/2 cannot be read .*falling back to step 1"):
+        restored = checkpoints.restore()
+    checkpoints.close()
+    assert restored is not None and restored[1] == {"next_index": 1}
+
+
+def test_a_checksum_counts_every_word_once():
+    a = jnp.arange(1, 7, dtype=jnp.int32).reshape(2, 3)
+    assert int(checksum({"a": a})) == 21
+    assert int(checksum([a, jnp.full((2,), 2**31 - 1, jnp.int32)])) == (21 + 2**32 - 2) % 2**32
+    one = jnp.ones((), jnp.bfloat16)  # as the float32 that it is
+    assert int(checksum(one)) == int(checksum(one.astype(jnp.float32))) == 0x3F800000
 
 
 def test_nothing_left_to_read_is_an_error(tmp_path, state):
@@ -187,6 +219,22 @@ def test_a_workdir_that_cannot_be_used_is_named(tmp_path):
         ConfigError, match=r"--workdir=.*file/run cannot be written: Not a directory"
     ):
         claim_workdir(tmp_path / "file" / "run", CFG)
-    (tmp_path / "config.json").write_text("{")
-    with pytest.raises(ConfigError, match=r"config.json is not JSON"):
-        claim_workdir(tmp_path, CFG)
+
+
+@pytest.mark.parametrize(
+    "content, text",
+    [
+        (b"{", "config.json is not JSON"),
+        (b"\xff", "config.json is not JSON"),
+        (b"5", "config.json is not the config of a run"),
+        (b"{}", "config.json is not the config of a run"),
+        (None, "has no config.json"),
+    ],
+)
+def test_a_damaged_config_is_named(tmp_path, content, text):
+    if content is not None:
+        (tmp_path / "config.json").write_bytes(content)
+        with pytest.raises(ConfigError, match=text):
+            claim_workdir(tmp_path, CFG)
+    with pytest.raises(ConfigError, match=text):
+        read_config_values(tmp_path)

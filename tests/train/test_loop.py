@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import os
+import signal
 
 import jax
 import numpy as np
@@ -18,8 +20,9 @@ from moejax.config import (
     OptimizerConfig,
     TrainConfig,
 )
+from moejax.train import processes
 from moejax.train.checkpoint import Checkpoints
-from moejax.train.loop import Diverged, train, with_vocabulary
+from moejax.train.loop import Diverged, check_corpus, train, with_vocabulary
 
 ONE, EIGHT = MeshConfig(data=1), MeshConfig(data=2, expert=2, tensor=2)
 
@@ -143,7 +146,10 @@ def test_divergence_stops_the_run_and_spares_the_checkpoint(cfg, tmp_path):
     bad = dataclasses.replace(
         cfg,
         optimizer=dataclasses.replace(cfg.optimizer, learning_rate=1e30, clip_norm=0.0),
-        train=dataclasses.replace(cfg.train, steps=50, checkpoint_every=1, max_bad_steps=3),
+        # Between log lines, too.
+        train=dataclasses.replace(
+            cfg.train, steps=50, log_every=50, eval_every=50, checkpoint_every=1, max_bad_steps=3
+        ),
     )
     with pytest.raises(Diverged) as e:
         train(bad, tmp_path)
@@ -153,8 +159,52 @@ def test_divergence_stops_the_run_and_spares_the_checkpoint(cfg, tmp_path):
     checkpoints = Checkpoints(tmp_path, with_vocabulary(bad, 258))
     state = checkpoints.restore()[0]  # pyright: ignore
     checkpoints.close()
-    assert int(state.bad_in_a_row) < 3
+    assert int(state.bad_in_a_row) == 3
     assert all(np.isfinite(a).all() for a in jax.tree.leaves(state.params))
+
+
+def test_another_text_is_noticed_on_resuming(tmp_path):
+    def manifest(sums):
+        return {"sha256": str(sums), "domains": {d: {"sha256": s} for d, s in sums.items()}}
+
+    (tmp_path / "corpus.json").write_text(json.dumps(manifest({"a": 1, "b": 2})))
+    check_corpus(tmp_path, manifest({"a": 1, "b": 3}))  # nothing was trained on it
+    (tmp_path / "checkpoints" / "4").mkdir(parents=True)
+    check_corpus(tmp_path, manifest({"a": 1, "b": 2}))
+    with pytest.warns(UserWarning, match=r"trained on another text \(domains that differ: b, c;"):
+        check_corpus(tmp_path, manifest({"a": 1, "b": 3, "c": 4}))
+    assert json.loads((tmp_path / "corpus.before.json").read_text())["domains"]["b"] == {
+        "sha256": 2
+    }
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_is_a_request_and_a_second_one_an_order(number):
+    before = signal.getsignal(number)
+    with processes.StopRequest() as stop:
+        assert not stop.now(1)
+        os.kill(os.getpid(), number)
+        assert stop.now(2)
+        assert signal.getsignal(number) is signal.SIG_DFL
+    assert signal.getsignal(number) is before
+
+
+def test_a_refused_command_leaves_the_run_alone(cfg, finished, tmp_path):
+    before = {p.name: p.stat().st_mtime_ns for p in finished[0].iterdir()}
+    bpe = dataclasses.replace(cfg.data, tokenizer="bpe", vocab_size=300)
+    with pytest.raises(ConfigError, match=r"data.tokenizer: 'byte' there, 'bpe' now"):
+        train(dataclasses.replace(cfg, data=bpe), finished[0])
+    assert {p.name: p.stat().st_mtime_ns for p in finished[0].iterdir()} == before
+    odd = dataclasses.replace(cfg, data=dataclasses.replace(bpe, vocab_size=301))
+    with pytest.raises(ConfigError, match="vocab_size=301"):
+        train(dataclasses.replace(odd, mesh=MeshConfig(data=4, tensor=2)), tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+
+
+def test_float64_needs_x64(cfg, tmp_path):
+    model = dataclasses.replace(cfg.model, dtype="float64")
+    with pytest.raises(ConfigError, match="JAX_ENABLE_X64=1"):
+        train(dataclasses.replace(cfg, model=model), tmp_path / "a")
 
 
 def test_a_mesh_that_does_not_fit_is_named_before_the_corpus_is_read(cfg, tmp_path):
