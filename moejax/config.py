@@ -11,6 +11,7 @@ import dataclasses
 import difflib
 import json
 import math
+import sys
 import typing
 from typing import Any
 
@@ -116,11 +117,13 @@ class MoEConfig:
     z_loss: float = 0.0  # router z-loss (ST-MoE)
     balance_groups: int = 1  # D, devices the device-level losses think of
 
-    activation: str = "swiglu"  # see moejax.moe.experts.ACTIVATIONS
+    activation: str = "swiglu"  # of routed and shared experts; see moejax.moe.experts.ACTIVATIONS
     activation_limit: float = 0.0  # clamp of the clamped activations (gpt-oss 7, V4 10)
     ffn_bias: bool = False  # biases in the experts (gpt-oss)
 
-    dispatcher: str = "dropless"  # 'dense' (oracle), 'capacity' (drops, counted), 'dropless'
+    # 'dense' (oracle), 'dropless', or 'capacity': drops in training, counted; later tokens (and those of
+    # other sequences) may take a slot, and each micro-batch has its own.
+    dispatcher: str = "dropless"
     capacity_factor: float = 1.25  # 'capacity': slots per expert = ceil(factor * T * K / E)
     grouped_matmul: str = "auto"  # 'auto' (by platform) or a key of moejax.moe.grouped_matmul
     # With an expert mesh axis > 1: 'ring' (all-gather, reduce-scatter) or 'all_to_all'.
@@ -145,7 +148,7 @@ class ModelConfig:
         1  # leading layers with a dense FFN; the rest are MoE if num_experts > 0
     )
     d_ff: int = 512  # width of a dense FFN
-    activation: str = "swiglu"  # of dense and shared FFNs; 'gelu_tanh' for GPT-2
+    activation: str = "swiglu"  # of dense FFNs; 'gelu_tanh' for GPT-2
     ffn_bias: bool = False
     norm: str = "rmsnorm"  # or 'layernorm' (GPT-2)
     norm_eps: float = 1e-6
@@ -169,6 +172,13 @@ class ModelConfig:
     def tokens_of_logits(self) -> int:
         """Tokens whose logits exist at once in the loss: `loss_chunk`, or as many as give 2^25 logits."""
         return self.loss_chunk or max(1, 2**25 // self.vocab_size)
+
+    @property
+    def without_drops(self) -> "ModelConfig":
+        """The same model, as it is evaluated and generates: no token competes with others for a slot."""
+        if self.moe.dispatcher != "capacity" or self.moe.router == "expert_choice":
+            return self
+        return dataclasses.replace(self, moe=dataclasses.replace(self.moe, dispatcher="dropless"))
 
     @property
     def num_moe_layers(self) -> int:
@@ -211,7 +221,7 @@ class OptimizerConfig:
     b2: float = 0.95
     eps: float = 1e-8
     weight_decay: float = 0.1
-    clip_norm: float = 1.0
+    clip_norm: float = 1.0  # of the global gradient; 0 = off
 
 
 @dataclasses.dataclass(frozen=True)
@@ -270,11 +280,6 @@ def to_json(cfg: Any) -> str:
     return json.dumps(dataclasses.asdict(cfg), indent=2) + "\n"
 
 
-def from_json(text: str, cls: type = ExperimentConfig) -> Any:
-    """The config stored in a checkpoint; unknown or ill-typed keys raise ConfigError."""
-    return from_config_dict(json.loads(text), cls)
-
-
 def from_config_dict(values: Any, cls: type = ExperimentConfig, *, check: bool = True) -> Any:
     """Frozen dataclasses from a ConfigDict or dict; raises ConfigError naming every problem at once."""
     problems: list[str] = []
@@ -310,22 +315,28 @@ def _build(cls, values, prefix, problems):
             try:
                 kwargs[key] = _coerce(value, types[key])
             except TypeError as e:
-                problems.append(f"{prefix}{key} must be {e}, not {value!r}")
+                n = "n" * str(e).startswith("int")
+                problems.append(f"{prefix}{key} must be a{n} {e}, not {value!r}")
     return cls(**kwargs)
 
 
 def _coerce(value, want):
-    """`value` as type `want`: exact types, int for float, list for tuple; never str for a number."""
+    """`value` as type `want`: exact types, int for float, list for tuple; never str for a number, and
+    no float that is not finite. The TypeError says what is wanted."""
     if typing.get_origin(want) is tuple:
         item = typing.get_args(want)[0]
         if not isinstance(value, list | tuple):
-            raise TypeError(f"a tuple of {item.__name__}")
-        return tuple(_coerce(v, item) for v in value)
-    if want is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if not isinstance(value, want) or (isinstance(value, bool) and want is not bool):
-        raise TypeError(f"a{'n' * (want is int)} {want.__name__}")
-    return value
+            raise TypeError(f"tuple of {item.__name__}s")
+        try:
+            return tuple(_coerce(v, item) for v in value)
+        except TypeError as e:
+            raise TypeError(f"tuple of {e}s") from None
+    fits = isinstance(value, int | float if want is float else want)
+    if not fits or (isinstance(value, bool) and want is not bool):
+        raise TypeError(want.__name__)
+    if want is float and not abs(value) <= sys.float_info.max:  # false for NaN, too
+        raise TypeError("finite float")
+    return want(value)
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -349,6 +360,43 @@ CHOICES = {
     "moe.expert_parallel": ("ring", "all_to_all"),
 }
 
+CLAMPED = ("swiglu_clamped", "swiglu_oai")  # the activations with a limit
+
+# Ranges that hold whatever the other options are.
+RANGES = (
+    ("at least 1", lambda x: x >= 1, (
+        "vocab_size", "d_model", "num_layers", "max_seq_len", "attention.num_heads",
+        "attention.rope.yarn_factor", "attention.rope.yarn_original_len", "moe.num_groups",
+        "moe.balance_groups", "data.vocab_size", "data.seq_len", "data.batch_size", "train.steps",
+        "train.accumulation", "train.log_every", "train.eval_every", "train.eval_batches",
+        "train.checkpoint_every", "train.keep_last", "train.max_bad_steps",
+    )),
+    ("at least 0", lambda x: x >= 0, (
+        "mtp_depth", "mtp_loss_weight", "loss_chunk", "attention.q_lora_rank",
+        "attention.rope.yarn_mscale", "attention.rope.yarn_mscale_all_dim", "moe.num_experts",
+        "moe.shared_experts", "moe.d_shared", "moe.bias_rate", "moe.expert_loss",
+        "moe.sequence_loss", "moe.device_loss", "moe.communication_loss", "moe.z_loss",
+        "moe.activation_limit", "moe.buffer_factor", "data.max_bytes", "data.seed",
+        "optimizer.warmup_steps", "optimizer.weight_decay", "optimizer.clip_norm",
+        "train.keep_every", "train.seed",
+    )),
+    ("above 0", lambda x: x > 0, (
+        "norm_eps", "init_std", "attention.rope.yarn_beta_fast", "attention.rope.yarn_beta_slow",
+        "moe.routed_scaling", "moe.capacity_factor", "optimizer.learning_rate",
+        "optimizer.decay_factor", "optimizer.eps",
+    )),
+    ("above 1", lambda x: x > 1, ("attention.rope.theta",)),
+    ("above 0 and below 1", lambda x: 0 < x < 1, ("data.validation_fraction",)),
+    ("at least 0 and below 1", lambda x: 0 <= x < 1, ("optimizer.b1", "optimizer.b2")),
+    ("between 0 and 1", lambda x: 0 <= x <= 1, ("optimizer.min_lr_ratio",)),
+)  # fmt: skip
+
+# Options of the MoE layer that 'expert_choice' does not read: softmax is its score, its loads are equal.
+TOKEN_CHOICE_ONLY = (
+    "score", "normalize_weights", "num_groups", "bias_update",
+    "expert_loss", "sequence_loss", "device_loss", "communication_loss",
+)  # fmt: skip
+
 
 def _get(cfg: Any, dotted: str) -> Any:
     for part in dotted.split("."):
@@ -366,25 +414,33 @@ def choice_problem(key: str, value: str, choices: typing.Iterable[str]) -> str |
     return f"{key}={value!r}: {hint}choices are {', '.join(choices)}"
 
 
+def _range_problems(cfg: Any, prefix: str) -> list[str]:
+    """A sentence for each number of `cfg` that is out of its range."""
+    return [
+        f"{prefix}{key}={_get(cfg, key)} must be {text}"
+        for text, ok, keys in RANGES
+        for key in keys
+        if hasattr(cfg, key.split(".")[0]) and not ok(_get(cfg, key))
+    ]
+
+
 def model_problems(cfg: ModelConfig, prefix: str = "model.") -> list[str]:
     """Every inconsistency of a model config, as sentences."""
     out = [choice_problem(prefix + k, _get(cfg, k), v) for k, v in CHOICES.items()]
-    problems = [p for p in out if p]
+    problems = [p for p in out if p] + _range_problems(cfg, prefix)
 
     def need(ok: bool, text: str):
         if not ok:
             problems.append(text)
 
     p, a, m = prefix, cfg.attention, cfg.moe
-    for key in ("vocab_size", "d_model", "num_layers", "max_seq_len"):
-        need(_get(cfg, key) > 0, f"{p}{key}={_get(cfg, key)} must be positive")
-    need(a.num_heads > 0, f"{p}attention.num_heads={a.num_heads} must be positive")
     need(
         0 <= cfg.num_dense_layers <= cfg.num_layers,
         f"{p}num_dense_layers={cfg.num_dense_layers} must be between 0 and "
         f"{p}num_layers={cfg.num_layers}",
     )
-    if cfg.num_moe_layers < cfg.num_layers:
+    dense = cfg.num_moe_layers < cfg.num_layers
+    if dense:
         need(cfg.d_ff > 0, f"{p}d_ff={cfg.d_ff} must be positive: there are dense layers")
     if a.kind == "mha":
         need(
@@ -393,8 +449,8 @@ def model_problems(cfg: ModelConfig, prefix: str = "model.") -> list[str]:
             f"{p}attention.num_kv_heads={a.num_kv_heads}; {divisors_text(a.num_heads)} would work",
         )
         need(
-            cfg.positions != "rope" or (a.head_dim > 0 and a.head_dim % 2 == 0),
-            f"{p}attention.head_dim={a.head_dim} must be even and positive for rotary positions",
+            a.head_dim > 0 and (a.head_dim % 2 == 0 or cfg.positions != "rope"),
+            f"{p}attention.head_dim={a.head_dim} must be positive, and even for rotary positions",
         )
     elif a.kind == "mla":
         for key in ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"):
@@ -409,7 +465,17 @@ def model_problems(cfg: ModelConfig, prefix: str = "model.") -> list[str]:
         need(cfg.positions == "rope", f"{p}positions={cfg.positions!r}: 'mla' needs 'rope'")
         need(not a.sinks, f"{p}attention.sinks is not available with 'mla'")
     need(all(w >= 0 for w in a.windows), f"{p}attention.windows={a.windows} must not be negative")
-    if m.num_experts:
+    need(
+        a.rope.yarn_beta_slow <= a.rope.yarn_beta_fast,
+        f"{p}attention.rope.yarn_beta_slow={a.rope.yarn_beta_slow} must be at most "
+        f"{p}attention.rope.yarn_beta_fast={a.rope.yarn_beta_fast}",
+    )
+    for key, used in (("activation", dense), ("moe.activation", m.num_experts > 0)):
+        need(
+            not used or _get(cfg, key) not in CLAMPED or m.activation_limit > 0,
+            f"{p}{key}={_get(cfg, key)!r} needs {p}moe.activation_limit > 0 (gpt-oss 7, V4 10)",
+        )
+    if m.num_experts > 0:
         problems += _moe_problems(m, p + "moe.")
         need(
             cfg.num_dense_layers < cfg.num_layers,
@@ -417,7 +483,6 @@ def model_problems(cfg: ModelConfig, prefix: str = "model.") -> list[str]:
             f"{p}moe.num_experts={m.num_experts} experts: lower it below {p}num_layers="
             f"{cfg.num_layers}, or set num_experts=0 for a dense model",
         )
-    need(cfg.mtp_depth >= 0, f"{p}mtp_depth={cfg.mtp_depth} must not be negative")
     return problems
 
 
@@ -428,14 +493,12 @@ def _moe_problems(m: MoEConfig, p: str) -> list[str]:
         if not ok:
             problems.append(text)
 
-    need(m.num_experts > 0, f"{p}num_experts={m.num_experts} must not be negative")
     need(
         1 <= m.experts_per_token <= m.num_experts,
         f"{p}experts_per_token={m.experts_per_token} must be between 1 and "
         f"{p}num_experts={m.num_experts}",
     )
     need(m.d_expert > 0, f"{p}d_expert={m.d_expert} must be positive: the FFN width of an expert")
-    need(m.num_groups >= 1, f"{p}num_groups={m.num_groups} must be at least 1")
     if m.num_groups > 1:
         size = m.num_experts // m.num_groups
         need(
@@ -448,7 +511,7 @@ def _moe_problems(m: MoEConfig, p: str) -> list[str]:
             f"{p}topk_groups={m.topk_groups} must be between 1 and {p}num_groups={m.num_groups}",
         )
         need(
-            m.topk_groups * size >= m.experts_per_token,
+            m.topk_groups < 1 or m.topk_groups * size >= m.experts_per_token,
             f"{p}topk_groups={m.topk_groups} groups of {size} experts hold fewer than "
             f"{p}experts_per_token={m.experts_per_token}; "
             f"topk_groups >= {-(-m.experts_per_token // max(size, 1))} would work",
@@ -458,7 +521,7 @@ def _moe_problems(m: MoEConfig, p: str) -> list[str]:
             f"{p}group_score='top2_sum' needs groups of at least 2 experts, not {size}",
         )
     need(
-        m.balance_groups >= 1 and m.num_experts % max(m.balance_groups, 1) == 0,
+        m.num_experts % max(m.balance_groups, 1) == 0,
         f"{p}num_experts={m.num_experts} must be a multiple of "
         f"{p}balance_groups={m.balance_groups}; {divisors_text(m.num_experts)} would work",
     )
@@ -467,33 +530,35 @@ def _moe_problems(m: MoEConfig, p: str) -> list[str]:
             getattr(m, key) == 0 or m.balance_groups > 1,
             f"{p}{key}={getattr(m, key)} needs {p}balance_groups > 1 (the devices it balances)",
         )
-    need(m.capacity_factor > 0, f"{p}capacity_factor={m.capacity_factor} must be positive")
-    need(m.buffer_factor >= 0, f"{p}buffer_factor={m.buffer_factor} must not be negative")
+    need(
+        m.communication_loss == 0 or m.num_groups in (1, m.balance_groups),
+        f"{p}communication_loss={m.communication_loss} counts devices as groups: {p}balance_groups="
+        f"{m.balance_groups} must equal {p}num_groups={m.num_groups}",
+    )
     if m.router == "expert_choice":
         need(
             m.dispatcher == "dense" or m.dispatcher == "capacity",
             f"{p}router='expert_choice' fills slots; {p}dispatcher={m.dispatcher!r} takes token-choice "
             "routes: use 'capacity'",
         )
-    if m.activation in ("swiglu_clamped", "swiglu_oai"):
-        need(
-            m.activation_limit > 0,
-            f"{p}activation={m.activation!r} needs {p}activation_limit > 0 (gpt-oss 7, V4 10)",
-        )
+        for key in TOKEN_CHOICE_ONLY:
+            value, default = getattr(m, key), getattr(MoEConfig, key)
+            need(
+                value == default,
+                f"{p}{key}={value!r} is ignored by {p}router='expert_choice': leave it at {default!r}",
+            )
     return problems
 
 
 def experiment_problems(cfg: ExperimentConfig) -> list[str]:
     """Inconsistencies between the groups of an experiment."""
-    problems = []
+    problems = _range_problems(cfg, "")
 
     def need(ok: bool, text: str):
         if not ok:
             problems.append(text)
 
     d, o, t, m = cfg.data, cfg.optimizer, cfg.train, cfg.mesh
-    for key in ("seq_len", "batch_size"):
-        need(getattr(d, key) > 0, f"data.{key}={getattr(d, key)} must be positive")
     need(
         d.seq_len <= cfg.model.max_seq_len,
         f"data.seq_len={d.seq_len} is longer than model.max_seq_len={cfg.model.max_seq_len}",
@@ -507,26 +572,12 @@ def experiment_problems(cfg: ExperimentConfig) -> list[str]:
         not d.weights or (min(d.weights) >= 0 and sum(d.weights) > 0),
         f"data.weights={d.weights} must not be negative and must not sum to zero",
     )
-    need(
-        0 < d.validation_fraction < 1,
-        f"data.validation_fraction={d.validation_fraction} must lie between 0 and 1",
-    )
     p = choice_problem("optimizer.schedule", o.schedule, ("multistep", "cosine", "wsd", "constant"))
     problems += [p] if p else []
-    need(o.learning_rate > 0, f"optimizer.learning_rate={o.learning_rate} must be positive")
     need(
         all(0 < x <= 1 for x in o.decay_at) and (o.schedule != "wsd" or len(o.decay_at) > 0),
         f"optimizer.decay_at={o.decay_at} must be fractions of the run, in (0, 1]",
     )
-    for key in (
-        "steps",
-        "accumulation",
-        "log_every",
-        "eval_every",
-        "checkpoint_every",
-        "keep_last",
-    ):
-        need(getattr(t, key) >= 1, f"train.{key}={getattr(t, key)} must be at least 1")
     need(
         t.accumulation < 1 or d.batch_size % t.accumulation == 0,
         f"data.batch_size={d.batch_size} must be a multiple of train.accumulation={t.accumulation}; "

@@ -36,7 +36,8 @@ class Stats:
       prompt_tokens, new_tokens: over all rows, padding left out.
       prefill_seconds, decode_seconds: wall time. The first new token of a row belongs to the prefill.
       passes: row-passes of the trunk after the prefill.
-      accepted: of those, how many gave a second token (speculative decoding).
+      accepted: of those, how many gave a second token.
+      speculative: whether second tokens were guessed.
       cache_bytes: of the keys and values of all rows.
     """
 
@@ -47,6 +48,7 @@ class Stats:
     decode_seconds: float = 0.0
     passes: int = 0
     accepted: int = 0
+    speculative: bool = False
     cache_bytes: int = 0
 
     def __str__(self) -> str:
@@ -56,7 +58,7 @@ class Stats:
             f"{_rate(self.new_tokens - self.first_tokens, self.decode_seconds)}; "
             f"cache {self.cache_bytes / 2**20:.1f} MiB"
         )
-        if self.accepted:
+        if self.speculative and self.passes:
             text += f"; {self.accepted / self.passes:.0%} of {self.passes} guesses accepted"
         return text
 
@@ -90,13 +92,6 @@ def prepare(params: dict, cfg: ModelConfig, layout: Layout | None = None) -> dic
     apart = any(isinstance(v, list) for v in params.values())
     params = jax.tree_util.tree_map_with_path(cast, params)
     return params if apart or layout is not None else transformer.unstack(params)
-
-
-def for_inference(cfg: ModelConfig) -> ModelConfig:
-    """The same model, nothing dropped: with a capacity, a row's text would depend on its neighbours."""
-    if cfg.moe.dispatcher != "capacity":
-        return cfg
-    return dataclasses.replace(cfg, moe=dataclasses.replace(cfg.moe, dispatcher="dropless"))
 
 
 def stream(
@@ -141,7 +136,7 @@ def stream(
     """
     how = Sampling(temperature, top_k, top_p)
     _check(cfg, prompts, max_new, how, speculative_decoding)
-    cfg, stats = for_inference(cfg), stats or Stats()
+    cfg, stats = cfg.without_drops, stats or Stats()
     params = prepare(params, cfg, layout)
     started = time.perf_counter()
     tokens_BS, lengths_B, max_new_B = _pad(prompts, max_new, cfg, layout)
@@ -149,6 +144,7 @@ def stream(
     length = round_up(int(lengths_B.max()) + max_new + int(speculative_decoding))
     keys_B = row_keys(seed, first_row, len(lengths_B))
     stops = jnp.asarray(stop_ids, jnp.int32).reshape(-1)  # traced: other stops compile nothing
+    stats.speculative = speculative_decoding
     stats.prompt_tokens += sum(map(len, prompts))
     stats.cache_bytes = cache_bytes(cfg, len(lengths_B), length)
     state = prefill(

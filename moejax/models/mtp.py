@@ -40,7 +40,7 @@ def mtp_step(
     Args:
       params: the model's parameters (embedding).
       depth_params: this depth's parameters.
-      depth: index of this depth in its cache.
+      depth: of this step, from 0.
       state: router state of this depth.
       hidden_BSD: h^{k-1}.
       next_tokens_BS: t_{i+k}.
@@ -58,7 +58,8 @@ def mtp_step(
         axis=-1,
     )
     x_BSD = jnp.dot(both, depth_params["proj"].astype(both.dtype))
-    layer = transformer.LayerInput(depth_params["block"], state, depth, None, load, None)
+    index = cfg.num_layers + depth
+    layer = transformer.LayerInput(depth_params["block"], state, index, depth, None, load, None)
     x_BSD, cache, aux = transformer.block(x_BSD, layer, cfg, where, **args)
     return x_BSD, norm(depth_params["norm"], x_BSD, cfg.norm_eps), cache, aux
 
@@ -73,21 +74,23 @@ def mtp_targets(batch: dict, depth: int):
 
 def mtp_forward(params, router_state, hidden_BSD, batch, cfg: ModelConfig, where, totals, **args):
     """All depths in training. Yields (hidden for the head, targets, mask, aux) for each depth."""
+
+    def step(depth_params, depth, state, hidden_BSD, tokens, load):
+        extra = {"totals": totals} if cfg.num_moe_layers else {}
+        return mtp_step(
+            *(params, depth_params, depth, state, hidden_BSD, tokens, cfg, where),
+            load=load,
+            **extra,
+            **args,
+        )
+
+    if cfg.remat != "none":
+        policy = transformer.REMAT_POLICIES[cfg.remat]
+        step = jax.checkpoint(step, policy=policy, static_argnums=(1,))
     for k in range(cfg.mtp_depth):
         pick = lambda tree, k=k: jax.tree.map(lambda a: a[k], tree)  # noqa: E731
         tokens, targets, mask = mtp_targets(batch, k + 1)
         load = (None, None) if totals is None else pick((totals.load_E, totals.group_load_G))
-        hidden_BSD, normed, _, aux = mtp_step(
-            params,
-            pick(params["mtp"]),
-            0,
-            pick(router_state.get("mtp", {})),
-            hidden_BSD,
-            tokens,
-            cfg,
-            where,
-            load=load,
-            **({"totals": totals} if cfg.num_moe_layers else {}),
-            **args,
-        )
+        state = pick(router_state.get("mtp", {}))
+        hidden_BSD, normed, _, aux = step(pick(params["mtp"]), k, state, hidden_BSD, tokens, load)
         yield normed, targets, mask, aux

@@ -132,7 +132,8 @@ class LayerInput(NamedTuple):
     Attributes:
       params: this layer's parameters.
       state: this layer's router state.
-      index: position in the cache.
+      index: of this layer in the model.
+      slot: its position in the cache.
       window: sliding window, or None.
       load: (load_E, group_load_G) of the global batch, or (None, None).
       replay_TK: expert indices to force, or None.
@@ -141,6 +142,7 @@ class LayerInput(NamedTuple):
     params: dict
     state: dict
     index: Any
+    slot: Any
     window: Any
     load: tuple
     replay_TK: Any
@@ -159,7 +161,7 @@ def block(
         where,
         window=layer.window,
         cache=cache,
-        layer=layer.index,
+        layer=layer.slot,
         prefill=prefill,
     )
     x_BSD = _constrain(x_BSD + y, layout)
@@ -167,7 +169,7 @@ def block(
     if "moe" not in p:
         y = ffn(p["ffn"], h, cfg.activation, cfg.moe.activation_limit)
         return _constrain(x_BSD + y, layout), cache, None
-    totals = moe_args.pop("totals", None)
+    totals, key = moe_args.pop("totals", None), moe_args.pop("key", None)
     if totals is not None:
         totals = BatchTotals(totals.num_tokens, totals.num_sequences, *layer.load)
     y, aux = moe_layer.moe(
@@ -176,6 +178,7 @@ def block(
         h,
         cfg,
         totals=totals,
+        key=None if key is None else jax.random.fold_in(key, layer.index),
         replay_TK=layer.replay_TK,
         layout=layout,
         **moe_args,
@@ -206,6 +209,10 @@ def run_blocks(x_BSD, layers: LayerInput, cfg: ModelConfig, where, *, cache=None
 
     listed = isinstance(layers.params, list)
     unrolled = listed or not cfg.scan_layers
+    if isinstance(cache, list) and not unrolled:
+        raise TypeError(
+            "a list of caches (init_layers) needs lists of layers (unstack) or scan_layers=False"
+        )
     experts = None if listed or "moe" not in layers.params else layers.params["moe"]["experts"]
     if cfg.remat != "none" and cache is None:
         body = jax.checkpoint(body, policy=REMAT_POLICIES[cfg.remat], prevent_cse=unrolled)
@@ -220,7 +227,7 @@ def run_blocks(x_BSD, layers: LayerInput, cfg: ModelConfig, where, *, cache=None
         if apart is None:
             (x_BSD, cache), aux = body((x_BSD, cache), rest)
         else:
-            (x_BSD, apart[i]), aux = body((x_BSD, apart[i]), rest._replace(index=0))
+            (x_BSD, apart[i]), aux = body((x_BSD, apart[i]), rest._replace(slot=0))
         auxes.append(aux)
     aux = None if auxes[0] is None else jax.tree.map(lambda *a: jnp.stack(a), *auxes)
     return x_BSD, cache if apart is None else apart, aux
@@ -290,7 +297,7 @@ def forward(
         loads = (totals.load_E, totals.group_load_G) if is_moe and totals else (None, None)
         state = router_state.get(name, {}) if is_moe else {}
         replay = replay_LTK if is_moe else None
-        layers = LayerInput(params[name], state, index_L, window_L, loads, replay)
+        layers = LayerInput(params[name], state, index_L, index_L, window_L, loads, replay)
         extra = dict(totals=totals) if is_moe else {}
         here = cache[start : start + count] if isinstance(cache, list) else cache
         x_BSD, here, layer_aux = run_blocks(x_BSD, layers, cfg, where, cache=here, **args, **extra)

@@ -18,7 +18,8 @@ class Routing(NamedTuple):
     """Token choice: each token names its experts.
 
     Attributes:
-      expert_index_TK: int32, -1 marks an empty slot (a padding token, a dropped route).
+      expert_index_TK: int32, -1 marks an empty slot (a padding token, a dropped route). The experts of a
+        token are distinct: buffers of expert parallelism count on it.
       combine_weights_TK: float32, 0 where the slot is empty.
     """
 
@@ -85,8 +86,12 @@ class Router:
       init_state: `(cfg) -> dict of arrays`, what a rule learns (may be empty).
       route: `(params, state, x_TD, cfg, *, seq_len, key, mask_T, token_ids_T, replay_TK, totals)
         -> RouterOutput`. T is whole sequences of `seq_len` tokens, one after the other. `replay_TK`
-        forces the expert indices; the weights are still computed.
+        forces the expert indices; the weights are still computed. `key` differs from layer to layer,
+        step to step and micro-batch to micro-batch: what is drawn from it depends on accumulation.
       update_state: `(state, load_E, cfg) -> state`, once per optimiser step, from the global load.
+      linear_losses: `(cfg) -> whether` every loss is a sum over tokens or sequences. One that multiplies
+        two sums over the batch (a count and a mean score) is not, and needs `totals` under accumulation,
+        which cost a forward pass more.
       causal: whether a token's route is independent of later tokens; generation refuses others.
       form: 'token' (`Routing`) or 'slot' (`SlotRouting`).
     """
@@ -97,6 +102,7 @@ class Router:
     update_state: Callable[[dict, jax.Array, MoEConfig], dict]
     causal: bool
     form: str
+    linear_losses: Callable[[MoEConfig], bool] = lambda cfg: False
 
 
 def count_totals(mask_BS: jax.Array) -> BatchTotals:

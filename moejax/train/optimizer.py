@@ -35,15 +35,16 @@ def schedule(cfg: OptimizerConfig, steps: int) -> optax.Schedule:
     return optax.join_schedules([ramp, after], [warmup])
 
 
-NO_DECAY = ("scale", "bias", "sinks")
+STACKED = ("dense_blocks", "moe_blocks", "mtp")  # parameters with a leading axis of layers
 
 
 def decay_mask(params) -> dict:
-    """True where weight decay applies: matrices and embeddings, not norms, biases or sinks."""
+    """True where weight decay applies: matrices and embeddings, not vectors (norms, biases, sinks)."""
 
-    def one(path, _):
-        name = path_name(path).rsplit("/", 1)[-1]
-        return not (name in NO_DECAY or name.startswith("b_"))
+    def one(path, a):
+        names = path_name(path).split("/")
+        vector = a.ndim - (names[0] in STACKED) < 2
+        return not (vector or names[-1].startswith("b_"))  # experts' biases are (E, F)
 
     return jax.tree_util.tree_map_with_path(one, params)
 

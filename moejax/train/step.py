@@ -11,6 +11,7 @@ from moejax.config import ExperimentConfig
 from moejax.models import transformer
 from moejax.models.loss import LossParts, StepTotals, batch_totals, loss_fn
 from moejax.moe import stats
+from moejax.moe.routers import ROUTERS
 from moejax.train.optimizer import make_optimizer, schedule
 from moejax.train.state import TrainState
 
@@ -29,23 +30,26 @@ def micro_batches(batch: dict, count: int, layout=None) -> dict:
 def needs_global_load(cfg: ExperimentConfig) -> bool:
     """Whether a loss multiplies a count over the whole batch with a mean over the micro-batch."""
     m = cfg.model.moe
-    return bool(
-        cfg.model.num_moe_layers and (m.expert_loss or m.device_loss or m.communication_loss)
-    )
+    return bool(cfg.model.num_moe_layers) and not ROUTERS[m.router].linear_losses(m)
 
 
 def count_loads(params, router_state, micro, cfg, totals, layout, key) -> dict:
     """Loads over all micro-batches: name -> (load_LE, group_load_LG). A forward pass, no gradient."""
 
-    def one(carry, batch):
-        loads = _loads_of(params, router_state, batch, cfg, totals, layout, key)
-        return jax.tree.map(jnp.add, carry, loads), None
+    def loads(part):
+        batch, number = part
+        return _loads_of(params, router_state, batch, cfg, totals, layout, _fold(key, number))
 
-    loads = functools.partial(_loads_of, params, router_state)
-    first = jax.tree.map(lambda a: a[0], micro)
-    shapes = jax.eval_shape(lambda b: loads(b, cfg, totals, layout, key), first)
+    def one(carry, part):
+        return jax.tree.map(jnp.add, carry, loads(part)), None
+
+    shapes = jax.eval_shape(loads, jax.tree.map(lambda a: a[0], micro))
     zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
     return jax.lax.scan(one, zeros, micro)[0]
+
+
+def _fold(key, number):
+    return None if key is None else jax.random.fold_in(key, number)
 
 
 def _loads_of(params, router_state, batch, cfg, totals, layout, key):
@@ -69,15 +73,15 @@ def loss_and_grads(params, router_state, batch, cfg: ExperimentConfig, layout=No
             params, router_state, batch, cfg.model, totals=totals, layout=layout, key=key
         )
         return loss, parts, grads
-    micro = micro_batches(batch, n, layout)
+    micro = micro_batches(batch, n, layout), jnp.arange(n)
     if needs_global_load(cfg):
         loads = count_loads(params, router_state, micro, cfg, totals, layout, key)
         totals = StepTotals(totals.targets, totals.mtp_targets, totals.tokens, loads)
 
     def one(grads, part):
-        (loss, parts), g = grad_fn(
-            params, router_state, part, cfg.model, totals=totals, layout=layout, key=key
-        )
+        rows, number = part
+        args = dict(totals=totals, layout=layout, key=_fold(key, number))
+        (loss, parts), g = grad_fn(params, router_state, rows, cfg.model, **args)
         return jax.tree.map(jnp.add, grads, g), (loss, parts)
 
     zeros = jax.tree.map(jnp.zeros_like, params)
@@ -162,7 +166,8 @@ def train_step(
         "loss": loss,
         "cross_entropy": parts.cross_entropy,
         "grad_norm": grad_norm,
-        "learning_rate": schedule(cfg.optimizer, cfg.train.steps)(state.step),
+        # The optimiser does not count the steps that were left out.
+        "learning_rate": schedule(cfg.optimizer, cfg.train.steps)(state.step - state.skipped),
         "tokens": (batch["segment_ids"] > 0).sum(),
         "skipped": new_state.skipped,
         "bad_in_a_row": new_state.bad_in_a_row,
@@ -183,7 +188,7 @@ def train_step(
 def eval_step(params, router_state, batch, cfg: ExperimentConfig, *, num_domains=1, layout=None):
     """Sums over a validation batch: nll and targets of each domain, and `domain_load` [domain, L, E], the
     routes of each domain to each expert of each MoE layer."""
-    _, parts = loss_fn(params, router_state, batch, cfg.model, layout=layout)
+    _, parts = loss_fn(params, router_state, batch, cfg.model.without_drops, layout=layout)
     sums = domain_sums(parts.nll_BS, batch, num_domains)
     if "moe_blocks" in parts.aux:
         domain_T = batch["domain"].reshape(-1)

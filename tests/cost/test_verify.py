@@ -81,7 +81,7 @@ def test_layers_keep_what_jax_saves(changes):
     where = transformer.locate(jnp.zeros((1, seq_len), jnp.int32), cfg)
 
     def saved(params, x_BSD):
-        layer = transformer.LayerInput(params, {}, 0, None, (None, None), None)
+        layer = transformer.LayerInput(params, {}, 0, 0, None, (None, None), None)
         return jax.vjp(lambda p, x: transformer.block(x, layer._replace(params=p), cfg, where)[0],
                        params, x_BSD)[1]  # fmt: skip
 

@@ -1,4 +1,5 @@
-"""The decoder: causal, blind across documents, the same with a cache; the chunked cross-entropy."""
+"""The decoder: causal, blind across documents, the same with a cache, scanned and rematerialised as asked;
+the chunked cross-entropy."""
 
 import dataclasses
 
@@ -8,9 +9,10 @@ import numpy as np
 import pytest
 
 from moejax.config import AttentionConfig, ModelConfig, MoEConfig
+from moejax.data import synthetic_batch
 from moejax.models import transformer
 from moejax.models.cache import init_cache
-from moejax.models.loss import cross_entropy
+from moejax.models.loss import cross_entropy, loss_fn
 from moejax.params import init_params
 
 MHA = AttentionConfig(num_heads=2, num_kv_heads=2, head_dim=8)
@@ -87,3 +89,52 @@ def test_chunked_cross_entropy(chunk):
         got(hidden, w),
         want(hidden, w),
     )
+
+
+def equations(traced):
+    """Every equation of a jaxpr and of the jaxprs inside it."""
+    is_jaxpr = lambda a: hasattr(a, "eqns") or hasattr(a, "jaxpr")  # noqa: E731
+    for eqn in getattr(traced, "jaxpr", traced).eqns:
+        yield eqn
+        for inner in filter(is_jaxpr, jax.tree.leaves(list(eqn.params.values()), is_leaf=is_jaxpr)):
+            yield from equations(inner)
+
+
+def trace(cfg, transform, seq_len, batch_size):
+    """The equations of `transform` of the loss; nothing is computed."""
+    params = jax.eval_shape(lambda: init_params(transformer.param_specs(cfg), jax.random.key(0)))
+    batch = jax.eval_shape(lambda: synthetic_batch(seq_len, batch_size, cfg.vocab_size))
+    state = transformer.init_router_state(cfg)
+    loss = lambda params, batch: loss_fn(params, state, batch, cfg)[0]  # noqa: E731
+    return list(equations(jax.make_jaxpr(transform(loss))(params, batch)))
+
+
+@pytest.mark.parametrize("chunk", [0, 64])
+def test_logits_of_all_tokens_never_exist(chunk):
+    """2^25 logits at once, or loss_chunk tokens of them, with MTP too; 1024 tokens have three times 2^25."""
+    vocab, tokens = 100_000, 4 * 256
+    cfg = dataclasses.replace(MODEL, vocab_size=vocab, mtp_depth=1, loss_chunk=chunk)
+    bound = chunk * vocab if chunk else 2**25
+    assert 3 * bound < tokens * vocab
+    for transform in (jax.value_and_grad, lambda loss: loss):  # training, evaluation
+        largest = max(v.aval.size for e in trace(cfg, transform, 256, 4) for v in e.outvars)
+        # Chunks divide the sequence: of 256 positions 64 where 83 would do.
+        assert bound / 2 < largest <= bound
+
+
+@pytest.mark.parametrize("scan", [True, False])
+def test_layers_are_scanned_and_rematerialised_as_asked(scan):
+    """Results do not depend on it, time and memory do."""
+    cfg = dataclasses.replace(MODEL, num_layers=5, num_dense_layers=2, scan_layers=scan)
+    products = {}
+    for remat in ("none", "dots", "full"):
+        found = trace(dataclasses.replace(cfg, remat=remat), jax.grad, 8, 2)
+        names = [e.primitive.name for e in found]
+        lengths = [e.params["length"] for e in found if e.primitive.name == "scan"]
+        # Two dense layers and three with experts, forward and backward.
+        assert sorted(lengths) == ([2, 2, 3, 3] if scan else [])
+        again = sum("remat" in n or "checkpoint" in n for n in names)
+        assert again == (0 if remat == "none" else 2 if scan else 5)
+        products[remat] = names.count("dot_general")
+    # 'dots' computes attention again, whose products are batched, 'full' all of a layer.
+    assert products["none"] < products["dots"] < products["full"]

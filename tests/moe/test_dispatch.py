@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moejax.config import MoEConfig
+from moejax.config import ModelConfig, MoEConfig
+from moejax.moe import layer
 from moejax.moe.dispatch import DISPATCHERS
 from moejax.moe.dispatch.capacity import fill_slots
 from moejax.moe.experts import expert_param_specs
@@ -62,3 +63,41 @@ def test_drops_are_counted_and_first_choices_win():
     np.testing.assert_array_equal(slots.token_index_EC[:, 0], [0, 2, 4, -1])
     np.testing.assert_array_equal(slots.combine_weights_EC[:, 0], [0.0, 4.0, 8.0, 0.0])
     assert dropped == 6
+
+
+def test_a_layer_drops_what_exceeds_its_capacity():
+    """C = ceil(0.5 * 6 * 2 / 4) = 2 slots per expert; a token's logits are its numbers. First choices take
+    slots first, then second ones, each in the order of tokens."""
+    moe = MoEConfig(
+        num_experts=4, d_expert=3, dispatcher="capacity", capacity_factor=0.5, routed_scaling=2.0
+    )
+    x_TD = np.array(
+        [
+            [3.0, 2.0, 0.0, -1.0],  # 0, 1: both fit
+            [2.0, 0.0, 1.0, -1.0],  # 0, 2: both fit
+            [1.5, 1.0, 0.0, -2.0],  # 0, 1: both are full
+            [2.0, 2.5, 1.0, -1.0],  # 1, 0: 0 is full
+            [-1.0, 1.0, 2.0, 0.5],  # 2, 1: 1 is full
+            [4.0, 2.0, 1.0, -1.0],  # padding
+        ]
+    )
+    kept = {0: (0, 1), 1: (0, 2), 3: (1,), 4: (2,)}
+    cfg = ModelConfig(d_model=4, moe=moe)
+    params = init_params(layer.param_specs(cfg), jax.random.key(0))
+    w = {
+        k: np.random.default_rng(i).normal(size=a.shape)
+        for i, (k, a) in enumerate(params["experts"].items())
+    }
+    params = {"router": {"kernel": jnp.eye(4)}, "experts": jax.tree.map(jnp.asarray, w)}
+    y, aux = jax.jit(
+        lambda x, mask: layer.moe(params, {}, x.reshape(2, 3, 4), cfg, mask_BS=mask.reshape(2, 3))
+    )(jnp.asarray(x_TD), jnp.arange(6) < 5)
+    want = np.zeros((6, 4))
+    for t, experts in kept.items():
+        for e in experts:
+            gate, up = x_TD[t] @ w["w_gate"][e], x_TD[t] @ w["w_up"][e]
+            weight = 2.0 * np.exp(x_TD[t, e]) / np.exp(x_TD[t]).sum()  # a drop leaves the others
+            want[t] += weight * (gate / (1 + np.exp(-gate)) * up) @ w["w_down"][e]
+    assert aux.dropped == 4
+    np.testing.assert_array_equal(aux.load_E, [4, 4, 2, 0])  # what was asked for
+    np.testing.assert_allclose(y.reshape(6, 4), want, rtol=1e-5, atol=1e-5)

@@ -64,8 +64,8 @@ def test_two_steps_of_adamw_by_hand(clip):
         learning_rate=0.1, warmup_steps=0, schedule="constant", clip_norm=clip, weight_decay=0.5
     )
     optimizer = make_optimizer(cfg, 100)
-    params = {"w": np.array([1.0, -2.0], np.float32), "b_up": np.array([3.0], np.float32)}
-    grads = {"w": np.array([3.0, 0.0], np.float32), "b_up": np.array([4.0], np.float32)}  # norm 5
+    params = {"w": np.array([[1.0, -2.0]], np.float32), "b_up": np.array([3.0], np.float32)}
+    grads = {"w": np.array([[3.0, 0.0]], np.float32), "b_up": np.array([4.0], np.float32)}  # norm 5
     state = optimizer.init(params)
     want = {k: v.astype(np.float64) for k, v in params.items()}
     m, v = ({k: np.zeros_like(p, np.float64) for k, p in params.items()} for _ in range(2))

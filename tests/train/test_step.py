@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -17,7 +18,7 @@ from moejax.config import (
 )
 from moejax.data import synthetic_batch
 from moejax.train.state import create_state
-from moejax.train.step import train_step
+from moejax.train.step import eval_step, train_step
 
 MODEL = ModelConfig(
     vocab_size=32,
@@ -31,7 +32,7 @@ MODEL = ModelConfig(
 CFG = ExperimentConfig(
     model=MODEL,
     data=DataConfig(seq_len=8, batch_size=4),
-    optimizer=OptimizerConfig(learning_rate=1e-2, warmup_steps=1, schedule="constant"),
+    optimizer=OptimizerConfig(learning_rate=1e-2, warmup_steps=5, schedule="constant"),
 )
 
 
@@ -59,6 +60,19 @@ def test_learns_a_batch_and_moves_the_bias_by_its_rate(step):
         assert 0 < np.abs(moves).max() <= 30.001
 
 
+def test_evaluation_drops_nothing():
+    """Under a capacity a token's loss would depend on later tokens; the model that generates has none."""
+    moe = dataclasses.replace(MODEL.moe, dispatcher="capacity", capacity_factor=0.25)
+    tight = dataclasses.replace(CFG, model=dataclasses.replace(MODEL, moe=moe, mtp_depth=0))
+    loose = dataclasses.replace(CFG, model=dataclasses.replace(MODEL, mtp_depth=0))
+    state = create_state(loose, jax.random.key(0), None)
+    batch = synthetic_batch(8, 4, 32)
+    chex.assert_trees_all_equal(
+        *(eval_step(state.params, state.router_state, batch, cfg) for cfg in (tight, loose))
+    )
+    assert loose.model.without_drops is loose.model
+
+
 def test_a_step_that_is_not_finite_is_skipped_and_counted(step):
     batch = synthetic_batch(8, 4, 32)
     good = create_state(CFG, jax.random.key(0), None)
@@ -70,8 +84,10 @@ def test_a_step_that_is_not_finite_is_skipped_and_counted(step):
         assert not np.isfinite(metrics["loss"])
         assert int(state.skipped) == int(state.bad_in_a_row) == int(state.step) == expected
         for name in ("params", "opt_state", "router_state"):
-            jax.tree.map(np.testing.assert_array_equal, getattr(state, name), getattr(before, name))
-    state, _ = step(state._replace(params=good.params), batch)
+            chex.assert_trees_all_equal(getattr(state, name), getattr(before, name))
+    state, metrics = step(state._replace(params=good.params), batch)
+    # The optimiser's first step, whatever was left out before: a fifth of the way up.
+    assert metrics["learning_rate"] == pytest.approx(CFG.optimizer.learning_rate / 5)
     assert (int(state.skipped), int(state.bad_in_a_row)) == (2, 0)
 
 

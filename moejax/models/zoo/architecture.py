@@ -43,7 +43,7 @@ def architecture(cfg: ModelConfig) -> dict:
     if not m.num_experts:
         unused |= {k for k in flat if k.startswith("moe.")} | {"num_dense_layers"}
     elif not cfg.num_dense_layers:
-        unused |= {"d_ff", *(("activation", "ffn_bias") if not m.shared_width else ())}
+        unused |= {"d_ff", "activation", "ffn_bias"}
     if m.num_groups == 1:
         unused |= {"moe.topk_groups", "moe.group_score"}
     if not m.shared_width:

@@ -2,6 +2,11 @@
 
 Slots go to routes in order of their rank k and then of their token (GShard, 2006.16668 algorithm 1): no
 token loses its first choice to another's second.
+
+Tokens compete over all that one call sees: a slot may go to a later token (or another sequence's), and with
+gradient accumulation C is counted in every micro-batch. So a step depends on accumulation where something
+is dropped, and training is not strictly causal; evaluation and generation drop nothing
+(`ModelConfig.without_drops`).
 """
 
 import math

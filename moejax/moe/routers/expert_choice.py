@@ -35,8 +35,8 @@ def route(
         raise ValueError(
             "expert_choice cannot replay token-choice routes: use router='token_choice'"
         )
-    dtype = jnp.promote_types(x_TD.dtype, jnp.float32)
-    logits_TE = jnp.dot(x_TD.astype(dtype), params["kernel"].astype(dtype))
+    logits_TE = token_choice.logits(params, x_TD)
+    dtype = logits_TE.dtype
     scores_TE = jax.nn.softmax(logits_TE, axis=-1)
     num_tokens = x_TD.shape[0]
     if mask_T is None:
@@ -53,7 +53,11 @@ def route(
     if cfg.z_loss:
         n = mask_T.sum() if totals is None else totals.num_tokens
         losses["z"] = cfg.z_loss * balance.router_z(logits_TE, mask_T, n)
-    group_load_G = load_E.reshape(cfg.balance_groups, -1).sum(axis=1)
+    token_EC = jnp.where(taken_EC, index_EC, num_tokens)
+    taken_TE = jnp.zeros((num_tokens, cfg.num_experts), dtype)
+    taken_TE = taken_TE.at[token_EC, jnp.arange(cfg.num_experts)[:, None]].set(1, mode="drop")
+    reached_TG = taken_TE.reshape(num_tokens, cfg.balance_groups, -1).max(axis=-1)
+    group_load_G = reached_TG.sum(axis=0)
     return RouterOutput(SlotRouting(index_EC, weights_EC), scores_TE, losses, load_E, group_load_G)
 
 
@@ -64,4 +68,5 @@ ROUTER = Router(
     lambda state, load_E, cfg: state,
     causal=False,
     form="slot",
+    linear_losses=lambda cfg: True,
 )

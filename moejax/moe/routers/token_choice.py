@@ -35,6 +35,15 @@ def init_state(cfg: MoEConfig) -> dict:
     return {"expert_bias": jnp.zeros((cfg.num_experts,), jnp.float32)}
 
 
+def logits(params: dict, x_TD: jax.Array) -> jax.Array:
+    """logits_TE in float32, also under bf16 compute and where a device multiplies float32 with fewer bits
+    by default: a rounded score changes which expert is chosen."""
+    dtype = jnp.promote_types(x_TD.dtype, jnp.float32)
+    kernel = params["kernel"].astype(dtype)
+    logits_TE = jnp.dot(x_TD.astype(dtype), kernel, precision=jax.lax.Precision.HIGHEST)
+    return logits_TE + params["bias"].astype(dtype)[None] if "bias" in params else logits_TE
+
+
 def score(logits_TE: jax.Array, kind: str) -> jax.Array:
     """Affinities in float32: softmax over experts, sigmoid, or sqrt(softplus)."""
     if kind == "softmax":
@@ -78,11 +87,8 @@ def route(
 ) -> RouterOutput:
     """See `moejax.moe.routing.Router.route`."""
     del key, token_ids_T  # deterministic, and blind to the token's identity
-    # float32 even under bf16 compute: a rounded score changes which expert is chosen.
-    dtype = jnp.promote_types(x_TD.dtype, jnp.float32)
-    logits_TE = jnp.dot(x_TD.astype(dtype), params["kernel"].astype(dtype))
-    if "bias" in params:
-        logits_TE = logits_TE + params["bias"].astype(dtype)[None]
+    logits_TE = logits(params, x_TD)
+    dtype = logits_TE.dtype
     scores_TE = score(logits_TE, cfg.score)
     real_T = jnp.ones(x_TD.shape[:1], dtype) if mask_T is None else (mask_T > 0).astype(dtype)
 
@@ -154,4 +160,17 @@ def update_state(state: dict, load_E: jax.Array, cfg: MoEConfig) -> dict:
     return {"expert_bias": bias_E}
 
 
-ROUTER = Router(param_specs, init_state, route, update_state, causal=True, form="token")
+def linear_losses(cfg: MoEConfig) -> bool:
+    """z and sequence-wise are sums over tokens and sequences; the others count over the whole batch."""
+    return not (cfg.expert_loss or cfg.device_loss or cfg.communication_loss)
+
+
+ROUTER = Router(
+    param_specs,
+    init_state,
+    route,
+    update_state,
+    causal=True,
+    form="token",
+    linear_losses=linear_losses,
+)
