@@ -51,9 +51,17 @@ def main(argv: list[str] | None = None) -> int:
     except ConfigError as e:
         print(f"moejax {command}: {e}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:  # outside of training's steps, which save first
+        print(f"\nmoejax {command}: interrupted", file=sys.stderr)
+        return 130
     except BrokenPipeError:  # `| head` has seen enough; nor may the exit flush complain
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except OSError as e:
+        if e.filename is None:
+            raise
+        print(f"moejax {command}: {e.filename}: {e.strerror}", file=sys.stderr)
+        return 2
 
 
 if __name__ == "__main__":

@@ -1,5 +1,7 @@
 """Reading a command's flags: whatever is wrong with them is a ConfigError that says what would work."""
 
+import traceback
+
 from absl import flags
 from ml_collections import config_flags
 
@@ -21,12 +23,22 @@ def parse(command: str, usage: str, fv: flags.FlagValues, argv: list[str]) -> li
         print(f"{usage}\n\nflags:\n" + "\n".join(_help(f) for f in own))
         return None
     try:
-        return fv([command, *argv])[1:]
+        rest = fv([command, *argv])[1:]
     except SyntaxError as e:
         raise ConfigError(f"--config: {e.filename} is not Python, line {e.lineno}: {e.msg}") from e
     # ml_collections reports a bad override or file by the last four.
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as e:
         raise ConfigError(f"{_reason(e)}\n{usage}") from e
+    except Exception as e:  # whatever the code of a config file raises
+        at = traceback.extract_tb(e.__traceback__)[-1]
+        raise ConfigError(
+            f"--config: {at.filename}, line {at.lineno}: {type(e).__name__}: {e}"
+        ) from e
+    if "config" in fv and fv["config"].present and fv.config is None:
+        raise ConfigError(
+            "--config: get_config() of the file returned nothing; it must return a ConfigDict"
+        )
+    return rest
 
 
 def experiment(fv: flags.FlagValues) -> ExperimentConfig:
@@ -57,4 +69,6 @@ def _reason(e: BaseException) -> str:
     for outer in chain:  # later ones add the nearest key
         if isinstance(outer, KeyError) and outer.args:
             return "unknown key " + str(outer.args[0]).replace("\n", ": ")
+    if "'get_config'" in str(e):
+        return "--config: the file has no get_config()"
     return str(e)

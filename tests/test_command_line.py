@@ -1,5 +1,7 @@
 """Flags of a command: every mistake is a ConfigError that names it and what would work."""
 
+import sys
+
 import pytest
 from absl import flags
 
@@ -50,14 +52,22 @@ def test_help_lists_the_commands_own_flags(capsys):
         ("--config={0}/x.py --config.model.d_modl=2", "unknown key 'd_modl': Did you mean \"d_model\""),
         ("--config={0}/x.py --config.model.d_model=two", "'two'"),
         ("--config={0}/x.py:big", "no variant 'big'; leave it out"),
+        ("--config={0}/empty.py", "the file has no get_config()"),
+        ("--config={0}/broken.py", "broken.py, line 2: ModuleNotFoundError"),
+        ("--config={0}/none.py.py", "get_config() of the file returned nothing"),
         ("--config={0}/text.py", "text.py is not Python, line 1"),
         ("--config={0}/none.py", "No such file or directory"),
         ("--config={0}", "Is a directory"),
     ],
 )  # fmt: skip
-def test_mistakes(flag, text, tmp_path):
+def test_mistakes(flag, text, tmp_path, monkeypatch):
+    for name in [n for n in sys.modules if n.startswith("config_")]:  # of files loaded before
+        monkeypatch.delitem(sys.modules, name)
     (tmp_path / "x.py").write_text(GOOD)
     (tmp_path / "text.py").write_text("A page of text.\n")
+    (tmp_path / "empty.py").write_text("x = 1\n")
+    (tmp_path / "broken.py").write_text("def get_config():\n    import no_such_module\n")
+    (tmp_path / "none.py.py").write_text("def get_config():\n    pass\n")
     with pytest.raises(ConfigError) as e:
         command_line.experiment(parse(*flag.format(tmp_path).split())[1])
     assert text in str(e.value) and "Traceback" not in str(e.value)

@@ -11,11 +11,20 @@ import sys
 from typing import Any, NamedTuple
 
 from moejax.config import ConfigError
-from moejax.data.tokenizer import JsonTokenizer, Tokenizer
+from moejax.data.tokenizer import MOST_TOKENS, JsonTokenizer, Tokenizer
 from moejax.evals import chat_render
-from moejax.interop.files import KEPT_FOLDER, exists, read_bytes, read_json
+from moejax.interop.files import exists, read_bytes, read_json
 
 TEMPLATE_FILE = "chat_template.jinja"
+GENERATION_CONFIG = "generation_config.json"
+# What is read of it: type, least, most, in words.
+GENERATION_VALUES = {
+    "eos_token_id": (int, 0, MOST_TOKENS, "a token id, or a list of them"),
+    "temperature": (int | float, 0, 1e6, "a number from 0 on"),
+    "top_k": (int, 0, MOST_TOKENS, "a whole number from 0 on"),
+    "top_p": (int | float, 1e-9, 1, "a number above 0, at most 1"),
+    "max_new_tokens": (int, 1, MOST_TOKENS, "a positive whole number"),
+}
 MOST_BYTES = 10_000_000  # of a file here; published ones have a few hundred kB at most
 RENDER_SECONDS = 2 * chat_render.CPU_SECONDS  # of wall time
 
@@ -35,9 +44,8 @@ class PromptFiles(NamedTuple):
     template: str | None
 
 
-def read_prompt_files(workdir: pathlib.Path) -> PromptFiles:
-    """The files of the run in `workdir`. Raises ConfigError naming a file that is not what it should be."""
-    folder = workdir / KEPT_FOLDER
+def read_prompt_files(folder: pathlib.Path) -> PromptFiles:
+    """The files in `folder`. Raises ConfigError naming a file, or a value, that is not what it should be."""
     tokenizer_config = _read_json(folder, "tokenizer_config.json")
     template = tokenizer_config.get("chat_template")
     if exists(folder, TEMPLATE_FILE):
@@ -50,9 +58,17 @@ def read_prompt_files(workdir: pathlib.Path) -> PromptFiles:
         template = named.get("default")
     if not isinstance(template, str | None):
         raise ConfigError(f"{folder / 'tokenizer_config.json'}: chat_template is not a text")
-    return PromptFiles(
-        folder, tokenizer_config, _read_json(folder, "generation_config.json"), template
-    )
+    generation_config = _read_json(folder, GENERATION_CONFIG)
+    for key, (kind, least, most, text) in GENERATION_VALUES.items():
+        value = generation_config.get(key)
+        several = value if key == "eos_token_id" and isinstance(value, list) else [value]
+        if value is not None and not all(
+            isinstance(v, kind) and not isinstance(v, bool) and least <= v <= most for v in several
+        ):
+            raise ConfigError(
+                f"{folder / GENERATION_CONFIG}: {key}={value!r} must be {text}; correct it or leave it out"
+            )
+    return PromptFiles(folder, tokenizer_config, generation_config, template)
 
 
 def _read_json(folder: pathlib.Path, name: str) -> dict:
@@ -140,8 +156,4 @@ def stop_ids(files: PromptFiles, tokenizer: Tokenizer) -> tuple[int, ...]:
     """Ids that end a text: the tokenizer's, and those of generation_config.json."""
     more = files.generation_config.get("eos_token_id")
     more = [] if more is None else [more] if isinstance(more, int) else more
-    if not all(isinstance(i, int) for i in more):
-        raise ConfigError(
-            f"{files.folder / 'generation_config.json'}: eos_token_id={more!r} must be a number or numbers"
-        )
     return tuple(sorted({tokenizer.eos_id, *more}))

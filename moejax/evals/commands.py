@@ -117,7 +117,7 @@ def _converse(fv, writer) -> int:
 
 
 def _opening(fv) -> list[chat.Message]:
-    return [{"role": "system", "content": fv.system}] if fv.system else []
+    return [{"role": "system", "content": _text("--system", fv.system)}] if fv.system else []
 
 
 def _requests(fv) -> list | None:
@@ -134,10 +134,18 @@ def _requests(fv) -> list | None:
     elif fv.chat and fv.prompt is None:
         return None
     else:
-        prompts = [fv.prompt or ""]
+        prompts = [_text("--prompt", fv.prompt or "")]
     if not fv.chat:
         return prompts
     return [[*_opening(fv), {"role": "user", "content": p}] for p in prompts]
+
+
+def _text(name: str, given: str) -> str:
+    try:
+        given.encode()
+    except UnicodeEncodeError as e:
+        raise ConfigError(f"{name}={given!a} is not text in UTF-8") from e
+    return given
 
 
 def _read_messages(path: pathlib.Path) -> list[chat.Message]:

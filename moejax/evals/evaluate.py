@@ -104,6 +104,8 @@ def evaluate_main(argv: list[str]) -> int:
         raise ConfigError(
             f"{f'unexpected {rest}' if rest else 'evaluate needs --workdir'}\n{USAGE}"
         )
+    if fv.json and not pathlib.Path(fv.json).absolute().parent.is_dir():
+        raise ConfigError(f"--json={fv.json}: there is no such folder")
     results = evaluate_run(
         pathlib.Path(fv.workdir),
         tuple(fv.sources),

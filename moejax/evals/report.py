@@ -19,6 +19,7 @@ from moejax.data import load_corpus, validation_batches
 from moejax.evals import charts
 from moejax.evals.generate import generate
 from moejax.evals.routing import count_tokens, domain_information, favourite_tokens
+from moejax.moe.routers import ROUTERS
 from moejax.train.run import Run, load_run
 
 ROUTED_BATCHES = 8  # held-out batches whose routes are counted
@@ -222,7 +223,13 @@ def expert_section(load_dLE, domains, token_EV, tokenizer, most: int = 4) -> Sec
 
 
 def samples_section(run: Run, corpus) -> Section:
-    """One continuation of a held-out document's beginning per domain."""
+    """One continuation of a held-out document's beginning per domain; none from a router that is not
+    causal."""
+    if run.cfg.model.num_moe_layers and not ROUTERS[run.cfg.model.moe.router].causal:
+        router = run.cfg.model.moe.router
+        return Section(
+            "Samples", f"The router {router!r} is not causal: the model cannot generate."
+        )
     prompts = [
         [run.tokenizer.bos_id, *run.tokenizer.encode(documents[0].text[:400])[:PROMPT_TOKENS]]
         for documents in corpus.validation.values()

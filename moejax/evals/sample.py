@@ -1,5 +1,6 @@
 """Choosing the next token from logits: greedy, or a draw among the likeliest."""
 
+import math
 from typing import NamedTuple
 
 import jax
@@ -23,7 +24,8 @@ class Sampling(NamedTuple):
 
     def check(self, vocab_size: int) -> None:
         """ConfigError naming the value that is out of range."""
-        if self.temperature < 0 or not 0 < self.top_p <= 1 or not 0 <= self.top_k <= vocab_size:
+        good = 0 <= self.temperature < math.inf and 0 < self.top_p <= 1  # not so for NaN
+        if not good or not 0 <= self.top_k <= vocab_size:
             raise ConfigError(
                 f"temperature={self.temperature} must be >= 0, top_p={self.top_p} in (0, 1], "
                 f"top_k={self.top_k} between 0 and the vocabulary of {vocab_size}"

@@ -8,12 +8,13 @@ from typing import Any
 import jax
 
 from moejax import axes
-from moejax.config import ExperimentConfig, MeshConfig
+from moejax.config import ConfigError, ExperimentConfig, MeshConfig
 from moejax.cost.commands import parse_mesh
 from moejax.data import StreamDecoder
 from moejax.data.tokenizer import Tokenizer
 from moejax.evals import chat
 from moejax.evals.generate import Stats, prepare, stream
+from moejax.interop.files import KEPT_FOLDER
 from moejax.sharding import Layout, make_layout
 from moejax.train.run import load_run, read_config
 
@@ -64,13 +65,24 @@ def _overlap(text: str, stop: str) -> int:
     )
 
 
-def sampling_options(given: dict[str, Any], published: dict[str, Any]) -> dict[str, Any]:
+def _check_ids(stop_ids: Sequence[int], vocab_size: int) -> None:
+    outside = [i for i in stop_ids if not 0 <= i < vocab_size]
+    if outside:
+        raise ConfigError(
+            f"stop_ids: {outside[0]} is no token id; they go from 0 to {vocab_size - 1}"
+        )
+
+
+def sampling_options(
+    given: dict[str, Any], published: dict[str, Any], vocab_size: int
+) -> dict[str, Any]:
     """temperature, top_k and top_p: as given, else as in a checkpoint's generation_config.json, else
     DEFAULTS. `transformers` reads a file without do_sample as greedy; so do we."""
     options = dict(DEFAULTS)
     if published:
         neutral = {"temperature": 1.0, "top_k": 0, "top_p": 1.0}
         options = {k: v if published.get(k) is None else published[k] for k, v in neutral.items()}
+        options["top_k"] = min(options["top_k"], vocab_size)
         if not published.get("do_sample", False):
             options["temperature"] = 0.0
     return options | {k: v for k, v in given.items() if v is not None}
@@ -126,7 +138,7 @@ class Writer:
         speculative_decoding: bool = False,
     ):
         experiment = read_config(workdir)
-        self.files = chat.read_prompt_files(workdir)
+        self.files = chat.read_prompt_files(workdir / KEPT_FOLDER)
         layout = None if mesh is None else mesh_layout(experiment, mesh)
         run = load_run(workdir, layout)
         self.tokenizer, self.cfg = run.tokenizer, run.cfg.model
@@ -134,9 +146,10 @@ class Writer:
         self._model = prepare(run.params, self.cfg, layout), run.router_state
         self._max_new, self._stop_texts = max_new, stop_texts
         self._ends = (*chat.stop_ids(self.files, self.tokenizer), *stop_ids)
+        _check_ids(stop_ids, self.cfg.vocab_size)
         given = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
         self._options: dict[str, Any] = dict(
-            **sampling_options(given, self.files.generation_config),
+            **sampling_options(given, self.files.generation_config, self.cfg.vocab_size),
             seed=seed,
             stop_ids=self._ends,
             speculative_decoding=speculative_decoding,

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import pathlib
 
 import jax
@@ -17,6 +18,7 @@ from moejax.config import (
     to_json,
 )
 from moejax.data.tokenizer import FILE_NAME, JsonTokenizer
+from moejax.evals.chat import read_prompt_files
 from moejax.interop.checkpoint import CONFIG, open_checkpoint
 from moejax.interop.files import (
     KEPT_FOLDER,
@@ -105,11 +107,14 @@ def import_run(hf_dir: pathlib.Path, workdir: pathlib.Path) -> None:
     """
     checkpoint = open_checkpoint(hf_dir)
     text = _tokenizer_text(hf_dir)
+    tokenizer = JsonTokenizer(text, str(hf_dir / FILE_NAME))
+    read_prompt_files(hf_dir)  # for its errors
     kept = {name: read_bytes(hf_dir, name) for name in KEPT if exists(hf_dir, name)}
     with whole_folder(workdir) as folder:
+        tensors = checkpoint.tensors.values()
+        need_space(folder, sum(math.prod(t.shape) * t.dtype.itemsize for t in tensors))
         model = read_model(checkpoint, layout=_host(), progress=True)
         cfg, params, router_state, account = model
-        tokenizer = JsonTokenizer(text, str(hf_dir / FILE_NAME))
         if tokenizer.vocab_size > cfg.vocab_size:
             raise InteropError(
                 f"{hf_dir / FILE_NAME} has {tokenizer.vocab_size} tokens, the model's vocabulary "
@@ -128,7 +133,6 @@ def import_run(hf_dir: pathlib.Path, workdir: pathlib.Path) -> None:
         (folder / KEPT_FOLDER).mkdir()
         for name, content in kept.items():
             (folder / KEPT_FOLDER / name).write_bytes(content)
-        need_space(folder, sum(a.nbytes for a in jax.tree.leaves(params)))
         checkpoints = Checkpoints(folder, experiment, packed=False)
         checkpoints.save_model(params, router_state)
         checkpoints.close()

@@ -86,23 +86,29 @@ def exists(folder: pathlib.Path, name: str) -> bool:
 def whole_folder(path: pathlib.Path) -> Iterator[pathlib.Path]:
     """A new folder that appears at `path` whole, when the block ends, or not at all.
 
-    Yields a folder beside it to write into; it is removed if the block raises, and by the next call
-    for the same path if the process was killed.
+    Yields a folder beside it to write into; it is removed if the block raises (and so are parents that had
+    to be made), and by the next call for the same path if the process was killed.
     """
-    if os.path.lexists(path) and not (path.is_dir() and not any(path.iterdir())):
-        raise InteropError(f"{path} exists already and is not an empty folder; choose another")
     path = path.absolute()
     partial = path.with_name(f".{path.name}.moejax-partial")
+    new_parents: list[pathlib.Path] = []
     try:
+        if os.path.lexists(path) and not (path.is_dir() and not any(path.iterdir())):
+            raise InteropError(f"{path} exists already and is not an empty folder; choose another")
+        new_parents = [p for p in path.parents if not p.exists()]
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         yield partial
         os.rename(partial, path)  # replaces an empty folder, never a full one
-    except OSError as e:  # no space, no permission
+    except BaseException as e:
         shutil.rmtree(partial, ignore_errors=True)
-        raise InteropError(f"{path} could not be written, and nothing is left of it: {e}") from e
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
+        for parent in new_parents:
+            with contextlib.suppress(OSError):
+                parent.rmdir()
+        if isinstance(e, OSError):  # no space, no permission
+            raise InteropError(
+                f"{path} could not be written, and nothing is left of it: {e}"
+            ) from e
         raise
 
 

@@ -58,10 +58,8 @@ def save_model(
     names = [f"model-{i + 1:05}-of-{len(files):05}.safetensors" for i in range(len(files))]
     names = [SINGLE] if len(files) == 1 else names
     total = sum(t.nbytes for t in tensors)
-    path = pathlib.Path(path)
-    path.absolute().parent.mkdir(parents=True, exist_ok=True)
-    need_space(path.absolute().parent, total + sum(map(len, extra.values())))
-    with whole_folder(path) as folder:
+    with whole_folder(pathlib.Path(path)) as folder:
+        need_space(folder, total + sum(map(len, extra.values())))
         for name, content in extra.items():
             (folder / name).write_bytes(content)
         bar = tqdm(total=total, desc="writing", unit="B", unit_scale=True, disable=not progress)

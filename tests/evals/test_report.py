@@ -9,10 +9,11 @@ import shutil
 import numpy as np
 import pytest
 
-from moejax.config import ConfigError, from_json, to_json
+from moejax.config import ConfigError, MoEConfig, to_json
 from moejax.evals import report
 from moejax.evals.routing import count_tokens, domain_information, favourite_tokens
-from moejax.train.run import load_run
+from moejax.train.loop import train
+from moejax.train.run import load_run, read_config
 
 
 def test_page_is_whole_and_alone(trained, capsys):
@@ -41,11 +42,30 @@ def test_page_is_whole_and_alone(trained, capsys):
 def test_names_and_text_are_escaped(trained, tmp_path):
     run = tmp_path / "run"
     shutil.copytree(trained, run)
-    cfg = from_json((run / "config.json").read_text())
+    cfg = read_config(run)
     cfg = dataclasses.replace(cfg, name="<script>alert(1)</script>")
     (run / "config.json").write_text(to_json(cfg))
     page = report.write_report(run)[0].read_text()
     assert "<script>" not in page and "&lt;script&gt;" in page
+
+
+def test_a_model_that_cannot_generate_has_a_report_too(trained, tmp_path):
+    moe = MoEConfig(
+        num_experts=8,
+        experts_per_token=2,
+        d_expert=8,
+        router="expert_choice",
+        dispatcher="capacity",
+    )
+    cfg = read_config(trained)
+    cfg = dataclasses.replace(
+        cfg,
+        model=dataclasses.replace(cfg.model, moe=moe),
+        train=dataclasses.replace(cfg.train, steps=2),
+    )
+    train(cfg, tmp_path)
+    path, samples = report.write_report(tmp_path)
+    assert not samples and "&#39;expert_choice&#39; is not causal" in path.read_text()
 
 
 def test_metrics_of_a_crashed_run(tmp_path):

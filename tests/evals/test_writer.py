@@ -46,12 +46,14 @@ def test_what_may_begin_a_stop_is_held_back_and_no_more():
 
 def test_defaults_of_the_checkpoint():
     none = {"temperature": None, "top_k": None, "top_p": None}
-    assert sampling_options(none, {}) == {"temperature": 0.8, "top_k": 0, "top_p": 0.95}
+    assert sampling_options(none, {}, 100) == {"temperature": 0.8, "top_k": 0, "top_p": 0.95}
     published = {"do_sample": True, "temperature": 0.3, "top_p": 0.9}
-    assert sampling_options(none, published) == {"temperature": 0.3, "top_k": 0, "top_p": 0.9}
-    assert sampling_options(none, {"temperature": 0.3})["temperature"] == 0
+    assert sampling_options(none, published, 100) == {"temperature": 0.3, "top_k": 0, "top_p": 0.9}
+    assert sampling_options(none, {"temperature": 0.3}, 100)["temperature"] == 0
+    wide = {"do_sample": True, "top_k": 200}
+    assert sampling_options(none, wide, 100)["top_k"] == 100  # all there are
     given = none | {"temperature": 1.0}
-    assert sampling_options(given, {"temperature": 0.3})["temperature"] == 1.0
+    assert sampling_options(given, {"temperature": 0.3}, 100)["temperature"] == 1.0
 
 
 def test_prompts_files(tmp_path):

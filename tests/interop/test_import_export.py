@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -119,7 +120,7 @@ def test_commands_in_sequence(tmp_path, capsys, family):
     assert main(["import", f"--hf_dir={out}", f"--workdir={tmp_path / 'again'}"]) == 0
     assert "Traceback" not in capsys.readouterr().err
     a, b = load_run(run), load_run(tmp_path / "again")
-    jax.tree.map(np.testing.assert_array_equal, a.params, b.params)
+    chex.assert_trees_all_equal(a.params, b.params)
     assert a.cfg.model == b.cfg.model
 
 
@@ -173,6 +174,7 @@ def test_export_of_a_run_that_was_trained_here(tmp_path, key):
         (lambda hf: (hf / "tokenizer.json").unlink(), "has no tokenizer.json"),
         (lambda hf: (hf / "tokenizer.json").write_bytes(b"\xff"), "not UTF-8"),
         (lambda hf: (hf / "tokenizer.json").write_text("{}"), "not a tokenizer.json"),
+        (lambda hf: (hf / "generation_config.json").write_text('{"top_k": "x"}'), "top_k='x'"),
         (lambda hf: (hf / "config.json").unlink(), "missing file config.json"),
         (lambda hf: (hf / "model-00002-of-00002.safetensors").unlink(), "missing file model-00002"),
     ],
@@ -181,7 +183,7 @@ def test_failed_import_leaves_nothing(tmp_path, change, text):
     hf = checkpoint(tmp_path / "hf", "mixtral")
     change(hf)
     with pytest.raises(ConfigError, match=text):
-        commands.import_run(hf, tmp_path / "run")
+        commands.import_run(hf, tmp_path / "new" / "run")
     assert [p.name for p in tmp_path.iterdir()] == ["hf"]
 
 

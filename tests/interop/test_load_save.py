@@ -3,6 +3,7 @@
 import dataclasses
 import json
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -93,7 +94,7 @@ def test_round_trip_bit_for_bit(tmp_path, family):
         np.testing.assert_array_equal(bits(back[name]), bits(tensor), err_msg=name)
     cfg_again, params_again, state_again = load_model(tmp_path / "out")
     assert dataclasses.replace(cfg_again, init_std=cfg.init_std) == cfg
-    jax.tree.map(np.testing.assert_array_equal, (params, state), (params_again, state_again))
+    chex.assert_trees_all_equal((params, state), (params_again, state_again))
 
 
 def test_values_are_where_they_belong(tmp_path):
@@ -166,7 +167,7 @@ def test_piece_by_piece(tmp_path, monkeypatch, family):
     published.write(tmp_path, config, published.random_tensors(config))
     whole = load_model(tmp_path)
     monkeypatch.setattr(load, "PIECE_BYTES", 600)
-    jax.tree.map(np.testing.assert_array_equal, whole[1:], load_model(tmp_path)[1:])
+    chex.assert_trees_all_equal(whole[1:], load_model(tmp_path)[1:])
 
 
 def test_sharded(tmp_path, monkeypatch):
@@ -184,7 +185,7 @@ def test_sharded(tmp_path, monkeypatch):
     )
     _, params, state = load_model(tmp_path, layout=layout)
     assert state == {"moe_blocks": {}}
-    jax.tree.map(np.testing.assert_array_equal, plain, params)
+    chex.assert_trees_all_equal(plain, params)
     shardings = layout.of_specs(transformer.param_specs(cfg))
     assert jax.tree.map(lambda a: a.sharding, params) == shardings
     assert sum(a.size for a in read) == count(params)
@@ -220,7 +221,7 @@ def test_gpt2_without_prefix_and_with_masks(tmp_path):
     short["h.0.attn.bias"] = np.ones((1, 1, 4, 4), np.float32)
     published.write(tmp_path / "b", config, short)
     a, b = load_model(tmp_path / "a")[1], load_model(tmp_path / "b")[1]
-    jax.tree.map(np.testing.assert_array_equal, a, b)
+    chex.assert_trees_all_equal(a, b)
 
 
 def test_v3_saved_without_its_prediction_layers(tmp_path):
