@@ -30,8 +30,6 @@ EXPERT_MLP = "expert_mlp"  # expert FFN width
 BATCH = "batch"  # batch B or tokens T
 SEQ = "seq"  # sequence S
 ACT_EMBED = "act_embed"  # model width D
-ACT_HEADS = "act_heads"  # heads
-ACT_MLP = "act_mlp"  # FFN width
 
 # Mesh axes.
 DATA, FSDP, EXPERT_AXIS, TENSOR = "data", "fsdp", "expert", "tensor"

@@ -26,8 +26,6 @@ RULES: dict[str, tuple[str, ...]] = {
     axes.BATCH: (axes.DATA, axes.FSDP, axes.EXPERT_AXIS),
     axes.SEQ: (),
     axes.ACT_EMBED: (),
-    axes.ACT_HEADS: (axes.TENSOR,),
-    axes.ACT_MLP: (axes.TENSOR,),
 }
 
 

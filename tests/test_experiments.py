@@ -1,0 +1,54 @@
+"""The experiments: each gives a config that is valid, and the quickstart's two variants compare fairly."""
+
+import dataclasses
+import pathlib
+import runpy
+
+import pytest
+
+from moejax.config import ConfigError, ExperimentConfig, ModelConfig, from_config_dict, to_json
+from moejax.cost.architecture import of_model
+from moejax.cost.params import counts
+
+FOLDER = pathlib.Path(__file__).parent.parent / "experiments"
+FILES = sorted(p.stem for p in FOLDER.glob("*.py") if p.stem != "__init__")
+RUN = ExperimentConfig(name="run", model=ModelConfig(d_model=64))
+
+
+def load(name, *variant) -> ExperimentConfig:
+    return from_config_dict(runpy.run_path(str(FOLDER / f"{name}.py"))["get_config"](*variant))
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_gives_a_valid_config(name, tmp_path):
+    (tmp_path / "config.json").write_text(to_json(RUN))
+    cfg = load(name, *([str(tmp_path)] if name == "finetune" else []))
+    assert cfg.name and cfg.train.steps > 0
+
+
+def test_dense_quickstart_differs_by_its_experts_alone():
+    moe, dense = load("quickstart", "moe"), load("quickstart", "dense")
+    assert load("quickstart") == moe
+    assert moe.model.num_moe_layers == 3 and dense.model.num_moe_layers == 0
+    same = dataclasses.replace(moe.model, moe=dense.model.moe)
+    assert dataclasses.replace(moe, name=dense.name, model=same) == dense
+    # Per token: 4 routed experts and a shared one of width 96 for an FFN of 480, and a router besides.
+    arch = of_model(moe.model)
+    active = counts(arch)["without embeddings"].active
+    twin = counts(of_model(dense.model))["without embeddings"].active
+    router = sum(p.active for p in arch.parts if p.name in ("router", "balance bias"))
+    assert active - twin == router == 3 * (192 * 32 + 32)
+    assert active == pytest.approx(twin, rel=0.02)
+
+
+def test_finetuning_keeps_the_model_and_data_of_its_run(tmp_path):
+    (tmp_path / "config.json").write_text(to_json(RUN))
+    cfg = load("finetune", str(tmp_path))
+    assert (cfg.model, cfg.data) == (RUN.model, RUN.data)
+    with pytest.raises(ConfigError, match=r"experiments/finetune\.py:RUN"):
+        load("finetune")
+
+
+def test_unknown_variant_names_the_variants():
+    with pytest.raises(ConfigError, match=r"quickstart\.py:big.*variants: moe, dense"):
+        load("quickstart", "big")
