@@ -58,6 +58,6 @@ def get_config(variant: str = "moe"):
         model=model,
         data=DataConfig(seq_len=256, batch_size=8, validation_fraction=0.05),
         optimizer=OptimizerConfig(learning_rate=2e-3, warmup_steps=40),
-        train=TrainConfig(steps=300, eval_every=100, checkpoint_every=100),
+        train=TrainConfig(steps=500, eval_every=100, checkpoint_every=100),
     )
     return to_config_dict(cfg)

@@ -194,7 +194,8 @@ def _pack(index_tK, held: int, cfg: MoEConfig, size: int):
     sorted_PC = jnp.minimum(start_P[:, None] + place_C[None], index_tK.size - 1)
     filled_PC = place_C[None] < end_Pe[:, -1:]
     route_PC = jnp.where(filled_PC, routes.route_R[sorted_PC], index_tK.size)
-    dropped = (wanted_Pe - send_Pe).sum()
+    worst = index_tK.shape[0] * min(index_tK.shape[1], held)
+    dropped = jnp.zeros((), jnp.int32) if size >= worst else (wanted_Pe - send_Pe).sum()
     return SortedRoutes(route_PC.reshape(-1), row_tK, routes.group_sizes_E), send_Pe, dropped
 
 
