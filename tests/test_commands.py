@@ -62,6 +62,7 @@ def test_killed_run_resumes_to_the_same_losses(tmp_path):
     flags = ["--config.train.steps=60"]
     done = run(whole, *flags)
     assert done.returncode == 0, done.stderr
+    assert "60/60" in done.stderr and "tok_s=" in done.stderr  # the progress bar
     process = subprocess.Popen(
         command(killed, *flags),
         env=environment(killed),

@@ -20,7 +20,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
 
 from moejax.config import ConfigError, ExperimentConfig, to_json
 from moejax.params import path_name
@@ -79,7 +81,7 @@ class Checkpoints:
         meta = {
             "config": json.loads(to_json(self.cfg)),
             "data": data_state,
-            "checksums": {name: int(checksum(item)) for name, item in items.items()},
+            "checksums": {name: checksum(item) for name, item in items.items()},
         }
         piece = ocp.SaveArgs(chunk_byte_size=None if self.packed else PIECE_BYTES)
         args = {
@@ -196,8 +198,6 @@ class Checkpoints:
                     target, n = aside / f"{step}.{n}", n + 1
                 (self.folder / str(step)).rename(target)
         if jax.process_count() > 1:
-            from jax.experimental import multihost_utils
-
             multihost_utils.sync_global_devices("damaged checkpoints set aside")
         self.manager.reload()
 
@@ -217,26 +217,33 @@ def _split(state: TrainState) -> tuple[dict, dict]:
     return {name: fields.pop(name) for name in ("params", "router_state")}, fields
 
 
-@jax.jit
-def checksum(tree) -> jax.Array:
+def checksum(tree) -> int:
     """The sum of all 32-bit words modulo 2^32: the same on any mesh, and changed by any damaged word.
 
-    Narrower floats count as the float32 that they are, so that a model read in float32 has the checksum
-    with which it was saved in bfloat16.
+    bfloat16 counts as the float32 that it is, so that a model read in float32 has the checksum with which
+    it was saved in bfloat16. Each shard is read once, on the host, where it lies.
     """
+    total = 0
+    for array in jax.tree.leaves(tree):
+        for shard in array.addressable_shards:
+            if shard.replica_id == 0:
+                total += _sum_of_words(np.asarray(shard.data).reshape(-1))
+    if jax.process_count() > 1:
+        total = multihost_utils.process_allgather(np.uint32(total % 2**32)).sum(dtype=np.uint64)
+    return int(total) % 2**32
 
-    def one(a):
-        if jnp.issubdtype(a.dtype, jnp.floating):
-            a = a.astype(jnp.promote_types(a.dtype, jnp.float32))
-        return jnp.sum(jax.lax.bitcast_convert_type(a, jnp.uint32), dtype=jnp.uint32)
 
-    return sum(map(one, jax.tree.leaves(tree)), jnp.uint32(0))
+def _sum_of_words(a: np.ndarray) -> int:
+    if a.dtype == jnp.bfloat16:
+        return int(a.view(np.uint16).sum(dtype=np.uint64)) << 16
+    a = a.astype(np.float32) if a.dtype == np.float16 else a
+    return int(a.view(np.uint32).sum(dtype=np.uint64))
 
 
 def _verify(tree, meta: dict, item: str) -> None:
     """ValueError if arrays are not those that were saved (as far as checksums were saved with them)."""
     saved = meta.get("checksums", {}).get(item)
-    if saved is not None and int(checksum(tree)) != saved:
+    if saved is not None and checksum(tree) != saved:
         raise ValueError(f"checksum of its {item} differs: damaged data")
 
 

@@ -82,6 +82,7 @@ def test_finished_rows_take_no_part(model, greedy):
     rows = generate(*model, CFG, PROMPTS, 8, stop=lambda row: row != 1, stats=stats)
     assert rows[1] == greedy[1]
     # Rows 0 and 2 stop after their first token: only row 1 takes part in the 7 passes.
+    assert "guesses" not in str(stats)
     assert stats.passes == 7 and stats.new_tokens == 8 + 2 and stats.prompt_tokens == 8
 
 

@@ -83,6 +83,7 @@ def test_random_model_says_the_greedy_text(attention):
     cfg = dataclasses.replace(CFG, attention=attention)
     stats = both(random_model(cfg), cfg)
     assert stats.accepted < stats.passes / 2
+    assert f"of {stats.passes} guesses accepted" in str(stats)
 
 
 @pytest.fixture(scope="module")
@@ -95,6 +96,7 @@ def test_trained_model_says_the_greedy_text_in_fewer_passes(taught):
     # 3 rows of 19 tokens after the first; every accepted guess saves a pass.
     assert stats.passes + stats.accepted == 3 * 19
     assert stats.accepted > 3 * 19 / 4
+    assert f"; {stats.accepted / stats.passes:.0%} of {stats.passes} guesses accepted" in str(stats)
 
 
 def test_a_stop_token_keeps_back_the_token_guessed_after_it(taught):

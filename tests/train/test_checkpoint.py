@@ -135,10 +135,12 @@ def test_damaged_data_is_noticed(tmp_path, state, item, how):
 
 def test_a_checksum_counts_every_word_once():
     a = jnp.arange(1, 7, dtype=jnp.int32).reshape(2, 3)
-    assert int(checksum({"a": a})) == 21
-    assert int(checksum([a, jnp.full((2,), 2**31 - 1, jnp.int32)])) == (21 + 2**32 - 2) % 2**32
-    one = jnp.ones((), jnp.bfloat16)  # as the float32 that it is
-    assert int(checksum(one)) == int(checksum(one.astype(jnp.float32))) == 0x3F800000
+    assert checksum({"a": a}) == 21
+    assert checksum([a, jnp.full((2,), 2**31 - 1, jnp.int32)]) == (21 + 2**32 - 2) % 2**32
+    for dtype in (jnp.bfloat16, jnp.float16, jnp.float32):  # as the float32 that they are
+        assert checksum(jnp.ones((), dtype)) == 0x3F800000
+    spread = jax.device_put(jnp.arange(8.0), on_mesh(data=2, fsdp=4).sharding("embed"))
+    assert checksum(spread) == checksum(jnp.arange(8.0))
 
 
 def test_nothing_left_to_read_is_an_error(tmp_path, state):
