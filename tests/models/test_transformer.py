@@ -11,7 +11,7 @@ import pytest
 from moejax.config import AttentionConfig, ModelConfig, MoEConfig
 from moejax.data import synthetic_batch
 from moejax.models import transformer
-from moejax.models.cache import init_cache
+from moejax.models.cache import init_cache, init_layers
 from moejax.models.loss import cross_entropy, loss_fn
 from moejax.params import init_params
 
@@ -54,6 +54,24 @@ def test_cached_equals_full(name):
         got.append(out.hidden_BSD)
     # float32, values of order 1; MLA decodes in another order of products.
     np.testing.assert_allclose(jnp.concatenate(got, axis=1), want, rtol=1e-4, atol=1e-4)
+
+
+def test_a_cache_in_layers_equals_a_stacked_one():
+    """Also with stacked parameters, whose experts are found by their place in the stack."""
+    cfg, params, state = setup(MHA)
+    moe = dataclasses.replace(cfg.moe, dispatcher="dropless")
+    cfg = dataclasses.replace(cfg, moe=moe, num_layers=3)
+    params = init_params(transformer.param_specs(cfg), jax.random.key(1))
+    args = dict(prefill=True)
+    want = transformer.forward(params, state, TOKENS, cfg, cache=init_cache(cfg, 2, 8), **args)
+    apart = init_layers(cfg, 2, 8)
+    with pytest.raises(TypeError, match=r"needs lists of layers \(unstack\) or scan_layers=False"):
+        transformer.forward(params, state, TOKENS, cfg, cache=apart, **args)
+    cfg = dataclasses.replace(cfg, scan_layers=False)
+    for form in (params, transformer.unstack(params)):
+        got = transformer.forward(form, state, TOKENS, cfg, cache=apart, **args)
+        # Fused otherwise: a few roundings of float32 at order 1.
+        np.testing.assert_allclose(got.hidden_BSD, want.hidden_BSD, atol=1e-5)
 
 
 def test_causal_and_documents_are_apart():
