@@ -9,7 +9,8 @@ over the devices that hold the batch.
 import math
 
 from moejax import axes
-from moejax.config import ConfigError, MeshConfig, divisors_text
+from moejax.config import ConfigError, MeshConfig
+from moejax.config_checks import divisors_text
 
 # Logical axis -> mesh axes. Two dimensions of one array must not meet on one mesh axis.
 RULES: dict[str, tuple[str, ...]] = {

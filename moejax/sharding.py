@@ -8,7 +8,8 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from moejax import axes
-from moejax.config import ConfigError, ExperimentConfig, MeshConfig, MoEConfig, divisors_text
+from moejax.config import ConfigError, ExperimentConfig, MeshConfig, MoEConfig
+from moejax.config_checks import divisors_text
 from moejax.mesh_rules import mesh_sizes, parse_rules
 from moejax.params import Tree, map_specs
 

@@ -6,7 +6,9 @@ import pytest
 from absl import flags
 
 from moejax import command_line
+from moejax.__main__ import main
 from moejax.config import ConfigError
+from moejax.evals import report
 
 # ml_collections loads a config file in a way Python calls deprecated.
 pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
@@ -71,3 +73,29 @@ def test_mistakes(flag, text, tmp_path, monkeypatch):
     with pytest.raises(ConfigError) as e:
         command_line.experiment(parse(*flag.format(tmp_path).split())[1])
     assert text in str(e.value) and "Traceback" not in str(e.value)
+
+
+@pytest.mark.parametrize(
+    "error, code, text",
+    [
+        (ConfigError("too wide"), 2, "moejax report: too wide"),
+        (PermissionError(13, "Permission denied", "runs/x.html"), 2, "runs/x.html: Permission denied"),
+        (KeyboardInterrupt(), 130, "moejax report: interrupted"),
+    ],
+)  # fmt: skip
+def test_how_a_command_ends(monkeypatch, capsys, error, code, text):
+    def fail(argv):
+        raise error
+
+    monkeypatch.setattr(report, "report_main", fail)
+    assert main(["report"]) == code
+    assert text in capsys.readouterr().err
+
+
+def test_a_bug_is_not_taken_for_a_users_mistake(monkeypatch):
+    def fail(argv):
+        raise OSError("without a file")
+
+    monkeypatch.setattr(report, "report_main", fail)
+    with pytest.raises(OSError, match="without a file"):
+        main(["report"])

@@ -9,19 +9,16 @@ import pytest
 from ml_collections import ConfigDict
 
 from moejax.config import (
-    CHOICES,
-    RANGES,
     AttentionConfig,
     ConfigError,
     ExperimentConfig,
     ModelConfig,
     MoEConfig,
-    divisors_text,
     from_config_dict,
-    model_problems,
     to_config_dict,
     to_json,
 )
+from moejax.config_checks import CHOICES, RANGES, divisors_text, model_problems
 
 # Changes of the defaults that turn on what a row needs; keys of the model go without 'model.'.
 MOE = {"moe.num_experts": 8, "moe.d_expert": 16}

@@ -8,13 +8,8 @@ from absl import flags
 
 from moejax import command_line
 from moejax.axes import MESH_AXES
-from moejax.config import (
-    CHOICES,
-    ConfigError,
-    ExperimentConfig,
-    ModelConfig,
-    choice_problem,
-)
+from moejax.config import ConfigError, ExperimentConfig, ModelConfig
+from moejax.config_checks import CHOICES, choice_problem
 from moejax.cost import compare as comparing
 from moejax.cost.hardware import load_device
 from moejax.cost.memory import checkpoint_bytes

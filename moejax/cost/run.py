@@ -7,7 +7,8 @@ from typing import Any, cast
 import numpy as np
 
 from moejax.axes import MESH_AXES
-from moejax.config import ConfigError, DataConfig, ExperimentConfig, ModelConfig, divisors_text
+from moejax.config import ConfigError, DataConfig, ExperimentConfig, ModelConfig
+from moejax.config_checks import divisors_text
 from moejax.cost import memory, roofline
 from moejax.cost.architecture import Architecture, of_model
 from moejax.cost.hardware import Device

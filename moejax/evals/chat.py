@@ -17,13 +17,13 @@ from moejax.interop.files import exists, read_bytes, read_json
 
 TEMPLATE_FILE = "chat_template.jinja"
 GENERATION_CONFIG = "generation_config.json"
-# What is read of it: type, least, most, in words.
+# What is read of it: type, least, most, whether a list of them will do, in words.
 GENERATION_VALUES = {
-    "eos_token_id": (int, 0, MOST_TOKENS, "a token id, or a list of them"),
-    "temperature": (int | float, 0, 1e6, "a number from 0 on"),
-    "top_k": (int, 0, MOST_TOKENS, "a whole number from 0 on"),
-    "top_p": (int | float, 1e-9, 1, "a number above 0, at most 1"),
-    "max_new_tokens": (int, 1, MOST_TOKENS, "a positive whole number"),
+    "eos_token_id": (int, 0, MOST_TOKENS, True, "a token id, or a list of them"),
+    "temperature": (int | float, 0, 1e6, False, "a number from 0 on"),
+    "top_k": (int, 0, MOST_TOKENS, False, "a whole number from 0 on"),
+    "top_p": (int | float, 1e-9, 1, False, "a number above 0, at most 1"),
+    "max_new_tokens": (int, 1, MOST_TOKENS, False, "a positive whole number"),
 }
 MOST_BYTES = 10_000_000  # of a file here; published ones have a few hundred kB at most
 RENDER_SECONDS = 2 * chat_render.CPU_SECONDS  # of wall time
@@ -59,11 +59,11 @@ def read_prompt_files(folder: pathlib.Path) -> PromptFiles:
     if not isinstance(template, str | None):
         raise ConfigError(f"{folder / 'tokenizer_config.json'}: chat_template is not a text")
     generation_config = _read_json(folder, GENERATION_CONFIG)
-    for key, (kind, least, most, text) in GENERATION_VALUES.items():
+    for key, (kind, least, most, several, text) in GENERATION_VALUES.items():
         value = generation_config.get(key)
-        several = value if key == "eos_token_id" and isinstance(value, list) else [value]
+        values = value if several and isinstance(value, list) else [value]
         if value is not None and not all(
-            isinstance(v, kind) and not isinstance(v, bool) and least <= v <= most for v in several
+            isinstance(v, kind) and not isinstance(v, bool) and least <= v <= most for v in values
         ):
             raise ConfigError(
                 f"{folder / GENERATION_CONFIG}: {key}={value!r} must be {text}; correct it or leave it out"

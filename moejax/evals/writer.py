@@ -142,11 +142,11 @@ class Writer:
         layout = None if mesh is None else mesh_layout(experiment, mesh)
         run = load_run(workdir, layout)
         self.tokenizer, self.cfg = run.tokenizer, run.cfg.model
+        _check_ids(stop_ids, self.cfg.vocab_size)
         self.stats = Stats()
         self._model = prepare(run.params, self.cfg, layout), run.router_state
         self._max_new, self._stop_texts = max_new, stop_texts
         self._ends = (*chat.stop_ids(self.files, self.tokenizer), *stop_ids)
-        _check_ids(stop_ids, self.cfg.vocab_size)
         given = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
         self._options: dict[str, Any] = dict(
             **sampling_options(given, self.files.generation_config, self.cfg.vocab_size),

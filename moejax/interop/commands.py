@@ -15,9 +15,8 @@ from moejax.config import (
     ExperimentConfig,
     MeshConfig,
     ModelConfig,
-    to_json,
 )
-from moejax.data.tokenizer import FILE_NAME, JsonTokenizer
+from moejax.data.tokenizer import FILE_NAME, JsonTokenizer, kept_files
 from moejax.evals.chat import read_prompt_files
 from moejax.interop.checkpoint import CONFIG, open_checkpoint
 from moejax.interop.files import (
@@ -36,7 +35,7 @@ from moejax.models.zoo import FAMILIES, config_from_hf, config_to_hf, lost_field
 from moejax.models.zoo.architecture import architecture
 from moejax.params import count
 from moejax.sharding import Layout, make_mesh
-from moejax.train.checkpoint import Checkpoints
+from moejax.train.checkpoint import Checkpoints, claim_workdir
 from moejax.train.run import Run, load_run
 
 # Files of a checkpoint that a run keeps in KEPT_FOLDER, so that `export` can write them again and
@@ -129,14 +128,13 @@ def import_run(hf_dir: pathlib.Path, workdir: pathlib.Path) -> None:
                 seq_len=min(DataConfig.seq_len, cfg.max_seq_len),
             ),
         )
-        (folder / FILE_NAME).write_text(text, "utf-8")
         (folder / KEPT_FOLDER).mkdir()
         for name, content in kept.items():
             (folder / KEPT_FOLDER / name).write_bytes(content)
         checkpoints = Checkpoints(folder, experiment, packed=False)
         checkpoints.save_model(params, router_state)
         checkpoints.close()
-        (folder / CONFIG).write_text(to_json(experiment))
+        claim_workdir(folder, experiment, kept_files(tokenizer))
     if config_from_hf(checkpoint.hf).mtp_depth > cfg.mtp_depth:
         print("the files hold no layers for multi-token prediction: imported without them")
     print(

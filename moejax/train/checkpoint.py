@@ -123,7 +123,11 @@ class Checkpoints:
         """(step, params, router_state) of the newest checkpoint that can be read, in the dtype in
         which it is stored; None if there is none."""
         steps = sorted(self.manager.all_steps(), reverse=True)
-        found = self._newest(steps, lambda step: self._read_model(step, layout, stored_dtype=True))
+
+        def read(step):
+            return self._read_model(step, self._read_meta(step), layout, stored_dtype=True)
+
+        found = self._newest(steps, read)
         return None if found is None else (found[0], *found[1])
 
     def _newest(self, steps: list[int], read: Callable) -> tuple[int, Any] | None:
@@ -152,7 +156,7 @@ class Checkpoints:
     def _read_state(self, step: int, layout: Layout | None) -> tuple[TrainState, dict | None]:
         meta = self._read_meta(step)
         data_state = meta["data"]
-        params, router_state = self._read_model(step, layout)
+        params, router_state = self._read_model(step, meta, layout)
         if data_state is None:
             return state_of_model(self.cfg, params, router_state, layout), None
         _, training = _split(self._abstract(layout))
@@ -162,7 +166,7 @@ class Checkpoints:
         return TrainState(params=params, router_state=router_state, **training), data_state
 
     def _read_model(
-        self, step: int, layout: Layout | None, *, stored_dtype: bool = False
+        self, step: int, meta: dict, layout: Layout | None, *, stored_dtype: bool = False
     ) -> tuple[dict, dict]:
         model, _ = _split(self._abstract(layout))
         stored = self.manager.item_metadata(step)["model"]
@@ -171,7 +175,7 @@ class Checkpoints:
         model = _fit(model, stored.tree, self.folder / str(step), stored_dtype)
         args = ocp.args.Composite(model=ocp.args.StandardRestore(model))
         out = self.manager.restore(step, args=args)["model"]
-        _verify(out, self._read_meta(step), "model")
+        _verify(out, meta, "model")
         return out["params"], out["router_state"]
 
     def _read_meta(self, step: int) -> dict:

@@ -71,8 +71,7 @@ def _finish(workdir: pathlib.Path, results: dict, steps: int, with_report: bool)
         print(f"moejax report --workdir={workdir} makes a page of pictures of the run")
         return
     path, samples = write_report(workdir)
-    for sample in samples[:1]:
-        print(
-            f"A held-out beginning | and how the model goes on:\n{sample.prompt} | {sample.text}\n"
-        )
+    if samples:  # not of a model that cannot generate
+        prompt, text = samples[0]
+        print(f"A held-out beginning | and how the model goes on:\n{prompt} | {text}\n")
     print(f"report: {path}")

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import pathlib
 import warnings
 from collections.abc import Callable
@@ -67,6 +68,7 @@ def train(cfg: ExperimentConfig, workdir: pathlib.Path) -> dict:
     """
     devices = processes.ordered_devices()
     _check_devices(cfg, devices)
+    _check_folder(workdir)
     corpus = load_corpus(cfg.data)
     with processes.first_goes_first():
         # Nothing is written before everything is checked: a refused command leaves other runs alone.
@@ -106,6 +108,13 @@ def _check_devices(cfg: ExperimentConfig, devices: list) -> None:
     mesh = make_mesh(cfg.mesh, devices)
     model = dataclasses.replace(cfg.model, vocab_size=mesh.size)
     processes.check_layout(make_layout(dataclasses.replace(cfg, model=model), devices))
+
+
+def _check_folder(workdir: pathlib.Path) -> None:
+    """ConfigError if the workdir cannot be made or written, as far as that can be known without writing."""
+    nearest = next(p for p in (workdir.absolute(), *workdir.absolute().parents) if p.exists())
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK):
+        raise ConfigError(f"--workdir={workdir} cannot be written: {nearest} is no writable folder")
 
 
 def check_corpus(workdir: pathlib.Path, manifest: dict) -> None:

@@ -109,6 +109,12 @@ def test_generate_command(trained, tmp_path, capsys):
         (["--workdir={}", "--max_new=100000"], "max_new may be 1 to"),
         (["--workdir={}", "--speculative"], "mtp_depth=0"),
         (["--workdir={}", "--stop_ids=a"], "must be numbers"),
+        (
+            ["--workdir={}", "--stop_ids=99999999999"],
+            "99999999999 is no token id; they go from 0 to",
+        ),
+        (["--workdir={}", "--temperature=nan"], "temperature=nan must be >= 0"),
+        (["--workdir={}", "--prompt=a\udcff"], "is not text in UTF-8"),
         (["--workdir={}", "--mesh=tensor=3"], "does not divide"),
         (["--workdir={}", "--mesh=tensor=16"], "needs 16 devices"),
         (["--workdir={}", "--batch_size=0"], "must be at least 1"),

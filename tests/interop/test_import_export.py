@@ -5,10 +5,12 @@ import json
 import os
 import pathlib
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
+import types
 
 import chex
 import jax
@@ -185,6 +187,20 @@ def test_failed_import_leaves_nothing(tmp_path, change, text):
     with pytest.raises(ConfigError, match=text):
         commands.import_run(hf, tmp_path / "new" / "run")
     assert [p.name for p in tmp_path.iterdir()] == ["hf"]
+
+
+def test_a_full_disk_is_noticed_before_anything_is_read_or_written(tmp_path, monkeypatch):
+    hf = checkpoint(tmp_path / "hf", "mixtral")
+    commands.import_run(hf, tmp_path / "run")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: types.SimpleNamespace(free=0))
+    monkeypatch.setattr(commands, "read_model", None)
+    for use in (
+        lambda: commands.import_run(hf, tmp_path / "new" / "run"),
+        lambda: commands.export_run(tmp_path / "run", tmp_path / "new" / "out"),
+    ):
+        with pytest.raises(ConfigError, match=r"[\d,]{6,} bytes are needed, 0 are free"):
+            use()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["hf", "run"]
 
 
 def test_tokenizer_of_another_model(tmp_path):

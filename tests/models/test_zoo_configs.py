@@ -5,7 +5,8 @@ import json
 
 import pytest
 
-from moejax.config import ConfigError, ModelConfig, model_problems
+from moejax.config import ConfigError, ModelConfig
+from moejax.config_checks import model_problems
 from moejax.models import zoo
 from moejax.models.zoo.architecture import architecture
 

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, PartitionSpec
 
-from moejax.config import CHOICES, MoEConfig
+from moejax.config import MoEConfig
+from moejax.config_checks import CHOICES
 from moejax.moe.dispatch.dropless import dropless
 from moejax.moe.experts import (
     ACTIVATIONS,

@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moejax.config import CHOICES, MoEConfig
+from moejax.config import MoEConfig
+from moejax.config_checks import CHOICES
 from moejax.moe.dispatch.dropless import dropless
 from moejax.moe.experts import expert_param_specs, ffn
 from moejax.moe.few_rows_ffn import ROWS_PER_EXPERT

@@ -9,10 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moejax.config import CHOICES, MoEConfig
+from moejax.config import MoEConfig
+from moejax.config_checks import CHOICES
 from moejax.moe.dispatch import DISPATCHERS
 from moejax.moe.routers import ROUTERS
 from moejax.moe.routers.token_choice import limit_groups
+from moejax.moe.routing import count_totals
 from moejax.params import init_params
 
 CFG = MoEConfig(num_experts=4, experts_per_token=2, score="sigmoid", bias_update="sign")
@@ -94,6 +96,35 @@ def test_weights_and_losses_have_finite_gradients(name):
     np.testing.assert_array_equal(dx_TD[jnp.array([3, 6, 7])], 0.0)
     # A router without parameters has nothing to learn.
     assert not params or max(abs(g).max() for g in jax.tree.leaves(dparams)) > 0
+
+
+LINEAR = dataclasses.replace(CFG, sequence_loss=0.1, z_loss=0.1)
+COUNTING = dataclasses.replace(
+    LINEAR, balance_groups=2, expert_loss=0.1, device_loss=0.1, communication_loss=0.1
+)
+
+
+@pytest.mark.parametrize("name", sorted(ROUTERS))
+@pytest.mark.parametrize("cfg", [LINEAR, COUNTING], ids=["linear", "counting"])
+def test_losses_of_parts_add_up(name, cfg):
+    """What accumulation counts on: with the totals of the batch, and its loads where the router says that a
+    loss needs them, the losses of its two halves are shares of the whole's."""
+    router = ROUTERS[name]
+    mask_T = jnp.array([1, 1, 1, 0, 1, 1, 1, 1])
+    params = init_params(router.param_specs(cfg, 16, 0.5), jax.random.key(0))
+
+    def route(rows, totals):
+        args = dict(seq_len=4, key=jax.random.key(2), token_ids_T=jnp.arange(8)[rows])
+        args |= dict(mask_T=mask_T[rows], totals=totals)
+        return router.route(params, router.init_state(cfg), X_TD[rows], cfg, **args)
+
+    whole = route(slice(8), None)
+    totals = count_totals(mask_T.reshape(2, 4))
+    if not router.linear_losses(cfg):
+        totals = totals._replace(load_E=whole.load_E, group_load_G=whole.group_load_G)
+    halves = [route(rows, totals).losses for rows in (slice(4), slice(4, 8))]
+    added = jax.tree.map(jnp.add, *halves)
+    chex.assert_trees_all_close(added, whole.losses, rtol=1e-6)  # sums of 8 float32 terms
 
 
 @pytest.mark.parametrize("name", sorted(ROUTERS))

@@ -89,6 +89,15 @@ def test_any_mesh_to_any_mesh(tmp_path, state):
             assert a.addressable_shards[0].data.size == a.size // shards
 
 
+def test_saving_goes_on_in_the_background(tmp_path, state):
+    checkpoints = Checkpoints(tmp_path, CFG)
+    checkpoints.save(state._replace(step=jnp.int32(1)), {})
+    assert checkpoints.manager.is_saving_in_progress()
+    checkpoints.wait()
+    assert not checkpoints.manager.is_saving_in_progress()
+    checkpoints.close()
+
+
 def test_the_last_and_every_nth_are_kept(tmp_path, state):
     saved(tmp_path, state, steps=range(1, 8))
     kept = {int(p.name) for p in (tmp_path / "checkpoints").iterdir() if p.name.isdigit()}

@@ -201,6 +201,13 @@ def test_a_refused_command_leaves_the_run_alone(cfg, finished, tmp_path):
     assert not (tmp_path / "new").exists()
 
 
+def test_a_folder_that_cannot_be_written_is_named_before_the_corpus_is_read(cfg, tmp_path):
+    (tmp_path / "file").write_text("")
+    nowhere = dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, sources=("a=none*.txt",)))
+    with pytest.raises(ConfigError, match=r"--workdir=.*file/run cannot be written: .*file is no"):
+        train(nowhere, tmp_path / "file" / "run")
+
+
 def test_float64_needs_x64(cfg, tmp_path):
     model = dataclasses.replace(cfg.model, dtype="float64")
     with pytest.raises(ConfigError, match="JAX_ENABLE_X64=1"):

@@ -12,12 +12,8 @@ import json
 import pathlib
 from types import ModuleType
 
-from moejax.config import (
-    ConfigError,
-    ModelConfig,
-    from_config_dict,
-    model_problems,
-)
+from moejax.config import ConfigError, ModelConfig, from_config_dict
+from moejax.config_checks import model_problems
 from moejax.models.zoo import (
     deepseek,
     deepseek_v2,
