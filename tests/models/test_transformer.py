@@ -143,7 +143,8 @@ def test_logits_of_all_tokens_never_exist(chunk):
 @pytest.mark.parametrize("scan", [True, False])
 def test_layers_are_scanned_and_rematerialised_as_asked(scan):
     """Results do not depend on it, time and memory do."""
-    cfg = dataclasses.replace(MODEL, num_layers=5, num_dense_layers=2, scan_layers=scan)
+    layers = dict(num_layers=5, num_dense_layers=2, mtp_depth=2)
+    cfg = dataclasses.replace(MODEL, scan_layers=scan, **layers)
     products = {}
     for remat in ("none", "dots", "full"):
         found = trace(dataclasses.replace(cfg, remat=remat), jax.grad, 8, 2)
@@ -152,7 +153,8 @@ def test_layers_are_scanned_and_rematerialised_as_asked(scan):
         # Two dense layers and three with experts, forward and backward.
         assert sorted(lengths) == ([2, 2, 3, 3] if scan else [])
         again = sum("remat" in n or "checkpoint" in n for n in names)
-        assert again == (0 if remat == "none" else 2 if scan else 5)
+        # Two depths of MTP, each by itself.
+        assert again == (0 if remat == "none" else 2 + 2 if scan else 5 + 2)
         products[remat] = names.count("dot_general")
     # 'dots' computes attention again, whose products are batched, 'full' all of a layer.
     assert products["none"] < products["dots"] < products["full"]

@@ -2,6 +2,12 @@
 
 import dataclasses
 import json
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+import warnings
 
 import chex
 import jax
@@ -120,26 +126,67 @@ def test_a_damaged_checkpoint_is_passed_over_and_its_step_can_be_saved_again(tmp
     checkpoints.close()
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # orbax's readers
-@pytest.mark.parametrize("item", ["model", "training"])
-@pytest.mark.parametrize("how", ["cut", "gone", "other"])
-def test_damaged_data_is_noticed(tmp_path, state, item, how):
-    saved(tmp_path, state, steps=(1, 2))
-    step = tmp_path / "checkpoints" / "2"
-    for file in [f for f in (step / item).rglob("*") if f.parent.name == "d"]:
-        if how == "cut":
-            file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
-        elif how == "gone":
-            file.unlink()
-    if how == "other":  # readable, but not what was saved
-        meta = json.loads((step / "meta" / "metadata").read_text())
-        meta["checksums"][item] ^= 1
-        (step / "meta" / "metadata").write_text(json.dumps(meta))
-    checkpoints = Checkpoints(tmp_path, CFG)
-    with pytest.warns(UserWarning, match=r"checkpoints/2 cannot be read .*falling back to step 1"):
-        restored = checkpoints.restore()
+def restore_apart(folders):
+    """What `Checkpoints.restore` gives for each folder, in a process of its own: of damaged files orbax leaves
+    readers behind, which die loudly at any later time. (position in the data, checksum of the parameters,
+    warnings)."""
+    done = subprocess.run(
+        [sys.executable, __file__, *map(str, folders)],
+        env={**os.environ, "PYTHONPATH": str(pathlib.Path(__file__).parents[2])},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return [tuple(json.loads(line)) for line in done.stdout.splitlines()]
+
+
+def restore_and_print(folder):
+    checkpoints = Checkpoints(pathlib.Path(folder), CFG)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        state, position = checkpoints.restore()  # pyright: ignore
     checkpoints.close()
-    assert restored is not None and restored[1] == {"next_index": 1}
+    texts = [str(w.message) for w in caught]
+    print(json.dumps([position["next_index"], checksum(state.params), texts]))
+
+
+def arrays_of(item):
+    return sorted(f for f in item.rglob("*") if f.parent.name == "d")
+
+
+def test_damaged_arrays_are_noticed(tmp_path, state):
+    whole = saved(tmp_path / "whole", state, steps=(1, 2))
+    folders = []
+
+    def copy():
+        folders.append(tmp_path / str(len(folders)))
+        shutil.copytree(whole, folders[-1])
+        return folders[-1] / "checkpoints" / "2"
+
+    def cut(file):
+        file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+
+    for item in ("model", "training"):
+        for damage_one in (cut, pathlib.Path.unlink):
+            for file in arrays_of(copy() / item):
+                damage_one(file)
+        # Readable, but not what was saved.
+        path = copy() / "meta" / "metadata"
+        meta = json.loads(path.read_text())
+        meta["checksums"][item] ^= 1
+        path.write_text(json.dumps(meta))
+    noticed = len(folders)
+    for number in range(len(arrays_of(whole / "checkpoints" / "2" / "model"))):
+        cut(arrays_of(copy() / "model")[number])
+    results = restore_apart(folders)
+    for position, total, texts in results:
+        assert total == checksum(state.params)
+        fell_back = any("/2 cannot be read" in t and "falling back to step 1" in t for t in texts)
+        assert position == (1 if fell_back else 2), texts
+    assert all(position == 1 for position, *_ in results[:noticed])
+    # Some files are superseded by others and not read; an index and what it points to are.
+    assert sum(position == 1 for position, *_ in results[noticed:]) >= 2
 
 
 def test_a_checksum_counts_every_word_once():
@@ -249,3 +296,8 @@ def test_a_damaged_config_is_named(tmp_path, content, text):
             claim_workdir(tmp_path, CFG)
     with pytest.raises(ConfigError, match=text):
         read_config_values(tmp_path)
+
+
+if __name__ == "__main__":
+    for each in sys.argv[1:]:
+        restore_and_print(each)
