@@ -18,8 +18,8 @@ from moejax.cost.plan import plan
 from moejax.cost.published import facts_of, published, sizes_text
 from moejax.cost.roofline import EFFICIENCY
 from moejax.cost.run import Run, of_experiment
-from moejax.cost.tables import FORMATS, bytes_text, render
 from moejax.models import zoo
+from moejax.text import FORMATS, bytes_text, render
 
 PLAN_USAGE = """\
 usage: moejax plan MODEL                       a published model by name, e.g. deepseek-moe-16b

@@ -14,8 +14,8 @@ from moejax.cost.flops import flops_per_token
 from moejax.cost.hardware import Device, load_device, names
 from moejax.cost.published import UNDISCLOSED, facts_of, known_names, published, sizes_text
 from moejax.cost.roofline import smallest_devices
-from moejax.cost.tables import UNKNOWN, Table, bytes_text, count_text, flops_text, usd_text
 from moejax.models import zoo
+from moejax.text import UNKNOWN, Table, bytes_text, count_text, flops_text, usd_text
 
 
 @dataclasses.dataclass(frozen=True)

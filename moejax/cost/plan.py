@@ -11,7 +11,7 @@ from moejax.cost.hardware import Device
 from moejax.cost.mesh import MeshSizes
 from moejax.cost.params import counts
 from moejax.cost.run import Run, check_counted, check_run, run_memory, run_step
-from moejax.cost.tables import (
+from moejax.text import (
     Table,
     bytes_text,
     count_text,

@@ -20,7 +20,7 @@ from moejax.cost.flops import flops_per_token
 from moejax.cost.hardware import Device, device_of_kind, physical_memory
 from moejax.cost.params import counts
 from moejax.cost.run import Run, of_experiment, run_memory, run_step
-from moejax.cost.tables import (
+from moejax.text import (
     Table,
     bytes_text,
     count_text,

@@ -13,11 +13,11 @@ from moejax.cost import memory
 from moejax.cost.architecture import of_model
 from moejax.cost.flops import flops_per_token
 from moejax.cost.receipt import error_text, matmul_peak, plan_run, receipt, total_peak
-from moejax.cost.tables import Table, bytes_text, flops_text
 from moejax.models import transformer
 from moejax.models.loss import loss_fn
 from moejax.params import abstract_params
 from moejax.sharding import make_layout
+from moejax.text import Table, bytes_text, flops_text
 from moejax.train.state import abstract_state, create_state, state_shardings
 from moejax.train.step import compile_step
 

@@ -14,12 +14,12 @@ from moejax import command_line
 from moejax.config import ConfigError, to_json
 from moejax.cost.architecture import of_model
 from moejax.cost.params import active, total
-from moejax.cost.tables import count_text
 from moejax.data import load_corpus, validation_batches
 from moejax.evals import charts
 from moejax.evals.generate import generate
 from moejax.evals.routing import count_tokens, domain_information, favourite_tokens
 from moejax.moe.routers import ROUTERS
+from moejax.text import count_text
 from moejax.train.run import Run, load_run
 
 ROUTED_BATCHES = 8  # held-out batches whose routes are counted

@@ -60,9 +60,9 @@ def train_main(argv: list[str]) -> int:
 
 
 def _finish(workdir: pathlib.Path, results: dict, steps: int, with_report: bool) -> None:
-    from moejax.cost.tables import render
     from moejax.evals.evaluate import results_table
     from moejax.evals.report import last_step, write_report
+    from moejax.text import render
 
     print(render([results_table(results, "Held-out documents")]))
     if last_step(workdir) < steps:

@@ -28,7 +28,8 @@ from moejax.cost.mesh import MeshSizes
 from moejax.cost.plan import plan
 from moejax.cost.published import published
 from moejax.cost.run import Run, check_run, of_experiment
-from moejax.cost.tables import (
+from moejax.models import zoo
+from moejax.text import (
     FORMATS,
     Table,
     bytes_text,
@@ -37,7 +38,6 @@ from moejax.cost.tables import (
     render,
     seconds_text,
 )
-from moejax.models import zoo
 
 H100 = hardware.load_device("h100")
 MOE = ModelConfig(
