@@ -12,7 +12,7 @@ import dataclasses
 import pathlib
 
 from moejax.config import ConfigError, OptimizerConfig, TrainConfig, to_config_dict
-from moejax.train.run import read_config
+from moejax.runs.open import read_config
 
 
 def get_config(workdir: str = ""):

@@ -3,7 +3,7 @@
 from moejax.data.corpus import Corpus, load_corpus
 from moejax.data.pipeline import synthetic_batch, train_iterator, validation_batches
 from moejax.data.sources import DataError, Document
-from moejax.data.tokenizer import StreamDecoder, Tokenizer, kept_files, load_tokenizer
+from moejax.data.tokenizer import StreamDecoder, Tokenizer, load_tokenizer
 
 __all__ = [
     "Corpus",
@@ -11,7 +11,6 @@ __all__ = [
     "Document",
     "StreamDecoder",
     "Tokenizer",
-    "kept_files",
     "load_corpus",
     "load_tokenizer",
     "synthetic_batch",

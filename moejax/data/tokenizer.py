@@ -6,7 +6,6 @@ token (`eos_id`); it never comes out of `encode`, also when a text spells a spec
 
 import codecs
 import json
-import os
 import pathlib
 from collections.abc import Iterable, Iterator
 from typing import Protocol
@@ -162,40 +161,34 @@ class JsonTokenizer:
 
 
 def load_tokenizer(
-    cfg: DataConfig, corpus: Corpus | None = None, workdir: str | os.PathLike | None = None
+    cfg: DataConfig, corpus: Corpus | None = None, kept: pathlib.Path | None = None
 ) -> Tokenizer:
     """The tokenizer of a run: `cfg.tokenizer` = 'byte', 'bpe', or the path of a tokenizer.json.
 
-    'bpe' and a path are kept as workdir/tokenizer.json (`kept_files`) and read from there ever after, so
-    that a run can be resumed, evaluated and moved without the corpus or the original file.
+    A run keeps a copy of 'bpe' and of a file, and reads that copy ever after, so that it can be resumed,
+    evaluated and moved without the corpus or the original file.
 
     Args:
-      corpus: trains the BPE; not needed once workdir/tokenizer.json exists.
-      workdir: of the run, which may not exist yet; nothing is written.
+      corpus: trains the BPE; not needed once there is a copy.
+      kept: where the run's copy is or will be; nothing is written.
 
     Raises:
-      DataError: no such file, another tokenizer in workdir, nothing to train on.
+      DataError: no such file, a copy of another tokenizer, nothing to train on.
     """
     if cfg.tokenizer == "byte":
         return ByteTokenizer()
-    saved = pathlib.Path(workdir) / FILE_NAME if workdir is not None else None
-    kept = _read(saved) if saved is not None and saved.exists() else None
+    copy = _read(kept) if kept is not None and kept.exists() else None
     if cfg.tokenizer == "bpe":
-        text = kept or train_bpe(corpus, cfg.vocab_size)
+        text = copy or train_bpe(corpus, cfg.vocab_size)
     else:
-        text = _external(cfg.tokenizer, saved, kept)
-    tokenizer = JsonTokenizer(text, str(saved if kept else cfg.tokenizer))
+        text = _external(cfg.tokenizer, kept, copy)
+    tokenizer = JsonTokenizer(text, str(kept if copy else cfg.tokenizer))
     if cfg.tokenizer == "bpe" and tokenizer.vocab_size > cfg.vocab_size:
         raise DataError(
-            f"{saved} has {tokenizer.vocab_size} tokens, more than data.vocab_size="
+            f"{kept} has {tokenizer.vocab_size} tokens, more than data.vocab_size="
             f"{cfg.vocab_size}: it belongs to another config; use its size, or another workdir"
         )
     return tokenizer
-
-
-def kept_files(tokenizer: Tokenizer) -> dict[str, str]:
-    """What a run keeps of its tokenizer: name -> text."""
-    return {FILE_NAME: tokenizer.text} if isinstance(tokenizer, JsonTokenizer) else {}
 
 
 def train_bpe(corpus: Corpus | None, vocab_size: int) -> str:
@@ -239,21 +232,21 @@ def _training_texts(corpus: Corpus) -> Iterator[str]:
                 break
 
 
-def _external(path: str, saved: pathlib.Path | None, kept: str | None) -> str:
-    """The tokenizer.json at `path`, or its copy; both must agree where both exist."""
+def _external(path: str, kept: pathlib.Path | None, copy: str | None) -> str:
+    """The tokenizer.json at `path`, or the run's copy; both must agree where both exist."""
     source = pathlib.Path(path).expanduser()
     source = source / FILE_NAME if source.is_dir() else source
     if not source.exists():
-        if kept is not None:
-            return kept
+        if copy is not None:
+            return copy
         raise DataError(
             f"data.tokenizer={path!r}: no such file; expected 'byte', 'bpe' or the path of a "
             f"{FILE_NAME}"
         )
     text = _read(source)
-    if kept is not None and kept != text:
+    if copy is not None and copy != text:
         raise DataError(
-            f"{saved} is not the tokenizer data.tokenizer={path!r}: the workdir belongs to "
+            f"{kept} is not the tokenizer data.tokenizer={path!r}: the workdir belongs to "
             "another run"
         )
     return text

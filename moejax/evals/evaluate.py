@@ -12,8 +12,8 @@ from moejax import axes, command_line
 from moejax.config import ConfigError, DataConfig
 from moejax.data import Corpus, load_corpus, validation_batches
 from moejax.evals.writer import mesh_layout
+from moejax.runs.open import load_run, read_config
 from moejax.text import Table, render
-from moejax.train.run import load_run, read_config
 from moejax.train.validation import compile_eval, evaluate
 
 USAGE = """\

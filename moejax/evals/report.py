@@ -2,7 +2,6 @@
 
 import base64
 import dataclasses
-import json
 import pathlib
 from typing import NamedTuple
 
@@ -19,8 +18,10 @@ from moejax.evals import charts
 from moejax.evals.generate import generate
 from moejax.evals.routing import count_tokens, domain_information, favourite_tokens
 from moejax.moe.routers import ROUTERS
+from moejax.runs import folder
+from moejax.runs.metrics import read_metrics
+from moejax.runs.open import OpenRun, load_run
 from moejax.text import count_text
-from moejax.train.run import Run, load_run
 
 ROUTED_BATCHES = 8  # held-out batches whose routes are counted
 PROMPT_TOKENS, SAMPLE_TOKENS = 24, 120
@@ -46,12 +47,12 @@ class Section:
 
 
 def write_report(workdir: pathlib.Path) -> tuple[pathlib.Path, tuple[Sample, ...]]:
-    """Writes `report.html` into a run's folder; returns its path and the samples in it.
+    """Writes the page into a run's folder; returns its path and the samples in it.
 
-    Reads metrics.jsonl and the newest checkpoint, and runs the model over held-out text. Raises
+    Reads the log and the newest checkpoint, and runs the model over held-out text. Raises
     ConfigError if the folder holds no trained run.
     """
-    rows = read_metrics(workdir / "metrics.jsonl")
+    rows = read_metrics(workdir)
     run = load_run(workdir)
     corpus = load_corpus(run.cfg.data)
     sections = [loss_section(rows), validation_table(rows)]
@@ -63,31 +64,9 @@ def write_report(workdir: pathlib.Path) -> tuple[pathlib.Path, tuple[Sample, ...
         ]
     samples = samples_section(run, corpus)
     sections += [samples, optimisation_section(rows)]
-    path = workdir / "report.html"
+    path = workdir / folder.REPORT
     path.write_text(page(run, rows, sections))
     return path, samples.samples
-
-
-def last_step(workdir: pathlib.Path) -> int:
-    """The last step that a run has logged."""
-    return max(read_metrics(workdir / "metrics.jsonl")["train"])
-
-
-def read_metrics(path: pathlib.Path) -> dict[str, dict[int, dict]]:
-    """metrics.jsonl as kind -> step -> row. A step that was run again after a crash counts once, as it
-    was run last; a last line cut off by a crash is left out."""
-    if not path.exists():
-        raise ConfigError(f"{path.parent} has no metrics.jsonl: moejax train writes it")
-    rows: dict[str, dict[int, dict]] = {}
-    for line in path.read_text().splitlines():
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError:
-            continue
-        rows.setdefault(row["kind"], {})[row["step"]] = row
-    if "train" not in rows or "validation" not in rows:
-        raise ConfigError(f"{path} holds no finished evaluation yet; go on training and try again")
-    return {kind: dict(sorted(by_step.items())) for kind, by_step in rows.items()}
 
 
 def few_layers(num_layers: int, most: int = 6) -> list[int]:
@@ -160,7 +139,7 @@ def balance_section(rows) -> Section:
     return Section("Balance", text, _image(charts.lines(panels)))
 
 
-def routing_sections(rows, run: Run, corpus) -> list[Section]:
+def routing_sections(rows, run: OpenRun, corpus) -> list[Section]:
     """What the experts specialise in, on held-out text: by domain, and by token."""
     last = list(rows["routing"].values())[-1]
     load_dLE, domains = np.array(last["load_dLE"]), last["domains"]
@@ -222,7 +201,7 @@ def expert_section(load_dLE, domains, token_EV, tokenizer, most: int = 4) -> Sec
     return Section("What experts read", text, experts=tuple(found))
 
 
-def samples_section(run: Run, corpus) -> Section:
+def samples_section(run: OpenRun, corpus) -> Section:
     """One continuation of a held-out document's beginning per domain; none from a router that is not
     causal."""
     if run.cfg.model.num_moe_layers and not ROUTERS[run.cfg.model.moe.router].causal:
@@ -240,7 +219,7 @@ def samples_section(run: Run, corpus) -> Section:
     return Section("Samples", text, samples=tuple(samples))
 
 
-def continue_prompts(run: Run, prompts: list[list[int]], max_new: int) -> list[str]:
+def continue_prompts(run: OpenRun, prompts: list[list[int]], max_new: int) -> list[str]:
     """The continuation of each prompt, up to the end of the document."""
     max_new = min(max_new, run.cfg.model.max_seq_len - max(map(len, prompts)))
     eos = run.tokenizer.eos_id
@@ -268,7 +247,7 @@ def optimisation_section(rows) -> Section:
     return Section("Optimisation", text, _image(charts.lines(panels)))
 
 
-def page(run: Run, rows, sections: list[Section]) -> str:
+def page(run: OpenRun, rows, sections: list[Section]) -> str:
     """The whole page; everything that comes from data is escaped."""
     cfg, arch = run.cfg, of_model(run.cfg.model)
     step, last_train = list(rows["train"].items())[-1]
@@ -290,9 +269,9 @@ def page(run: Run, rows, sections: list[Section]) -> str:
         if m.num_moe_layers
         else f"dense, {m.num_layers} layers"
     )
-    folder = pathlib.Path(__file__).parent
+    here = pathlib.Path(__file__).parent
     environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(folder), autoescape=True, undefined=jinja2.StrictUndefined
+        loader=jinja2.FileSystemLoader(here), autoescape=True, undefined=jinja2.StrictUndefined
     )
     return environment.get_template("report.html").render(
         name=cfg.name,

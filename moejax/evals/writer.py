@@ -14,9 +14,9 @@ from moejax.data import StreamDecoder
 from moejax.data.tokenizer import Tokenizer
 from moejax.evals import chat
 from moejax.evals.generate import Stats, prepare, stream
-from moejax.interop.files import KEPT_FOLDER
+from moejax.runs import folder
+from moejax.runs.open import load_run, read_config
 from moejax.sharding import Layout, make_layout
-from moejax.train.run import load_run, read_config
 
 MAX_NEW = 200
 DEFAULTS = {"temperature": 0.8, "top_k": 0, "top_p": 0.95}
@@ -69,7 +69,7 @@ def _check_ids(stop_ids: Sequence[int], vocab_size: int) -> None:
     outside = [i for i in stop_ids if not 0 <= i < vocab_size]
     if outside:
         raise ConfigError(
-            f"stop_ids: {outside[0]} is no token id; they go from 0 to {vocab_size - 1}"
+            f"stop_ids: {outside[0]} is not a token id; they go from 0 to {vocab_size - 1}"
         )
 
 
@@ -138,7 +138,7 @@ class Writer:
         speculative_decoding: bool = False,
     ):
         experiment = read_config(workdir)
-        self.files = chat.read_prompt_files(workdir / KEPT_FOLDER)
+        self.files = chat.read_prompt_files(workdir / folder.HF)
         layout = None if mesh is None else mesh_layout(experiment, mesh)
         run = load_run(workdir, layout)
         self.tokenizer, self.cfg = run.tokenizer, run.cfg.model

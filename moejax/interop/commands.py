@@ -16,11 +16,10 @@ from moejax.config import (
     MeshConfig,
     ModelConfig,
 )
-from moejax.data.tokenizer import FILE_NAME, JsonTokenizer, kept_files
+from moejax.data.tokenizer import FILE_NAME, JsonTokenizer
 from moejax.evals.chat import read_prompt_files
 from moejax.interop.checkpoint import CONFIG, open_checkpoint
 from moejax.interop.files import (
-    KEPT_FOLDER,
     InteropError,
     exists,
     need_space,
@@ -34,11 +33,12 @@ from moejax.mesh_rules import RULES
 from moejax.models.zoo import FAMILIES, config_from_hf, config_to_hf, lost_fields
 from moejax.models.zoo.architecture import architecture
 from moejax.params import count
+from moejax.runs import folder as run_folder
+from moejax.runs.checkpoint import Checkpoints
+from moejax.runs.open import OpenRun, load_run
 from moejax.sharding import Layout, make_mesh
-from moejax.train.checkpoint import Checkpoints, claim_workdir
-from moejax.train.run import Run, load_run
 
-# Files of a checkpoint that a run keeps in KEPT_FOLDER, so that `export` can write them again and
+# Files of a checkpoint that a run keeps in folder.HF, so that `export` can write them again and
 # `generate` can read what it needs.
 TOKENIZER_CONFIG = "tokenizer_config.json"
 KEPT = (
@@ -128,13 +128,13 @@ def import_run(hf_dir: pathlib.Path, workdir: pathlib.Path) -> None:
                 seq_len=min(DataConfig.seq_len, cfg.max_seq_len),
             ),
         )
-        (folder / KEPT_FOLDER).mkdir()
+        (folder / run_folder.HF).mkdir()
         for name, content in kept.items():
-            (folder / KEPT_FOLDER / name).write_bytes(content)
+            (folder / run_folder.HF / name).write_bytes(content)
         checkpoints = Checkpoints(folder, experiment, packed=False)
         checkpoints.save_model(params, router_state)
         checkpoints.close()
-        claim_workdir(folder, experiment, kept_files(tokenizer))
+        run_folder.claim_workdir(folder, experiment, tokenizer)
     if config_from_hf(checkpoint.hf).mtp_depth > cfg.mtp_depth:
         print("the files hold no layers for multi-token prediction: imported without them")
     print(
@@ -164,7 +164,7 @@ def export_run(workdir: pathlib.Path, hf_dir: pathlib.Path, model_type: str | No
       ConfigError: not a run; hf_dir is taken; the family cannot express the model, or is not known.
     """
     run = load_run(workdir, _host())
-    kept_folder = workdir / KEPT_FOLDER
+    kept_folder = workdir / run_folder.HF
     kept = {n: read_bytes(kept_folder, n) for n in KEPT if exists(kept_folder, n)}
     own = parse_json(kept[CONFIG], str(kept_folder / CONFIG)) if CONFIG in kept else {}
     model_type = model_type or own.get("model_type") or _only_family(run.cfg.model)
@@ -176,8 +176,8 @@ def export_run(workdir: pathlib.Path, hf_dir: pathlib.Path, model_type: str | No
     extra = dict(kept)
     if config != own:
         extra[CONFIG] = (json.dumps(config, indent=2) + "\n").encode()
-    if exists(workdir, FILE_NAME):
-        extra[FILE_NAME] = read_bytes(workdir, FILE_NAME)
+    if exists(workdir, run_folder.TOKENIZER):
+        extra[FILE_NAME] = read_bytes(workdir, run_folder.TOKENIZER)
         extra.setdefault(TOKENIZER_CONFIG, _tokenizer_config(run, extra[FILE_NAME]))
     save_model(
         hf_dir,
@@ -222,12 +222,12 @@ def _stored_as(config: dict, dtype: str) -> dict:
     return config if config.get(name) == dtype else {**config, name: dtype}
 
 
-def _token_ids(run: Run) -> dict:
+def _token_ids(run: OpenRun) -> dict:
     t = run.tokenizer
     return {"bos_token_id": t.bos_id, "eos_token_id": t.eos_id, "pad_token_id": t.pad_id}
 
 
-def _tokenizer_config(run: Run, tokenizer_json: bytes) -> bytes:
+def _tokenizer_config(run: OpenRun, tokenizer_json: bytes) -> bytes:
     """What `transformers` needs beside a tokenizer.json that moejax trained."""
     added = parse_json(tokenizer_json, FILE_NAME)["added_tokens"]
     names = {token["id"]: token["content"] for token in added}

@@ -13,8 +13,6 @@ from moejax.config import ConfigError
 
 # The largest published index (94,000 tensors) is 9 MB; the largest tokenizer.json about 30 MB.
 MAX_JSON_BYTES = 200_000_000
-# Where the folder of an imported run keeps files of its checkpoint.
-KEPT_FOLDER = "hf"
 
 
 class InteropError(ConfigError):

@@ -42,8 +42,8 @@ def train_main(argv: list[str]) -> int:
     cfg = command_line.experiment(fv)
     import jax
 
+    from moejax.runs.folder import SaveError
     from moejax.train import processes
-    from moejax.train.checkpoint import SaveError
     from moejax.train.loop import Diverged, train
 
     logging.set_verbosity(logging.FATAL)  # orbax logs every error that it raises too, at length
@@ -61,7 +61,8 @@ def train_main(argv: list[str]) -> int:
 
 def _finish(workdir: pathlib.Path, results: dict, steps: int, with_report: bool) -> None:
     from moejax.evals.evaluate import results_table
-    from moejax.evals.report import last_step, write_report
+    from moejax.evals.report import write_report
+    from moejax.runs.metrics import last_step
     from moejax.text import render
 
     print(render([results_table(results, "Held-out documents")]))

@@ -1,10 +1,7 @@
 """The training loop: the only place with side effects. Reads data, steps, logs, evaluates, saves."""
 
 import dataclasses
-import json
-import os
 import pathlib
-import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -15,22 +12,26 @@ from moejax.config import ConfigError, ExperimentConfig
 from moejax.cost.receipt import RunPlan, model_flops_per_token, plan_run
 from moejax.data import (
     Tokenizer,
-    kept_files,
     load_corpus,
     load_tokenizer,
     train_iterator,
     validation_batches,
 )
 from moejax.params import count
+from moejax.runs import folder
+from moejax.runs.checkpoint import Checkpoints
 from moejax.sharding import Layout, make_layout, make_mesh
 from moejax.train import processes
-from moejax.train.checkpoint import Checkpoints, check_workdir, claim_workdir, is_trained
 from moejax.train.metrics import Log, Meter, scalars
-from moejax.train.state import TrainState, create_state, state_shardings
+from moejax.train.state import (
+    TrainState,
+    create_state,
+    restore_state,
+    save_state,
+    state_shardings,
+)
 from moejax.train.step import compile_step
 from moejax.train.validation import compile_eval, evaluate
-
-CORPUS = "corpus.json"
 
 
 class Diverged(RuntimeError):
@@ -68,18 +69,17 @@ def train(cfg: ExperimentConfig, workdir: pathlib.Path) -> dict:
     """
     devices = processes.ordered_devices()
     _check_devices(cfg, devices)
-    _check_folder(workdir)
+    folder.check_writable(workdir)
     corpus = load_corpus(cfg.data)
     with processes.first_goes_first():
         # Nothing is written before everything is checked: a refused command leaves other runs alone.
-        tokenizer = load_tokenizer(cfg.data, corpus, workdir)
+        tokenizer = load_tokenizer(cfg.data, corpus, workdir / folder.TOKENIZER)
         cfg = with_vocabulary(cfg, tokenizer.vocab_size)
-        check_workdir(workdir, cfg)
+        folder.check_workdir(workdir, cfg)
         layout = make_layout(cfg, devices)
         if processes.is_first():
-            check_corpus(workdir, corpus.manifest)
-            manifest = json.dumps(corpus.manifest, indent=1)
-            claim_workdir(workdir, cfg, {**kept_files(tokenizer), CORPUS: manifest})
+            folder.check_corpus(workdir, corpus.manifest)
+            folder.claim_workdir(workdir, cfg, tokenizer, corpus.manifest)
     say = print if processes.is_first() else _say_nothing
     index, parts = processes.rows_here(layout, cfg.data.batch_size, cfg.data.seq_len)
     session = Session(
@@ -110,38 +110,8 @@ def _check_devices(cfg: ExperimentConfig, devices: list) -> None:
     processes.check_layout(make_layout(dataclasses.replace(cfg, model=model), devices))
 
 
-def _check_folder(workdir: pathlib.Path) -> None:
-    """ConfigError if the workdir cannot be made or written, as far as that can be known without writing."""
-    nearest = next(p for p in (workdir.absolute(), *workdir.absolute().parents) if p.exists())
-    if not nearest.is_dir() or not os.access(nearest, os.W_OK):
-        raise ConfigError(f"--workdir={workdir} cannot be written: {nearest} is no writable folder")
-
-
-def check_corpus(workdir: pathlib.Path, manifest: dict) -> None:
-    """Warns if the run here has read another text: its position in the data then means other batches."""
-    path = workdir / CORPUS
-    if not path.exists() or not is_trained(workdir):
-        return
-    try:
-        before = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError):
-        before = {"sha256": "?", "domains": {}}
-    if before["sha256"] == manifest["sha256"]:
-        return
-    old, new = before["domains"], manifest["domains"]
-    changed = [d for d in {**old, **new} if old.get(d) != new.get(d)]
-    aside = path.with_name(f"{path.stem}.before.json")
-    path.replace(aside)
-    warnings.warn(
-        f"{workdir} was trained on another text (domains that differ: {', '.join(changed)}; files are listed "
-        f"in {aside} and {path}): from here on its batches and held-out documents are not those of "
-        "an uninterrupted run",
-        stacklevel=3,
-    )
-
-
 def _train(s: Session) -> dict:
-    restored = s.checkpoints.restore(s.layout)
+    restored = restore_state(s.checkpoints, s.layout)
     key = jax.random.key(s.cfg.train.seed)
     if restored is None:
         state = create_state(s.cfg, key, s.layout)
@@ -158,7 +128,9 @@ def _train(s: Session) -> dict:
     if s.plan is not None:
         s.say(s.plan.headline())
     if int(state.step) >= s.cfg.train.steps:
-        s.say(f"the run is finished at step {int(state.step)}; raise train.steps to prolong it")
+        s.say(
+            f"the run is finished at step {int(state.step)}; increase train.steps to train longer"
+        )
         eval_fn = compile_eval(s.cfg, num_domains=len(s.domains), layout=s.layout)
         return _evaluate(s, eval_fn, state)[0]
     with processes.StopRequest() as stop:
@@ -199,7 +171,7 @@ def _run(s: Session, state: TrainState, key: jax.Array, stop: processes.StopRequ
             results = _log_evaluation(s, done, eval_fn, state, bar)
             meter.restart()
         if done % train_cfg.checkpoint_every == 0 or last:
-            s.checkpoints.save(state, s.data.get_state())
+            save_state(s.checkpoints, state, s.data.get_state())
             meter.restart()
         if asked:
             break

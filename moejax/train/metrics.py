@@ -1,4 +1,4 @@
-"""What a run writes down: metrics.jsonl, TensorBoard, and how fast it went."""
+"""Writes the metrics of a run to its folder, and measures how fast it goes."""
 
 import contextlib
 import json
@@ -9,7 +9,7 @@ import time
 import numpy as np
 from tensorboardX import SummaryWriter
 
-from moejax.train.checkpoint import SaveError
+from moejax.runs import folder
 
 
 def scalars(values: dict, domains) -> dict:
@@ -29,9 +29,9 @@ class Log:
     """
 
     def __init__(self, workdir: pathlib.Path, *, write: bool = True):
-        self.path = workdir / "metrics.jsonl"
+        self.path = workdir / folder.METRICS
         self.file = _open_at_line(self.path) if write else None
-        self.board = SummaryWriter(str(workdir / "tensorboard")) if write else None
+        self.board = SummaryWriter(str(workdir / folder.TENSORBOARD)) if write else None
 
     def write(self, step: int, kind: str, values: dict) -> None:
         """Scalars: to both."""
@@ -42,14 +42,14 @@ class Log:
                 self.board.add_scalar(f"{kind}/{name}", value, step)
 
     def append(self, step: int, kind: str, values: dict) -> None:
-        """Anything JSON holds: to metrics.jsonl alone. Raises SaveError if the disk is full."""
+        """Anything JSON holds: to metrics.jsonl alone. Raises folder.SaveError if the disk is full."""
         if self.file is None:
             return
         try:
             self.file.write(json.dumps({"step": step, "kind": kind, **values}) + "\n")
             self.file.flush()
         except OSError as e:
-            raise SaveError(
+            raise folder.SaveError(
                 f"{self.path} cannot be written at step {step}: {e.strerror}. Free some space: the "
                 "checkpoints are whole, and the same command goes on from the newest"
             ) from e

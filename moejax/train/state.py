@@ -9,6 +9,7 @@ from jax.sharding import SingleDeviceSharding
 from moejax.config import ExperimentConfig
 from moejax.models import transformer
 from moejax.params import init_params, path_name
+from moejax.runs.checkpoint import Checkpoints, placed
 from moejax.sharding import Layout
 from moejax.train.optimizer import make_optimizer
 
@@ -85,3 +86,33 @@ def state_of_model(
         return TrainState(_zero(), params, opt_state, router_state, _zero(), _zero())
 
     return jax.jit(fresh, out_shardings=shardings)(params, router_state)
+
+
+def save_state(checkpoints: Checkpoints, state: TrainState, data_state: dict) -> None:
+    """See `Checkpoints.save`; `data_state` is the position in the data."""
+    checkpoints.save(int(state.step), *_items(state), data_state)
+
+
+def restore_state(
+    checkpoints: Checkpoints, layout: Layout | None = None
+) -> tuple[TrainState, dict | None] | None:
+    """The newest state that can be read, and its position in the data; None if there is none.
+
+    An imported model gets a fresh optimiser, float32 master weights and no position. See
+    `Checkpoints.restore` for what happens to damaged checkpoints.
+    """
+    cfg = checkpoints.cfg
+    _, training = _items(placed(abstract_state(cfg), state_shardings(cfg, layout)))
+    found = checkpoints.restore(training, layout)
+    if found is None:
+        return None
+    if found.training is None:
+        return state_of_model(cfg, found.params, found.router_state, layout), None
+    state = TrainState(params=found.params, router_state=found.router_state, **found.training)
+    return state, found.data_state
+
+
+def _items(state: TrainState) -> tuple[dict, dict]:
+    """The items 'model' and 'training' of a checkpoint."""
+    fields = state._asdict()
+    return {name: fields.pop(name) for name in ("params", "router_state")}, fields

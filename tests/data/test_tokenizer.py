@@ -10,7 +10,7 @@ from tokenizers import decoders, models, pre_tokenizers
 from moejax.config import DataConfig
 from moejax.data.corpus import Corpus
 from moejax.data.sources import DataError, Document
-from moejax.data.tokenizer import StreamDecoder, kept_files, load_tokenizer, train_bpe
+from moejax.data.tokenizer import StreamDecoder, load_tokenizer, train_bpe
 
 HARD_TEXTS = [
     "",
@@ -79,24 +79,20 @@ def test_bpe_training_is_deterministic():
     assert train_bpe(CORPUS, 300) == train_bpe(CORPUS, 300)
 
 
-def keep(cfg, corpus, workdir):
+def keep(cfg, corpus, path):
     """Load, and keep as a run does."""
-    tokenizer = load_tokenizer(cfg, corpus, workdir)
-    workdir.mkdir(exist_ok=True)
-    for name, text in kept_files(tokenizer).items():
-        (workdir / name).write_text(text, "utf-8")
+    tokenizer = load_tokenizer(cfg, corpus, path)
+    path.write_text(tokenizer.text, "utf-8")
     return tokenizer
 
 
 def test_loading_writes_nothing(tmp_path):
-    load_tokenizer(BPE, CORPUS, tmp_path / "run")
-    assert not (tmp_path / "run").exists()
-    assert kept_files(load_tokenizer(DataConfig(tokenizer="byte"))) == {}
+    load_tokenizer(BPE, CORPUS, tmp_path / "copy.json")
+    assert not list(tmp_path.iterdir())
 
 
 def test_bpe_is_kept_and_reloaded_without_the_corpus(tmp_path):
     trained = keep(BPE, CORPUS, tmp_path / "run")
-    assert [p.name for p in (tmp_path / "run").iterdir()] == ["tokenizer.json"]
     again = load_tokenizer(BPE, None, tmp_path / "run")
     assert again.pieces == trained.pieces and again.eos_id == trained.eos_id
     other = load_tokenizer(BPE, make_corpus(["another text " * 50]), tmp_path / "run")
@@ -113,13 +109,13 @@ def test_bpe_errors(tmp_path):
     with pytest.raises(DataError, match=r"data.vocab_size=257 must be at least 258"):
         load_tokenizer(dataclasses.replace(BPE, vocab_size=257), CORPUS)
     with pytest.raises(DataError, match=r"no tokenizer.json in the workdir"):
-        load_tokenizer(BPE, None, tmp_path)
-    keep(BPE, CORPUS, tmp_path)
+        load_tokenizer(BPE, None, tmp_path / "copy.json")
+    keep(BPE, CORPUS, tmp_path / "copy.json")
     with pytest.raises(DataError, match=r"has 300 tokens, more than data.vocab_size=299"):
-        load_tokenizer(dataclasses.replace(BPE, vocab_size=299), CORPUS, tmp_path)
-    (tmp_path / "tokenizer.json").write_text("{}")
-    with pytest.raises(DataError, match=r"tokenizer.json: not a tokenizer.json"):
-        load_tokenizer(BPE, CORPUS, tmp_path)
+        load_tokenizer(dataclasses.replace(BPE, vocab_size=299), CORPUS, tmp_path / "copy.json")
+    (tmp_path / "copy.json").write_text("{}")
+    with pytest.raises(DataError, match=r"copy.json: not a tokenizer.json"):
+        load_tokenizer(BPE, CORPUS, tmp_path / "copy.json")
 
 
 def external(path, **changes):
@@ -129,7 +125,7 @@ def external(path, **changes):
     return DataConfig(tokenizer=str(path))
 
 
-def test_external_file_is_copied_to_the_workdir(tmp_path):
+def test_external_file_is_not_needed_once_there_is_a_copy(tmp_path):
     cfg = external(tmp_path / "theirs.json")
     first = keep(cfg, None, tmp_path / "run")
     assert first.decode(first.encode("quick")) == "quick"
@@ -141,10 +137,10 @@ def test_external_file_is_copied_to_the_workdir(tmp_path):
 
 def test_external_file_must_agree_with_its_copy(tmp_path):
     cfg = external(tmp_path / "theirs.json")
-    keep(cfg, None, tmp_path)
+    keep(cfg, None, tmp_path / "copy.json")
     external(tmp_path / "theirs.json", version="1.0 ")
     with pytest.raises(DataError, match="the workdir belongs to another run"):
-        load_tokenizer(cfg, None, tmp_path)
+        load_tokenizer(cfg, None, tmp_path / "copy.json")
 
 
 def test_external_folder(tmp_path):

@@ -18,10 +18,10 @@ from moejax.config import (
 )
 from moejax.data.tokenizer import ByteTokenizer, JsonTokenizer
 from moejax.evals import chat
-from moejax.interop.files import KEPT_FOLDER
 from moejax.models import transformer
 from moejax.params import init_params
-from moejax.train.checkpoint import Checkpoints, claim_workdir
+from moejax.runs import folder as run_folder
+from moejax.runs.checkpoint import Checkpoints
 
 # The form of published templates: special tokens, roles, trimmed blocks, errors of their own.
 TEMPLATE = """\
@@ -42,7 +42,7 @@ HELLO = [{"role": "user", "content": " Hello <|user|>"}]
 
 
 def write(tmp_path, **files):
-    folder = tmp_path / KEPT_FOLDER
+    folder = tmp_path / run_folder.HF
     folder.mkdir(exist_ok=True)
     for name, content in files.items():
         text = content if isinstance(content, str) else json.dumps(content)
@@ -203,7 +203,7 @@ def run(tmp_path_factory, tokenizer):
         data=DataConfig(tokenizer=str(source), seq_len=16),
         mesh=MeshConfig(data=1),
     )
-    claim_workdir(workdir, cfg)
+    run_folder.claim_workdir(workdir, cfg)
     checkpoints = Checkpoints(workdir, cfg)
     checkpoints.save_model(
         init_params(transformer.param_specs(model), jax.random.key(0)),

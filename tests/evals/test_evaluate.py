@@ -10,7 +10,7 @@ from moejax.config import ConfigError
 from moejax.data import load_corpus, validation_batches
 from moejax.evals.evaluate import evaluate_main, evaluate_run
 from moejax.models import transformer
-from moejax.train.run import load_run
+from moejax.runs.open import load_run
 
 
 def test_loss_is_that_of_the_definition(trained):

@@ -2,18 +2,18 @@
 
 import base64
 import dataclasses
-import json
 import re
 import shutil
 
 import numpy as np
 import pytest
 
-from moejax.config import ConfigError, MoEConfig, to_json
+from moejax.config import MoEConfig, to_json
 from moejax.evals import report
 from moejax.evals.routing import count_tokens, domain_information, favourite_tokens
+from moejax.runs.metrics import read_metrics
+from moejax.runs.open import load_run, read_config
 from moejax.train.loop import train
-from moejax.train.run import load_run, read_config
 
 
 def test_page_is_whole_and_alone(trained, capsys):
@@ -35,7 +35,7 @@ def test_page_is_whole_and_alone(trained, capsys):
     ):
         assert f"<h2>{title}</h2>" in page
     assert not re.search(r'(src|href)="(?!data:)', page)  # self-contained
-    rows = report.read_metrics(trained / "metrics.jsonl")
+    rows = read_metrics(trained)
     assert f"{rows['validation'][20]['loss']:.3f}" in page
 
 
@@ -66,24 +66,6 @@ def test_a_model_that_cannot_generate_has_a_report_too(trained, tmp_path):
     train(cfg, tmp_path)
     path, samples = report.write_report(tmp_path)
     assert not samples and "&#39;expert_choice&#39; is not causal" in path.read_text()
-
-
-def test_metrics_of_a_crashed_run(tmp_path):
-    path = tmp_path / "metrics.jsonl"
-    rows = [
-        {"step": 1, "kind": "train", "cross_entropy": 9.0},
-        {"step": 2, "kind": "train", "cross_entropy": 8.0},
-        {"step": 1, "kind": "validation", "loss": 1.0},
-        {"step": 2, "kind": "train", "cross_entropy": 7.0},
-    ]
-    path.write_text("\n".join(map(json.dumps, rows)) + '\n{"step": 3, "ki')
-    got = report.read_metrics(path)
-    assert [r["cross_entropy"] for r in got["train"].values()] == [9.0, 7.0]
-    path.write_text(json.dumps(rows[0]))
-    with pytest.raises(ConfigError, match="no finished evaluation"):
-        report.read_metrics(path)
-    with pytest.raises(ConfigError, match=r"no metrics\.jsonl"):
-        report.read_metrics(tmp_path / "other" / "metrics.jsonl")
 
 
 def test_routes_by_token(trained):

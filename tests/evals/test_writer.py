@@ -111,7 +111,7 @@ def test_generate_command(trained, tmp_path, capsys):
         (["--workdir={}", "--stop_ids=a"], "must be numbers"),
         (
             ["--workdir={}", "--stop_ids=99999999999"],
-            "99999999999 is no token id; they go from 0 to",
+            "99999999999 is not a token id; they go from 0 to",
         ),
         (["--workdir={}", "--temperature=nan"], "temperature=nan must be >= 0"),
         (["--workdir={}", "--prompt=a\udcff"], "is not text in UTF-8"),

@@ -27,8 +27,8 @@ from moejax.config import ConfigError, DataConfig, ExperimentConfig, ModelConfig
 from moejax.interop import commands
 from moejax.models import transformer
 from moejax.params import init_params
-from moejax.train.checkpoint import Checkpoints
-from moejax.train.run import load_run
+from moejax.runs.checkpoint import Checkpoints
+from moejax.runs.open import load_run
 
 ROOT = pathlib.Path(__file__).parent.parent.parent
 VOCAB = 300  # more rows than the tokenizer has tokens, as in published models

@@ -20,9 +20,10 @@ from moejax.config import (
     OptimizerConfig,
     TrainConfig,
 )
+from moejax.runs.checkpoint import Checkpoints
 from moejax.train import processes
-from moejax.train.checkpoint import Checkpoints
-from moejax.train.loop import Diverged, check_corpus, train, with_vocabulary
+from moejax.train.loop import Diverged, train, with_vocabulary
+from moejax.train.state import restore_state
 
 ONE, EIGHT = MeshConfig(data=1), MeshConfig(data=2, expert=2, tensor=2)
 
@@ -157,25 +158,10 @@ def test_divergence_stops_the_run_and_spares_the_checkpoint(cfg, tmp_path):
     assert str(tmp_path / "checkpoints") in str(e.value)
     assert str(tmp_path / "metrics.jsonl") in str(e.value)
     checkpoints = Checkpoints(tmp_path, with_vocabulary(bad, 258))
-    state = checkpoints.restore()[0]  # pyright: ignore
+    state = restore_state(checkpoints)[0]  # pyright: ignore
     checkpoints.close()
     assert int(state.bad_in_a_row) == 3
     assert all(np.isfinite(a).all() for a in jax.tree.leaves(state.params))
-
-
-def test_another_text_is_noticed_on_resuming(tmp_path):
-    def manifest(sums):
-        return {"sha256": str(sums), "domains": {d: {"sha256": s} for d, s in sums.items()}}
-
-    (tmp_path / "corpus.json").write_text(json.dumps(manifest({"a": 1, "b": 2})))
-    check_corpus(tmp_path, manifest({"a": 1, "b": 3}))  # nothing was trained on it
-    (tmp_path / "checkpoints" / "4").mkdir(parents=True)
-    check_corpus(tmp_path, manifest({"a": 1, "b": 2}))
-    with pytest.warns(UserWarning, match=r"trained on another text \(domains that differ: b, c;"):
-        check_corpus(tmp_path, manifest({"a": 1, "b": 3, "c": 4}))
-    assert json.loads((tmp_path / "corpus.before.json").read_text())["domains"]["b"] == {
-        "sha256": 2
-    }
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

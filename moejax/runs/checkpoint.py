@@ -3,7 +3,7 @@
 A step's folder holds three items:
 
     model      {params, router_state}: all that evaluation, generation and export need
-    training   {step, opt_state, skipped, bad_in_a_row}; an imported model has none
+    training   what else the state of training holds (`moejax.train.state`); an imported model has none
     meta       JSON: the config, the position in the data (null for an imported model), and a checksum of
                each of the other two
 
@@ -15,21 +15,20 @@ import contextlib
 import json
 import pathlib
 import warnings
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
+from jax.sharding import SingleDeviceSharding
 
-from moejax.config import ConfigError, ExperimentConfig, to_json
-from moejax.params import path_name
+from moejax.config import ConfigError, ExperimentConfig, ModelConfig, to_json
+from moejax.models import transformer
+from moejax.params import abstract_params, path_name
+from moejax.runs import folder
+from moejax.runs.checksums import checksum, verify
 from moejax.sharding import Layout
-from moejax.train.state import TrainState, abstract_state, state_of_model, state_shardings
-
-CONFIG = "config.json"
 
 # What orbax and tensorstore raise for files that are cut, emptied or gone; a bare Exception too.
 UNREADABLE = (ValueError, OSError, KeyError)
@@ -38,8 +37,17 @@ UNREADABLE = (ValueError, OSError, KeyError)
 PIECE_BYTES = 64 * 2**20
 
 
-class SaveError(OSError):
-    """A checkpoint could not be written; those before it are whole."""
+class Restored(NamedTuple):
+    """Attributes:
+    params, router_state: the model, in its master dtype.
+    training: the item of that name; None for an imported model.
+    data_state: the position in the data; None for an imported model.
+    """
+
+    params: dict
+    router_state: dict
+    training: dict | None
+    data_state: dict | None
 
 
 class Checkpoints:
@@ -50,7 +58,7 @@ class Checkpoints:
         else each array is written in pieces of its own. Either kind can be read."""
         self.packed = packed
         self.workdir = workdir.resolve()
-        self.folder = self.workdir / "checkpoints"
+        self.folder = self.workdir / folder.CHECKPOINTS
         self.cfg = cfg
         options = ocp.CheckpointManagerOptions(
             max_to_keep=cfg.train.keep_last,
@@ -64,13 +72,12 @@ class Checkpoints:
         }
         self.manager = ocp.CheckpointManager(self.folder, options=options, item_handlers=handlers)
 
-    def save(self, state: TrainState, data_state: dict) -> None:
+    def save(self, step: int, model: dict, training: dict, data_state: dict) -> None:
         """Begin to save a state of training; the arrays may be donated as soon as this returns.
 
-        Raises SaveError if this save, or the one before it, could not be written.
+        Raises folder.SaveError if this save, or the one before it, could not be written.
         """
-        model, training = _split(state)
-        self._save(int(state.step), data_state, model=model, training=training)
+        self._save(step, data_state, model=model, training=training)
 
     def save_model(self, params: dict, router_state: dict) -> None:
         """Save a model that was not trained here, as step 0, and wait until it is written."""
@@ -100,20 +107,23 @@ class Checkpoints:
             self.manager.reload()
             steps = self.manager.all_steps()
             whole = f"step {max(steps)} is the last whole one" if steps else "none is there yet"
-            raise SaveError(
+            raise folder.SaveError(
                 f"saving a checkpoint in {self.folder} failed: {reason}; {whole}. Free some space (or "
                 "lower train.keep_last), and the same command goes on from there"
             ) from e
 
-    def restore(self, layout: Layout | None = None) -> tuple[TrainState, dict | None] | None:
-        """The newest state that can be read, and its position in the data; None if there is none.
+    def restore(self, training: dict, layout: Layout | None = None) -> Restored | None:
+        """The newest checkpoint that can be read; None if there is none.
 
-        A model without training (an import) gets a fresh optimiser, float32 master weights and no
-        position. A damaged checkpoint is passed over with a warning that names it and the one used
-        instead, and is moved aside, so that its step can be saved again.
+        A damaged one is passed over with a warning that names it and the one used instead, and is moved
+        aside, so that its step can be saved again.
+
+        Args:
+          training: the shapes of that item, `placed`; not looked at for an imported model.
+          layout: where the model goes; None: the first device.
         """
         steps = sorted(self.manager.all_steps(), reverse=True)
-        found = self._newest(steps, lambda step: self._read_state(step, layout))
+        found = self._newest(steps, lambda step: self._read_all(step, training, layout))
         if found is None:
             return None
         self._set_aside([s for s in steps if s > found[0]])
@@ -153,48 +163,39 @@ class Checkpoints:
             )
         return None
 
-    def _read_state(self, step: int, layout: Layout | None) -> tuple[TrainState, dict | None]:
+    def _read_all(self, step: int, training: dict, layout: Layout | None) -> Restored:
         meta = self._read_meta(step)
-        data_state = meta["data"]
         params, router_state = self._read_model(step, meta, layout)
-        if data_state is None:
-            return state_of_model(self.cfg, params, router_state, layout), None
-        _, training = _split(self._abstract(layout))
+        if meta["data"] is None:
+            return Restored(params, router_state, None, None)
         args = ocp.args.Composite(training=ocp.args.StandardRestore(training))
         training = self.manager.restore(step, args=args)["training"]
-        _verify(training, meta, "training")
-        return TrainState(params=params, router_state=router_state, **training), data_state
+        verify(training, meta, "training")
+        return Restored(params, router_state, training, meta["data"])
 
     def _read_model(
         self, step: int, meta: dict, layout: Layout | None, *, stored_dtype: bool = False
     ) -> tuple[dict, dict]:
-        model, _ = _split(self._abstract(layout))
+        model = abstract_model(self.cfg.model, layout)
         stored = self.manager.item_metadata(step)["model"]
         if stored is None:
             raise ValueError("its model has no metadata")
         model = _fit(model, stored.tree, self.folder / str(step), stored_dtype)
         args = ocp.args.Composite(model=ocp.args.StandardRestore(model))
         out = self.manager.restore(step, args=args)["model"]
-        _verify(out, meta, "model")
+        verify(out, meta, "model")
         return out["params"], out["router_state"]
 
     def _read_meta(self, step: int) -> dict:
         args = ocp.args.Composite(meta=ocp.args.JsonRestore())
         return self.manager.restore(step, args=args)["meta"]
 
-    def _abstract(self, layout: Layout | None) -> TrainState:
-        return jax.tree.map(
-            lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s),
-            abstract_state(self.cfg),
-            state_shardings(self.cfg, layout),
-        )
-
     def _set_aside(self, damaged: list[int]) -> None:
         """Move damaged steps out of orbax's way: it never saves a step older than its newest."""
         if not damaged:
             return
         if jax.process_index() == 0:
-            aside = self.workdir / "damaged"
+            aside = self.workdir / folder.DAMAGED
             aside.mkdir(exist_ok=True)
             for step in damaged:
                 target, n = aside / str(step), 1
@@ -206,7 +207,7 @@ class Checkpoints:
         self.manager.reload()
 
     def wait(self) -> None:
-        """Until everything is written; raises SaveError if something could not be."""
+        """Until everything is written; raises folder.SaveError if something could not be."""
         with self._writing():
             self.manager.wait_until_finished()
 
@@ -215,40 +216,26 @@ class Checkpoints:
         self.manager.close()
 
 
-def _split(state: TrainState) -> tuple[dict, dict]:
-    """The items 'model' and 'training' of a state."""
-    fields = state._asdict()
-    return {name: fields.pop(name) for name in ("params", "router_state")}, fields
+def abstract_model(cfg: ModelConfig, layout: Layout | None) -> dict:
+    """{params, router_state} as shapes that say on which devices they belong; without a layout, all on
+    the first device. Parameters in their master dtype."""
+    specs = transformer.param_specs(cfg)
+    shapes = {
+        "params": abstract_params(specs),
+        "router_state": jax.eval_shape(lambda: transformer.init_router_state(cfg)),
+    }
+    whole = SingleDeviceSharding(jax.devices()[0]) if layout is None else layout.replicated
+    shardings = jax.tree.map(lambda _: whole, shapes)
+    if layout is not None:
+        shardings["params"] = layout.of_specs(specs)
+    return placed(shapes, shardings)
 
 
-def checksum(tree) -> int:
-    """The sum of all 32-bit words modulo 2^32: the same on any mesh, and changed by any damaged word.
-
-    bfloat16 counts as the float32 that it is, so that a model read in float32 has the checksum with which
-    it was saved in bfloat16. Each shard is read once, on the host, where it lies.
-    """
-    total = 0
-    for array in jax.tree.leaves(tree):
-        for shard in array.addressable_shards:
-            if shard.replica_id == 0:
-                total += _sum_of_words(np.asarray(shard.data).reshape(-1))
-    if jax.process_count() > 1:
-        total = multihost_utils.process_allgather(np.uint32(total % 2**32)).sum(dtype=np.uint64)
-    return int(total) % 2**32
-
-
-def _sum_of_words(a: np.ndarray) -> int:
-    if a.dtype == jnp.bfloat16:
-        return int(a.view(np.uint16).sum(dtype=np.uint64)) << 16
-    a = a.astype(np.float32) if a.dtype == np.float16 else a
-    return int(a.view(np.uint32).sum(dtype=np.uint64))
-
-
-def _verify(tree, meta: dict, item: str) -> None:
-    """ValueError if arrays are not those that were saved (as far as checksums were saved with them)."""
-    saved = meta.get("checksums", {}).get(item)
-    if saved is not None and checksum(tree) != saved:
-        raise ValueError(f"checksum of its {item} differs: damaged data")
+def placed(shapes, shardings):
+    """Shapes, each with its sharding: what orbax is to read, and where to."""
+    return jax.tree.map(
+        lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), shapes, shardings
+    )
 
 
 def _reason(e: Exception) -> str:
@@ -257,7 +244,7 @@ def _reason(e: Exception) -> str:
     return f"{type(e).__name__}: {lines[0][:100]}"
 
 
-def _fit(ours: dict, stored: dict, folder: pathlib.Path, stored_dtype: bool) -> dict:
+def _fit(ours: dict, stored: dict, where: pathlib.Path, stored_dtype: bool) -> dict:
     """`ours` (abstract, placed) if `stored` has the same arrays, in the dtype stored if asked for.
 
     Raises ConfigError naming the first arrays that differ.
@@ -271,7 +258,7 @@ def _fit(ours: dict, stored: dict, folder: pathlib.Path, stored_dtype: bool) -> 
     if lines:
         more = [f"and {len(lines) - 5} more"] if len(lines) > 5 else []
         raise ConfigError(
-            f"{folder} holds another model than the config describes:\n"
+            f"{where} holds another model than the config describes:\n"
             + "\n".join(f"  - {line}" for line in [*lines[:5], *more])
             + "\nuse the config that it was saved with, or another --workdir"
         )
@@ -290,109 +277,3 @@ def _by_path(tree: dict) -> dict:
 
 def _shape(a) -> str:
     return "absent" if a is None else str(tuple(a.shape))
-
-
-# How a model is computed, and on what; none of it changes what a checkpoint means.
-FREE = (
-    "name",
-    "train",
-    "mesh",
-    "model.scan_layers",
-    "model.remat",
-    "model.loss_chunk",
-    "model.moe.grouped_matmul",
-    "model.moe.expert_parallel",
-    "model.moe.buffer_factor",
-)
-
-# How an imported model goes on to be trained is a choice of the one who trains it.
-FREE_ONCE_IMPORTED = (
-    "data",
-    "optimizer",
-    "model.dtype",
-    "model.mtp_loss_weight",
-    "model.moe.bias_update",
-    "model.moe.bias_rate",
-    "model.moe.balance_groups",
-    "model.moe.expert_loss",
-    "model.moe.sequence_loss",
-    "model.moe.device_loss",
-    "model.moe.communication_loss",
-    "model.moe.z_loss",
-)
-
-
-def check_workdir(workdir: pathlib.Path, cfg: ExperimentConfig) -> None:
-    """Raises ConfigError naming the keys in which the run of this workdir, if any, has another config.
-
-    What is in FREE may differ: a run can be prolonged, and go on on other devices. An imported model that
-    was not trained here yet may be trained on any data in any way.
-    """
-    if not (workdir / CONFIG).exists():
-        return
-    free = FREE + (FREE_ONCE_IMPORTED if _only_imported(workdir) else ())
-    theirs = read_config_values(workdir)
-    lines = _differences(theirs, json.loads(to_json(cfg)), "", free)
-    if lines:
-        raise ConfigError(
-            f"{workdir} belongs to a run with another config:\n"
-            + "\n".join(f"  - {line}" for line in lines)
-            + "\nuse another --workdir, or the same config"
-        )
-
-
-def read_config_values(workdir: pathlib.Path) -> dict:
-    """What config.json of a run holds. Raises ConfigError if there is none, or it is damaged."""
-    path = workdir / CONFIG
-    if not path.exists():
-        raise ConfigError(f"{workdir} is not the folder of a run: it has no {CONFIG}")
-    try:
-        values = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError) as e:
-        raise ConfigError(f"{path} is not JSON: {e}; restore it, or use another --workdir") from e
-    if not isinstance(values, dict) or not values.keys() >= {"model", "data"}:
-        raise ConfigError(
-            f"{path} is not the config of a run; restore it, or use another --workdir"
-        )
-    return values
-
-
-def claim_workdir(
-    workdir: pathlib.Path, cfg: ExperimentConfig, files: Mapping[str, str] | None = None
-) -> None:
-    """Write the config, and what else belongs to a run (name -> text), after `check_workdir`."""
-    check_workdir(workdir, cfg)
-    try:
-        workdir.mkdir(parents=True, exist_ok=True)
-        for name, text in {CONFIG: to_json(cfg), **(files or {})}.items():
-            part = workdir / f"{name}.part"  # a killed run must not leave half a file
-            part.write_text(text, "utf-8")
-            part.replace(workdir / name)
-    except OSError as e:
-        raise ConfigError(f"--workdir={workdir} cannot be written: {e.strerror}") from e
-
-
-def is_trained(workdir: pathlib.Path) -> bool:
-    """Whether there is a checkpoint of training: an imported model is step 0, which training never saves."""
-    return any(p.name != "0" for p in _steps(workdir))
-
-
-def _only_imported(workdir: pathlib.Path) -> bool:
-    return bool(_steps(workdir)) and not is_trained(workdir)
-
-
-def _steps(workdir: pathlib.Path) -> list[pathlib.Path]:
-    return list(workdir.glob("checkpoints/[0-9]*"))
-
-
-def _differences(old, new, key: str, free: tuple[str, ...]) -> list[str]:
-    if key in free:
-        return []
-    if isinstance(old, dict) and isinstance(new, dict):
-        prefix = key + "." if key else ""
-        return [
-            line
-            for k in sorted(old.keys() | new.keys())
-            for line in _differences(old.get(k), new.get(k), prefix + k, free)
-        ]
-    return [] if old == new else [f"{key}: {old!r} there, {new!r} now"]

@@ -5,11 +5,12 @@ from typing import NamedTuple
 
 from moejax.config import ConfigError, ExperimentConfig, from_config_dict
 from moejax.data import Tokenizer, load_tokenizer
+from moejax.runs import folder
+from moejax.runs.checkpoint import Checkpoints
 from moejax.sharding import Layout
-from moejax.train.checkpoint import CONFIG, Checkpoints, read_config_values
 
 
-class Run(NamedTuple):
+class OpenRun(NamedTuple):
     """Attributes:
     cfg: the config of the run, vocabulary included.
     params, router_state: the newest that can be read, in the dtype in which they are stored.
@@ -26,25 +27,26 @@ class Run(NamedTuple):
 
 def read_config(workdir: pathlib.Path) -> ExperimentConfig:
     """The config of the run in `workdir`; ConfigError if that is not the folder of a run."""
-    values = read_config_values(workdir)
+    values = folder.read_config_values(workdir)
     try:
         return from_config_dict(values)
     except ConfigError as e:
-        raise ConfigError(f"{workdir / CONFIG}: {e}") from e
+        raise ConfigError(f"{workdir / folder.CONFIG}: {e}") from e
 
 
-def load_run(workdir: pathlib.Path, layout: Layout | None = None) -> Run:
+def load_run(workdir: pathlib.Path, layout: Layout | None = None) -> OpenRun:
     """Open the run in `workdir`, its arrays on the devices of `layout` (None: one device).
 
     Raises ConfigError if there is no run, or no checkpoint that can be read.
     """
     cfg = read_config(workdir)
     restored = None
-    if (workdir / "checkpoints").exists():
+    if (workdir / folder.CHECKPOINTS).exists():
         checkpoints = Checkpoints(workdir, cfg)
         restored = checkpoints.restore_model(layout)
         checkpoints.close()
     if restored is None:
         raise ConfigError(f"{workdir} has no checkpoint yet; moejax train writes one")
     step, params, router_state = restored
-    return Run(cfg, params, router_state, load_tokenizer(cfg.data, None, workdir), step)
+    tokenizer = load_tokenizer(cfg.data, None, workdir / folder.TOKENIZER)
+    return OpenRun(cfg, params, router_state, tokenizer, step)

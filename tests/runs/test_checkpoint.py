@@ -26,9 +26,16 @@ from moejax.config import (
     OptimizerConfig,
     TrainConfig,
 )
+from moejax.runs.checkpoint import Checkpoints, abstract_model
+from moejax.runs.checksums import checksum
 from moejax.sharding import make_layout
-from moejax.train.checkpoint import Checkpoints, checksum, claim_workdir, read_config_values
-from moejax.train.state import create_state
+from moejax.train.state import (
+    abstract_state,
+    create_state,
+    restore_state,
+    save_state,
+    state_shardings,
+)
 
 CFG = ExperimentConfig(
     model=ModelConfig(
@@ -53,7 +60,7 @@ def state():
 def saved(workdir, state, steps=(1,)):
     checkpoints = Checkpoints(workdir, CFG)
     for step in steps:
-        checkpoints.save(state._replace(step=jnp.int32(step)), {"next_index": step})
+        save_state(checkpoints, state._replace(step=jnp.int32(step)), {"next_index": step})
     checkpoints.close()
     return workdir
 
@@ -82,7 +89,7 @@ def test_any_mesh_to_any_mesh(tmp_path, state):
     saved(tmp_path, sharded)
     for layout in (None, on_mesh(fsdp=8)):
         checkpoints = Checkpoints(tmp_path, CFG)
-        restored, data_state = checkpoints.restore(layout)  # pyright: ignore
+        restored, data_state = restore_state(checkpoints, layout)  # pyright: ignore
         checkpoints.close()
         assert data_state == {"next_index": 1}
         assert int(restored.step) == 1
@@ -97,7 +104,7 @@ def test_any_mesh_to_any_mesh(tmp_path, state):
 
 def test_saving_goes_on_in_the_background(tmp_path, state):
     checkpoints = Checkpoints(tmp_path, CFG)
-    checkpoints.save(state._replace(step=jnp.int32(1)), {})
+    save_state(checkpoints, state._replace(step=jnp.int32(1)), {})
     assert checkpoints.manager.is_saving_in_progress()
     checkpoints.wait()
     assert not checkpoints.manager.is_saving_in_progress()
@@ -115,19 +122,19 @@ def test_a_damaged_checkpoint_is_passed_over_and_its_step_can_be_saved_again(tmp
     damage(tmp_path / "checkpoints" / "2")
     checkpoints = Checkpoints(tmp_path, CFG)
     with pytest.warns(UserWarning, match=r"checkpoints/2 cannot be read .*falling back to step 1"):
-        restored = checkpoints.restore()
+        restored = restore_state(checkpoints)
     assert restored is not None and restored[1] == {"next_index": 1}
     assert (tmp_path / "damaged" / "2").is_dir()
     again = state._replace(step=jnp.int32(2), skipped=jnp.int32(5))
-    checkpoints.save(again, {"next_index": 2})
+    save_state(checkpoints, again, {"next_index": 2})
     checkpoints.close()
     checkpoints = Checkpoints(tmp_path, CFG)
-    same(checkpoints.restore()[0], again)  # pyright: ignore
+    same(restore_state(checkpoints)[0], again)  # pyright: ignore
     checkpoints.close()
 
 
 def restore_apart(folders):
-    """What `Checkpoints.restore` gives for each folder, in a process of its own: of damaged files orbax leaves
+    """What `restore_state` gives for each folder, in a process of its own: of damaged files orbax leaves
     readers behind, which die loudly at any later time. (position in the data, checksum of the parameters,
     warnings)."""
     done = subprocess.run(
@@ -145,7 +152,7 @@ def restore_and_print(folder):
     checkpoints = Checkpoints(pathlib.Path(folder), CFG)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        state, position = checkpoints.restore()  # pyright: ignore
+        state, position = restore_state(checkpoints)  # pyright: ignore
     checkpoints.close()
     texts = [str(w.message) for w in caught]
     print(json.dumps([position["next_index"], checksum(state.params), texts]))
@@ -207,7 +214,7 @@ def test_nothing_left_to_read_is_an_error(tmp_path, state):
         pytest.warns(UserWarning, match="none is left"),
         pytest.raises(ConfigError, match=r"no checkpoint in .* can be read"),
     ):
-        checkpoints.restore()
+        restore_state(checkpoints)
     checkpoints.close()
 
 
@@ -220,7 +227,7 @@ def test_an_imported_model_keeps_its_dtype_and_trains_from_float32(tmp_path, sta
     assert step == 0
     assert {a.dtype for a in jax.tree.leaves(params)} == {jnp.dtype("bfloat16")}
     same((params, router_state), (half, bias))
-    fresh, data_state = checkpoints.restore(on_mesh(fsdp=8))  # pyright: ignore
+    fresh, data_state = restore_state(checkpoints, on_mesh(fsdp=8))  # pyright: ignore
     checkpoints.close()
     assert data_state is None and int(fresh.step) == 0
     assert {a.dtype for a in jax.tree.leaves(fresh.params)} == {jnp.dtype("float32")}
@@ -234,68 +241,24 @@ def test_another_model_is_named(tmp_path, state):
     wider = dataclasses.replace(CFG, model=dataclasses.replace(CFG.model, vocab_size=64))
     checkpoints = Checkpoints(tmp_path, wider)
     with pytest.raises(ConfigError, match=r"(?s)params/embed.*\(32, 16\) there, \(64, 16\) now"):
-        checkpoints.restore()
+        restore_state(checkpoints)
     checkpoints.close()
 
 
-def test_a_workdir_belongs_to_one_config(tmp_path):
-    claim_workdir(tmp_path, CFG)
-    with pytest.raises(ConfigError, match=r"model.vocab_size: 32 there, 64 now"):
-        model = dataclasses.replace(CFG.model, vocab_size=64)
-        claim_workdir(tmp_path, dataclasses.replace(CFG, model=model))
-    # A longer run, on another mesh, computed in another way is the same run.
-    moved = dataclasses.replace(
-        CFG,
-        model=dataclasses.replace(CFG.model, remat="full"),
-        train=dataclasses.replace(CFG.train, steps=999),
-        mesh=MeshConfig(data=1, fsdp=8),
-    )
-    claim_workdir(tmp_path, moved)
-    claim_workdir(tmp_path, CFG)
-
-
-def test_an_imported_model_may_be_trained_on_anything(tmp_path, state):
-    claim_workdir(tmp_path, CFG)
-    checkpoints = Checkpoints(tmp_path, CFG)
-    checkpoints.save_model(state.params, state.router_state)
-    other = dataclasses.replace(
-        CFG,
-        data=DataConfig(seq_len=16, batch_size=2),
-        optimizer=OptimizerConfig(learning_rate=0.5),
-        model=dataclasses.replace(CFG.model, dtype="bfloat16"),
-    )
-    claim_workdir(tmp_path, other)
-    checkpoints.save(state._replace(step=jnp.int32(1)), {"next_index": 1})
-    checkpoints.close()
-    with pytest.raises(ConfigError, match=r"optimizer.learning_rate: 0.5 there"):
-        claim_workdir(tmp_path, CFG)  # now it has been trained, and stays what it is
-
-
-def test_a_workdir_that_cannot_be_used_is_named(tmp_path):
-    (tmp_path / "file").write_text("")
-    with pytest.raises(
-        ConfigError, match=r"--workdir=.*file/run cannot be written: Not a directory"
-    ):
-        claim_workdir(tmp_path / "file" / "run", CFG)
-
-
-@pytest.mark.parametrize(
-    "content, text",
-    [
-        (b"{", "config.json is not JSON"),
-        (b"\xff", "config.json is not JSON"),
-        (b"5", "config.json is not the config of a run"),
-        (b"{}", "config.json is not the config of a run"),
-        (None, "has no config.json"),
-    ],
-)
-def test_a_damaged_config_is_named(tmp_path, content, text):
-    if content is not None:
-        (tmp_path / "config.json").write_bytes(content)
-        with pytest.raises(ConfigError, match=text):
-            claim_workdir(tmp_path, CFG)
-    with pytest.raises(ConfigError, match=text):
-        read_config_values(tmp_path)
+@pytest.mark.parametrize("sizes", [{}, {"data": 2, "expert": 2, "tensor": 2}, {"fsdp": 8}])
+def test_a_model_is_read_to_where_training_has_it(sizes):
+    """The shapes, dtypes and shardings of a model alone are those of the model in a state of training."""
+    layout = on_mesh(**sizes) if sizes else None
+    model = abstract_model(CFG.model, layout)
+    state, shardings = abstract_state(CFG), state_shardings(CFG, layout)
+    for name, items in model.items():
+        same_tree = jax.tree.map(
+            lambda a, b, s: (a.shape, a.dtype, a.sharding) == (b.shape, b.dtype, s),
+            items,
+            getattr(state, name),
+            getattr(shardings, name),
+        )
+        assert all(jax.tree.leaves(same_tree))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,176 @@
+"""The folder of a run: the name of everything in it, which config it belongs to, and who may write there.
+
+config.json             the ExperimentConfig of the run
+tokenizer.json          its tokenizer, if it has one that is not 'byte'
+corpus.json             which files it read, with their checksums
+checkpoints/STEP/       see `moejax.runs.checkpoint`
+damaged/                checkpoints that could not be read
+metrics.jsonl           see `moejax.train.metrics.Log`, and `moejax.runs.metrics` to read it
+tensorboard/            the scalars among them
+report.html             from `moejax report`
+hf/                     of an imported model: the files that came with its weights
+"""
+
+import json
+import os
+import pathlib
+import warnings
+
+from moejax.config import ConfigError, ExperimentConfig, to_json
+from moejax.data.tokenizer import JsonTokenizer, Tokenizer
+
+CONFIG = "config.json"
+TOKENIZER = "tokenizer.json"
+CORPUS, CORPUS_BEFORE = "corpus.json", "corpus.before.json"
+CHECKPOINTS = "checkpoints"
+DAMAGED = "damaged"
+METRICS = "metrics.jsonl"
+TENSORBOARD = "tensorboard"
+REPORT = "report.html"
+HF = "hf"
+
+# How a model is computed, and on what; none of it changes what a checkpoint means.
+FREE = (
+    "name",
+    "train",
+    "mesh",
+    "model.scan_layers",
+    "model.remat",
+    "model.loss_chunk",
+    "model.moe.grouped_matmul",
+    "model.moe.expert_parallel",
+    "model.moe.buffer_factor",
+)
+
+# How an imported model goes on to be trained is a choice of the one who trains it.
+FREE_ONCE_IMPORTED = (
+    "data",
+    "optimizer",
+    "model.dtype",
+    "model.mtp_loss_weight",
+    "model.moe.bias_update",
+    "model.moe.bias_rate",
+    "model.moe.balance_groups",
+    "model.moe.expert_loss",
+    "model.moe.sequence_loss",
+    "model.moe.device_loss",
+    "model.moe.communication_loss",
+    "model.moe.z_loss",
+)
+
+
+class SaveError(OSError):
+    """Something of a run could not be written; the checkpoints before are whole."""
+
+
+def check_writable(workdir: pathlib.Path) -> None:
+    """ConfigError if the workdir cannot be made or written, as far as that can be known without writing."""
+    nearest = next(p for p in (workdir.absolute(), *workdir.absolute().parents) if p.exists())
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK):
+        raise ConfigError(
+            f"--workdir={workdir} cannot be written: {nearest} is not a writable folder"
+        )
+
+
+def check_workdir(workdir: pathlib.Path, cfg: ExperimentConfig) -> None:
+    """Raises ConfigError naming the keys in which the run of this workdir, if any, has another config.
+
+    What is in FREE may differ: a run can be prolonged, and go on on other devices. An imported model that
+    was not trained here yet may be trained on any data in any way.
+    """
+    if not (workdir / CONFIG).exists():
+        return
+    only_imported = bool(_steps(workdir)) and not is_trained(workdir)
+    free = FREE + (FREE_ONCE_IMPORTED if only_imported else ())
+    theirs = read_config_values(workdir)
+    lines = _differences(theirs, json.loads(to_json(cfg)), "", free)
+    if lines:
+        raise ConfigError(
+            f"{workdir} belongs to a run with another config:\n"
+            + "\n".join(f"  - {line}" for line in lines)
+            + "\nuse another --workdir, or the same config"
+        )
+
+
+def read_config_values(workdir: pathlib.Path) -> dict:
+    """What config.json of a run holds. Raises ConfigError if there is none, or it is damaged."""
+    path = workdir / CONFIG
+    if not path.exists():
+        raise ConfigError(f"{workdir} is not the folder of a run: it has no {CONFIG}")
+    try:
+        values = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError) as e:
+        raise ConfigError(f"{path} is not JSON: {e}; restore it, or use another --workdir") from e
+    if not isinstance(values, dict) or not values.keys() >= {"model", "data"}:
+        raise ConfigError(
+            f"{path} is not the config of a run; restore it, or use another --workdir"
+        )
+    return values
+
+
+def claim_workdir(
+    workdir: pathlib.Path,
+    cfg: ExperimentConfig,
+    tokenizer: Tokenizer | None = None,
+    manifest: dict | None = None,
+) -> None:
+    """Write the config, the tokenizer and the manifest of the corpus, after `check_workdir`."""
+    check_workdir(workdir, cfg)
+    texts = {CONFIG: to_json(cfg)}
+    if isinstance(tokenizer, JsonTokenizer):
+        texts[TOKENIZER] = tokenizer.text
+    if manifest is not None:
+        texts[CORPUS] = json.dumps(manifest, indent=1)
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        for name, text in texts.items():
+            part = workdir / f"{name}.part"  # a killed run must not leave half a file
+            part.write_text(text, "utf-8")
+            part.replace(workdir / name)
+    except OSError as e:
+        raise ConfigError(f"--workdir={workdir} cannot be written: {e.strerror}") from e
+
+
+def check_corpus(workdir: pathlib.Path, manifest: dict) -> None:
+    """Warn if the corpus changed since this run was last trained: resuming then sees different batches."""
+    path = workdir / CORPUS
+    if not path.exists() or not is_trained(workdir):
+        return
+    try:
+        before = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError):
+        before = {"sha256": "?", "domains": {}}
+    if before["sha256"] == manifest["sha256"]:
+        return
+    old, new = before["domains"], manifest["domains"]
+    changed = [d for d in {**old, **new} if old.get(d) != new.get(d)]
+    aside = workdir / CORPUS_BEFORE
+    path.replace(aside)
+    warnings.warn(
+        f"{workdir} was trained on another text (domains that differ: {', '.join(changed)}; files are listed "
+        f"in {aside} and {path}): from here on its batches and held-out documents are not those of "
+        "an uninterrupted run",
+        stacklevel=3,
+    )
+
+
+def is_trained(workdir: pathlib.Path) -> bool:
+    """Whether there is a checkpoint of training: an imported model is step 0, which training never saves."""
+    return any(p.name != "0" for p in _steps(workdir))
+
+
+def _steps(workdir: pathlib.Path) -> list[pathlib.Path]:
+    return list((workdir / CHECKPOINTS).glob("[0-9]*"))
+
+
+def _differences(old, new, key: str, free: tuple[str, ...]) -> list[str]:
+    if key in free:
+        return []
+    if isinstance(old, dict) and isinstance(new, dict):
+        prefix = key + "." if key else ""
+        return [
+            line
+            for k in sorted(old.keys() | new.keys())
+            for line in _differences(old.get(k), new.get(k), prefix + k, free)
+        ]
+    return [] if old == new else [f"{key}: {old!r} there, {new!r} now"]
