@@ -10,7 +10,7 @@ Array names carry their shape as a suffix (Noam style): `x_TD` has axes (tokens,
 
 Capitals are logical (global) sizes; a lower-case letter is a device-local slice.
 
-Parameters name their dimensions with *logical axes*; `moejax.mesh_rules` holds the one table that maps
+Parameters name their dimensions with *logical axes*; `moejax.mesh` holds the one table that maps
 them to mesh axes. Two dimensions of one array never map to the same mesh axis.
 """
 

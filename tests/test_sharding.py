@@ -18,10 +18,10 @@ from moejax.config import (
     MoEConfig,
     TrainConfig,
 )
-from moejax.mesh_rules import RULES, parse_rules
+from moejax.mesh import RULES, TOGETHER, parse_rules
 from moejax.models import transformer
 from moejax.params import path_name
-from moejax.sharding import TOGETHER, Layout, make_layout, make_mesh
+from moejax.sharding import Layout, make_layout, make_mesh
 from moejax.train.state import create_state, init_state, state_shardings
 
 MODEL = ModelConfig(

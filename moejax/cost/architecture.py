@@ -8,6 +8,7 @@ count in this package follows from these two. Nothing here imports jax or alloca
 import dataclasses
 
 from moejax.config import ModelConfig
+from moejax.mesh import MeshSizes
 
 UNGATED = ("gelu_tanh",)  # activations with an up and a down projection only
 
@@ -31,6 +32,20 @@ class Part:
     matrix: int
     active_matrix: int
     experts: bool = False
+
+    def mesh_axes(self, mesh: MeshSizes) -> frozenset[str]:
+        """Mesh axes that these parameters are split over."""
+        names = ("expert", "expert_embed", "expert_mlp") if self.experts else ("embed", "mlp")
+        return frozenset(mesh.mesh_axes(*names))
+
+    def shards(self, mesh: MeshSizes) -> int:
+        """Devices that these parameters are split over."""
+        return mesh.product(self.mesh_axes(mesh))
+
+    def gathers(self, mesh: MeshSizes) -> int:
+        """Devices that these parameters are gathered from for use (fsdp)."""
+        split = mesh.mesh_axes("expert_embed" if self.experts else "embed")
+        return mesh.product({*split} & {*mesh.mesh_axes("batch")})
 
 
 @dataclasses.dataclass(frozen=True)

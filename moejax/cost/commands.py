@@ -7,17 +7,17 @@ import sys
 from absl import flags
 
 from moejax import command_line
-from moejax.axes import MESH_AXES
+from moejax.axes import BATCH
 from moejax.config import ConfigError, ExperimentConfig, ModelConfig
 from moejax.config_checks import CHOICES, choice_problem
 from moejax.cost import compare as comparing
 from moejax.cost.hardware import load_device
 from moejax.cost.memory import checkpoint_bytes
-from moejax.cost.mesh import MeshSizes
 from moejax.cost.plan import plan
 from moejax.cost.published import facts_of, published, sizes_text
 from moejax.cost.roofline import EFFICIENCY
 from moejax.cost.run import Run, of_experiment
+from moejax.mesh import parse_mesh
 from moejax.models import zoo
 from moejax.text import FORMATS, bytes_text, render
 
@@ -133,7 +133,7 @@ def _override(run: Run, fv, max_seq_len: int) -> Run:
     if run.context > max_seq_len:
         raise ConfigError(f"context={run.context} is beyond the model's maximum of {max_seq_len}")
     if fv.batch is None and fv.config is None:
-        run = dataclasses.replace(run, batch=run.mesh.batch)
+        run = dataclasses.replace(run, batch=run.mesh.size(BATCH))
     micro = fv.micro_batch or (run.micro_batch if fv.config is not None else run.batch)
     return dataclasses.replace(run, micro_batch=min(micro, run.batch))
 
@@ -152,21 +152,6 @@ def _computed(cfg: ModelConfig | None, fv, published: bool) -> ModelConfig | Non
             raise ConfigError(problem)
         changes[key] = value
     return cfg and dataclasses.replace(cfg, **changes)
-
-
-def parse_mesh(text: str) -> MeshSizes:
-    """'fsdp=8,expert=4' -> MeshSizes; ConfigError names a bad axis or size."""
-    known = MESH_AXES
-    sizes = {}
-    for item in filter(None, text.split(",")):
-        axis, _, size = item.partition("=")
-        if axis not in known or not size.isdigit() or int(size) < 1:
-            raise ConfigError(
-                f"--mesh: {item!r} is not axis=size with axis one of {', '.join(known)} and size "
-                "at least 1; 'fsdp=8,expert=4' would work"
-            )
-        sizes[axis] = int(size)
-    return MeshSizes(**sizes)
 
 
 COMPARE_USAGE = """\

@@ -34,6 +34,11 @@ class Device:
     price: float | None
     source: str
 
+    @property
+    def platform(self) -> str:
+        """'cpu', 'gpu' or 'tpu', as JAX calls it."""
+        return "cpu" if self.name == "cpu" else "tpu" if self.name.startswith("tpu") else "gpu"
+
     def peak(self, dtype: str) -> float:
         """FLOP/s in `dtype`; where the table has no figure for it, bfloat16's, an upper bound."""
         if dtype in self.flops:

@@ -9,9 +9,10 @@ float32. `plan --verify` compares.
 import dataclasses
 import math
 
+from moejax.axes import BATCH, EXPERT
 from moejax.config import ModelConfig
 from moejax.cost.architecture import UNGATED, Architecture, Part, of_model
-from moejax.cost.mesh import MeshSizes
+from moejax.mesh import MeshSizes
 
 BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2, "fp8": 1}
 
@@ -124,16 +125,16 @@ def training(
     """
     arch = of_model(cfg)
     parts = (*arch.parts, *arch.mtp)
-    local = sum(p.total / mesh.shards(p) for p in parts if p.name != "balance bias")
+    local = sum(p.total / p.shards(mesh) for p in parts if p.name != "balance bias")
     wide, b = 4, BYTES[cfg.dtype]
     cast = b * local if cfg.dtype != "float32" else 0.0
     # One layer at a time is gathered whole, its weights and their gradients.
-    gathered = [p for p in arch.parts if mesh.gathers(p) > 1]
-    layer = [p.total / arch.num_layers / mesh.shards(p) * mesh.gathers(p) for p in gathered]
+    gathered = [p for p in arch.parts if p.gathers(mesh) > 1]
+    layer = [p.total / arch.num_layers / p.shards(mesh) * p.gathers(mesh) for p in gathered]
     cast += 2 * b * max(layer, default=0.0)
     if cfg.remat == "none":  # the backward pass keeps the gathered experts of every layer
-        cast += sum(b * p.total / mesh.shards(p) * mesh.gathers(p) for p in gathered if p.experts)
-    tokens = micro_batch * seq_len / mesh.batch
+        cast += sum(b * p.total / p.shards(mesh) * p.gathers(mesh) for p in gathered if p.experts)
+    tokens = micro_batch * seq_len / mesh.size(BATCH)
     kept = _activations(cfg, tokens, seq_len, mesh)
     # All that the backward pass needs and the optimiser does not.
     passing = kept + cast + (wide * local if accumulate else 0.0)
@@ -154,11 +155,11 @@ def rows_per_token(cfg: ModelConfig, mesh: MeshSizes) -> float:
     K on a device that holds all experts. With experts split, what its peers may send at worst, or
     `buffer_factor` times the balanced load if that is less (`moejax.moe.dispatch.expert_parallel`).
     """
-    m, held = cfg.moe, cfg.moe.num_experts / mesh.experts
-    if mesh.experts == 1:
+    m, held = cfg.moe, cfg.moe.num_experts / mesh.size(EXPERT)
+    if mesh.size(EXPERT) == 1:
         return m.experts_per_token
     worst = mesh.peers * min(m.experts_per_token, held)
-    balanced = mesh.peers * m.experts_per_token / mesh.experts
+    balanced = mesh.peers * m.experts_per_token / mesh.size(EXPERT)
     return min(worst, m.buffer_factor * balanced) if m.buffer_factor else worst
 
 
@@ -219,13 +220,13 @@ def _in_flight(
     """
     arch = of_model(cfg)
     parts = (*arch.parts, *arch.mtp)
-    experts = 4 * sum(p.total / mesh.shards(p) for p in parts if p.experts)
+    experts = 4 * sum(p.total / p.shards(mesh) for p in parts if p.experts)
     one = experts / max(cfg.num_moe_layers + cfg.mtp_depth, 1)
     rows = tokens * rows_per_token(cfg, mesh) * BYTES[cfg.dtype] * cfg.d_model if experts else 0.0
     layer = tokens * layer_bytes(cfg, seq_len, mesh) + rows + 3 * one + 0.4 * experts
-    at_once = min(tokens, max(1.0, cfg.tokens_of_logits / mesh.batch))
+    at_once = min(tokens, max(1.0, cfg.tokens_of_logits / mesh.size(BATCH)))
     logits = 3 * 4 * at_once * cfg.vocab_size / mesh.tensor
-    update = 1.4 * 4 * sum(p.total / mesh.shards(p) for p in parts) - passing
+    update = 1.4 * 4 * sum(p.total / p.shards(mesh) for p in parts) - passing
     return max(layer, logits, update)
 
 
@@ -247,8 +248,8 @@ def inference(
     arch: Architecture, mesh: MeshSizes, batch: int, length: int, bytes_per: float = 2
 ) -> dict[str, float | None]:
     """Bytes per device to serve `batch` sequences of `length` tokens; None where unknown."""
-    weights = bytes_per * sum(p.total / mesh.shards(p) for p in (*arch.parts, *arch.apart))
-    rows = math.ceil(batch / mesh.batch)
+    weights = bytes_per * sum(p.total / p.shards(mesh) for p in (*arch.parts, *arch.apart))
+    rows = math.ceil(batch / mesh.size(BATCH))
     one = cache_bytes(arch, length, bytes_per)
     # Heads (or, for MLA, nothing) split the cache; count it whole, the safe side.
     cache = None if one is None else rows * one

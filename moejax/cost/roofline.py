@@ -8,13 +8,14 @@ so the result is what a well-tuned implementation could reach, not a promise.
 import dataclasses
 from collections.abc import Iterator
 
+from moejax.axes import BATCH
 from moejax.config import ModelConfig
 from moejax.cost import memory
 from moejax.cost.architecture import Architecture, of_model
 from moejax.cost.flops import flops_per_token
 from moejax.cost.hardware import Device
 from moejax.cost.memory import BYTES
-from moejax.cost.mesh import MeshSizes
+from moejax.mesh import MeshSizes
 
 # DeepSeek-V3's pre-training reached 39% of the H800's dense BF16 peak: 250.4 GFLOPs per token,
 # 14.8T tokens, 2.664M H800 hours (2412.19437 Table 1).
@@ -94,8 +95,8 @@ def training_step(
     flops = tokens * (model.total + again) / mesh.devices
     b = BYTES[cfg.dtype]
     parts = (*arch.parts, *arch.mtp)
-    local = sum(p.total / mesh.shards(p) for p in parts)
-    used = sum(p.total / mesh.shards(p) * mesh.gathers(p) for p in parts)
+    local = sum(p.total / p.shards(mesh) for p in parts)
+    used = sum(p.total / p.shards(mesh) * p.gathers(mesh) for p in parts)
     passes = 2 + (cfg.remat == "full")
     held = memory.training(cfg, mesh, batch, seq_len)
     # Weights in every pass; master weights and both moments read and written, gradients too;
@@ -123,13 +124,13 @@ def _network(
     passes = 2 + (cfg.remat == "full")
     weights = 0.0
     for p in (*arch.parts, *arch.mtp):
-        local, ways = p.total / mesh.shards(p), mesh.gathers(p)
+        local, ways = p.total / p.shards(mesh), p.gathers(mesh)
         # Weights gathered for every pass, gradients scattered back in float32.
         weights += (ways - 1) * local * (passes * b + 4) * accumulation
         # Gradients summed over the devices that split the batch and hold the same weights.
-        copies = mesh.size(mesh.axes("batch") - mesh.weight_axes(p))
+        copies = mesh.product({*mesh.mesh_axes(BATCH)} - p.mesh_axes(mesh))
         weights += 2 * (copies - 1) / copies * 4 * local
-    per_device = tokens / mesh.batch
+    per_device = tokens / mesh.size(BATCH)
     experts = 0.0
     if mesh.peers > 1 and cfg.num_moe_layers:
         e = mesh.peers
@@ -169,8 +170,8 @@ def decode_step(
         if p.experts and arch.experts:
             experts, chosen = arch.experts
             share = 1 - (1 - chosen / experts) ** batch
-        read += bytes_per * p.total * share / mesh.shards(p)
-    rows = batch / mesh.batch
+        read += bytes_per * p.total * share / p.shards(mesh)
+    rows = batch / mesh.size(BATCH)
     work = rows * flops / mesh.tensor
     traffic = read + rows * cache
     return Estimate(
@@ -264,7 +265,7 @@ def nearest_fit(
         for option in options:
             for remat in dict.fromkeys((cfg.remat, "full")):
                 changed = dataclasses.replace(cfg, remat=remat)
-                for micro in _micro_batches(batch, option.batch):
+                for micro in _micro_batches(batch, option.size(BATCH)):
                     held = memory.training(
                         changed, option, micro, seq_len, accumulate=micro < batch
                     )

@@ -1,19 +1,13 @@
 """Where and how a model runs: devices, mesh, batch; of an experiment, and checked."""
 
 import dataclasses
-import types
-from typing import Any, cast
 
-import numpy as np
-
-from moejax.axes import MESH_AXES
 from moejax.config import ConfigError, DataConfig, ExperimentConfig, ModelConfig
 from moejax.config_checks import divisors_text
 from moejax.cost import memory, roofline
 from moejax.cost.architecture import Architecture, of_model
 from moejax.cost.hardware import Device
-from moejax.cost.mesh import MeshSizes
-from moejax.mesh_rules import mesh_sizes, parse_rules
+from moejax.mesh import MeshSizes, layout_problems, mesh_sizes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,17 +45,8 @@ def check_run(cfg: ModelConfig | None, run: Run) -> None:
     if not problems and run.batch % run.micro_batch:
         problems.append(f"batch={run.batch} must be a multiple of micro_batch={run.micro_batch}")
     if not problems and cfg is not None and run.mesh.devices > 1:
-        # The rules of training themselves; they need jax, so only a real mesh pays for it.
-        from moejax.sharding import Layout, layout_problems
-
-        platform = "tpu" if run.device.name.startswith("tpu") else "gpu"
-        device = types.SimpleNamespace(platform="cpu" if run.device.name == "cpu" else platform)
-        shape = {a: getattr(run.mesh, a) for a in MESH_AXES}
-        mesh = cast(Any, types.SimpleNamespace(shape=shape, devices=np.array([device])))
         experiment = ExperimentConfig(model=cfg, data=DataConfig(batch_size=run.micro_batch))
-        found = layout_problems(
-            experiment, Layout(mesh, tuple(parse_rules(run.mesh.rules).items()))
-        )
+        found = layout_problems(experiment, run.mesh, run.device.platform)
         key = "data.batch_size / train.accumulation"
         problems += [p.replace(key, "micro_batch") for p in found]
     if problems:
@@ -82,11 +67,10 @@ def check_counted(arch: Architecture, mesh: MeshSizes) -> None:
 
 def of_experiment(cfg: ExperimentConfig, device: Device, devices: int) -> tuple[Architecture, Run]:
     """The architecture and run of an experiment; ConfigError if its mesh does not fit `devices`."""
-    sizes = mesh_sizes(cfg.mesh, devices)
     steps = cfg.train.steps * cfg.data.batch_size * cfg.data.seq_len
     return of_model(cfg.model, cfg.name), Run(
         device=device,
-        mesh=MeshSizes(**sizes, rules=cfg.mesh.rules),
+        mesh=mesh_sizes(cfg.mesh, devices),
         batch=cfg.data.batch_size,
         micro_batch=cfg.data.batch_size // cfg.train.accumulation,
         context=cfg.data.seq_len,

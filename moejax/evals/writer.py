@@ -9,11 +9,11 @@ import jax
 
 from moejax import axes
 from moejax.config import ConfigError, ExperimentConfig, MeshConfig
-from moejax.cost.commands import parse_mesh
 from moejax.data import StreamDecoder
 from moejax.data.tokenizer import Tokenizer
 from moejax.evals import chat
 from moejax.evals.generate import Stats, prepare, stream
+from moejax.mesh import parse_mesh
 from moejax.runs import folder
 from moejax.runs.open import load_run, read_config
 from moejax.sharding import Layout, make_layout

@@ -29,7 +29,7 @@ from moejax.interop.files import (
 )
 from moejax.interop.load import read_model
 from moejax.interop.save import save_model
-from moejax.mesh_rules import RULES
+from moejax.mesh import RULES
 from moejax.models.zoo import FAMILIES, config_from_hf, config_to_hf, lost_fields
 from moejax.models.zoo.architecture import architecture
 from moejax.params import count

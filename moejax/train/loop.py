@@ -17,12 +17,14 @@ from moejax.data import (
     train_iterator,
     validation_batches,
 )
+from moejax.mesh import check_layout, mesh_sizes
 from moejax.params import count
 from moejax.runs import folder
 from moejax.runs.checkpoint import Checkpoints
-from moejax.sharding import Layout, make_layout, make_mesh
+from moejax.sharding import Layout, make_layout, place_rows, rows_here
 from moejax.train import processes
 from moejax.train.metrics import Log, Meter, scalars
+from moejax.train.signals import StopRequest
 from moejax.train.state import (
     TrainState,
     create_state,
@@ -81,7 +83,7 @@ def train(cfg: ExperimentConfig, workdir: pathlib.Path) -> dict:
             folder.check_corpus(workdir, corpus.manifest)
             folder.claim_workdir(workdir, cfg, tokenizer, corpus.manifest)
     say = print if processes.is_first() else _say_nothing
-    index, parts = processes.rows_here(layout, cfg.data.batch_size, cfg.data.seq_len)
+    index, parts = rows_here(layout, cfg.data.batch_size, cfg.data.seq_len)
     session = Session(
         cfg=cfg,
         layout=layout,
@@ -105,9 +107,9 @@ def _check_devices(cfg: ExperimentConfig, devices: list) -> None:
     """What can be said of dtype and mesh before the corpus is read: all but whether the vocabulary divides."""
     if cfg.model.dtype == "float64" and not jax.config.jax_enable_x64:  # pyright: ignore
         raise ConfigError("model.dtype='float64' needs JAX_ENABLE_X64=1 in the environment")
-    mesh = make_mesh(cfg.mesh, devices)
-    model = dataclasses.replace(cfg.model, vocab_size=mesh.size)
-    processes.check_layout(make_layout(dataclasses.replace(cfg, model=model), devices))
+    mesh = mesh_sizes(cfg.mesh, len(devices))
+    check_layout(cfg, mesh, devices[0].platform, vocabulary=False)
+    processes.check_devices(mesh.devices)
 
 
 def _train(s: Session) -> dict:
@@ -133,11 +135,11 @@ def _train(s: Session) -> dict:
         )
         eval_fn = compile_eval(s.cfg, num_domains=len(s.domains), layout=s.layout)
         return _evaluate(s, eval_fn, state)[0]
-    with processes.StopRequest() as stop:
+    with StopRequest() as stop:
         return _run(s, state, key, stop)
 
 
-def _run(s: Session, state: TrainState, key: jax.Array, stop: processes.StopRequest) -> dict:
+def _run(s: Session, state: TrainState, key: jax.Array, stop: StopRequest) -> dict:
     train_cfg, shardings = s.cfg.train, None
     if s.layout is not None:
         shardings = state_shardings(s.cfg, s.layout)
@@ -156,7 +158,7 @@ def _run(s: Session, state: TrainState, key: jax.Array, stop: processes.StopRequ
     )
     bad_before = None
     for done in range(first + 1, train_cfg.steps + 1):
-        batch = processes.place_rows(next(s.data), s.layout, s.cfg.data.batch_size)
+        batch = place_rows(next(s.data), s.layout, s.cfg.data.batch_size)
         state, metrics = step_fn(state, batch)
         if bad_before is not None:
             _check_finite(s, done - 1, int(bad_before))  # while the device computes this step

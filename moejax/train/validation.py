@@ -7,8 +7,7 @@ import numpy as np
 
 from moejax.config import ExperimentConfig
 from moejax.data import Tokenizer
-from moejax.sharding import Layout
-from moejax.train.processes import place_whole
+from moejax.sharding import Layout, place_whole
 from moejax.train.step import eval_step
 
 

@@ -22,12 +22,12 @@ from moejax.config import (
 )
 from moejax.cost import compare, hardware, memory, roofline
 from moejax.cost.architecture import of_model
-from moejax.cost.commands import compare_main, parse_mesh, plan_main
+from moejax.cost.commands import compare_main, plan_main
 from moejax.cost.flops import flops_per_token
-from moejax.cost.mesh import MeshSizes
 from moejax.cost.plan import plan
 from moejax.cost.published import published
 from moejax.cost.run import Run, check_run, of_experiment
+from moejax.mesh import MeshSizes, parse_mesh
 from moejax.models import zoo
 from moejax.text import (
     FORMATS,
@@ -176,14 +176,13 @@ def test_mesh_rules_move_the_experts():
     """'expert=data': experts split over the devices that hold the batch."""
     experts, attention = (of_model(MOE).part(n) for n in ("routed experts", "attention"))
     assert experts and attention
-    mesh = MeshSizes(data=4, rules=("expert=data",))
-    assert (mesh.shards(experts), mesh.shards(attention), mesh.peers) == (4, 1, 4)
     cfg = ExperimentConfig(model=MOE, mesh=MeshConfig(data=4, rules=("expert=data",)))
     _, run = of_experiment(cfg, H100, 4)
+    assert (experts.shards(run.mesh), attention.shards(run.mesh), run.mesh.peers) == (4, 1, 4)
     moved, plain = (memory.training(MOE, m, 8, 32) for m in (run.mesh, MeshSizes(data=4)))
     assert plain.weights - moved.weights == 4 * experts.total * 3 / 4
     with pytest.raises(ConfigError, match="num_experts=8 does not divide over 3"):
-        check_run(MOE, Run(H100, MeshSizes(data=3, rules=("expert=data",)), 3, 3))
+        check_run(MOE, Run(H100, dataclasses.replace(run.mesh, data=3), 3, 3))
 
 
 def test_deepseek_moe_16b_fits_a_40gb_device():

@@ -18,7 +18,7 @@ from moejax.config import (
 from moejax.cost import hardware, memory, receipt, verify
 from moejax.cost.architecture import of_model
 from moejax.cost.flops import flops_per_token
-from moejax.cost.mesh import MeshSizes
+from moejax.mesh import MeshSizes
 from moejax.models import transformer
 from moejax.params import abstract_params, is_spec
 from moejax.sharding import make_layout

@@ -16,7 +16,7 @@ import pytest
 import tiny
 
 from moejax.config import ConfigError, ExperimentConfig, MeshConfig
-from moejax.sharding import make_layout
+from moejax.sharding import make_layout, place_rows, place_whole, rows_here
 from moejax.train import processes
 
 ROOT = pathlib.Path(__file__).parent.parent.parent
@@ -136,9 +136,9 @@ def test_what_is_missing_to_start_is_named(args, message):
 def test_rows_of_one_process_are_the_whole_batch():
     cfg = ExperimentConfig(mesh=MeshConfig(data=2, fsdp=2, tensor=2))
     layout = make_layout(cfg)
-    assert processes.rows_here(layout, 8, 4) == (0, 1)
+    assert rows_here(layout, 8, 4) == (0, 1)
     rows = {"tokens": np.arange(32, dtype=np.int32).reshape(8, 4)}
-    for placed in (processes.place_rows(rows, layout, 8), processes.place_whole(rows, layout)):
+    for placed in (place_rows(rows, layout, 8), place_whole(rows, layout)):
         np.testing.assert_array_equal(placed["tokens"], rows["tokens"])
         assert {s.data.shape for s in placed["tokens"].addressable_shards} == {(2, 4)}
 

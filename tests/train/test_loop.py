@@ -21,8 +21,8 @@ from moejax.config import (
     TrainConfig,
 )
 from moejax.runs.checkpoint import Checkpoints
-from moejax.train import processes
 from moejax.train.loop import Diverged, train, with_vocabulary
+from moejax.train.signals import StopRequest
 from moejax.train.state import restore_state
 
 ONE, EIGHT = MeshConfig(data=1), MeshConfig(data=2, expert=2, tensor=2)
@@ -167,7 +167,7 @@ def test_divergence_stops_the_run_and_spares_the_checkpoint(cfg, tmp_path):
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_is_a_request_and_a_second_one_an_order(number):
     before = signal.getsignal(number)
-    with processes.StopRequest() as stop:
+    with StopRequest() as stop:
         assert not stop.now(1)
         os.kill(os.getpid(), number)
         assert stop.now(2)
