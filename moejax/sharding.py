@@ -57,6 +57,11 @@ class Layout:
         return map_specs(lambda s: self.sharding(*s.axes), specs)
 
     @property
+    def batch(self) -> NamedSharding:
+        """Of a batch's arrays, which are BS."""
+        return self.sharding(axes.BATCH, axes.SEQ)
+
+    @property
     def replicated(self) -> NamedSharding:
         return NamedSharding(self.mesh, PartitionSpec())
 
@@ -95,7 +100,7 @@ def rows_here(layout: Layout | None, batch_size: int, seq_len: int) -> tuple[int
     """
     if layout is None:
         return 0, 1
-    sharding = layout.sharding(axes.BATCH, axes.SEQ)
+    sharding = layout.batch
     where = sharding.addressable_devices_indices_map((batch_size, seq_len))
     ranges = {index[0].indices(batch_size)[:2] for index in where.values()}
     low, high = min(a for a, _ in ranges), max(b for _, b in ranges)
@@ -112,7 +117,7 @@ def place_rows(rows: dict[str, np.ndarray], layout: Layout | None, batch_size: i
     """A global batch from this process's part of it."""
     if layout is None:
         return rows
-    sharding = layout.sharding(axes.BATCH, axes.SEQ)
+    sharding = layout.batch
     return {
         name: jax.make_array_from_process_local_data(sharding, a, (batch_size, *a.shape[1:]))
         for name, a in rows.items()
@@ -123,7 +128,7 @@ def place_whole(batch: dict[str, np.ndarray], layout: Layout | None) -> dict:
     """A global batch that every process holds whole: each device takes its rows."""
     if layout is None:
         return batch
-    sharding = layout.sharding(axes.BATCH, axes.SEQ)
+    sharding = layout.batch
     return {
         name: jax.make_array_from_callback(a.shape, sharding, lambda index, a=a: a[index])
         for name, a in batch.items()

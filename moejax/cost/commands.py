@@ -85,7 +85,7 @@ def plan_main(argv: list[str]) -> int:
             raise ConfigError(
                 "--verify runs the real training step: it needs --config=experiments/x.py"
             )
-        from moejax.cost.verify import verify
+        from moejax.train.verify import verify
 
         print(render(verify(experiment), fv.format))
     return 0

@@ -15,13 +15,14 @@ from moejax.config import (
     MoEConfig,
     TrainConfig,
 )
-from moejax.cost import hardware, memory, receipt, verify
+from moejax.cost import hardware, memory, receipt
 from moejax.cost.architecture import of_model
 from moejax.cost.flops import flops_per_token
 from moejax.mesh import MeshSizes
 from moejax.models import transformer
 from moejax.params import abstract_params, is_spec
 from moejax.sharding import make_layout
+from moejax.train import verify
 
 MOE = MoEConfig(num_experts=8, experts_per_token=2, d_expert=128, shared_experts=1)
 MODEL = ModelConfig(

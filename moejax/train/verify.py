@@ -16,7 +16,7 @@ from moejax.cost.receipt import error_text, matmul_peak, plan_run, receipt, tota
 from moejax.models import transformer
 from moejax.models.loss import loss_fn
 from moejax.params import abstract_params
-from moejax.sharding import make_layout
+from moejax.sharding import make_layout, place_whole
 from moejax.text import Table, bytes_text, flops_text
 from moejax.train.state import abstract_state, create_state, state_shardings
 from moejax.train.step import compile_step
@@ -117,16 +117,10 @@ def _compile(cfg: ExperimentConfig, layout):
         state = jax.tree.map(
             lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), state, shardings
         )
-        rows = _batch_sharding(layout)
+        rows = layout.batch
         batch = {k: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=rows) for k, a in batch.items()}
     step = compile_step(cfg, layout=layout, shardings=shardings)
     return step.lower(state, batch).compile()
-
-
-def _batch_sharding(layout):
-    from moejax import axes
-
-    return layout.sharding(axes.BATCH, axes.SEQ)
 
 
 def compare_memory(held: memory.TrainingMemory, xla: Any) -> list[list[str]]:
@@ -145,9 +139,7 @@ def compare_memory(held: memory.TrainingMemory, xla: Any) -> list[list[str]]:
 def measure(cfg: ExperimentConfig, compiled, layout, steps: int) -> float:
     """Seconds of one step: the fastest of `steps`, after one to warm up."""
     state = create_state(cfg, jax.random.key(0), layout)
-    batch = random_batch(cfg)
-    if layout is not None:
-        batch = jax.device_put(batch, _batch_sharding(layout))
+    batch = place_whole(random_batch(cfg), layout)
     state, metrics = compiled(state, batch)
     jax.block_until_ready(metrics["loss"])
     times = []
@@ -165,10 +157,10 @@ def random_batch(cfg: ExperimentConfig) -> dict:
     text = np.random.default_rng(0).integers(0, cfg.model.vocab_size, (b, s + 1), np.int32)
     ones = np.ones((b, s), np.int32)
     return {
-        "tokens": jnp.asarray(text[:, :-1]),
-        "targets": jnp.asarray(text[:, 1:]),
-        "segment_ids": jnp.asarray(ones),
-        "positions": jnp.asarray(np.arange(s, dtype=np.int32)[None].repeat(b, axis=0)),
-        "loss_mask": jnp.asarray(ones),
-        "domain": jnp.asarray(0 * ones),
+        "tokens": text[:, :-1],
+        "targets": text[:, 1:],
+        "segment_ids": ones,
+        "positions": np.arange(s, dtype=np.int32)[None].repeat(b, axis=0),
+        "loss_mask": ones,
+        "domain": 0 * ones,
     }
