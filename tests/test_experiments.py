@@ -7,8 +7,7 @@ import runpy
 import pytest
 
 from moejax.config import ConfigError, ExperimentConfig, ModelConfig, from_config_dict, to_json
-from moejax.cost.architecture import of_model
-from moejax.cost.params import counts
+from moejax.cost.architecture import counts, of_model
 
 FOLDER = pathlib.Path(__file__).parent.parent / "experiments"
 FILES = sorted(p.stem for p in FOLDER.glob("*.py") if p.stem != "__init__")

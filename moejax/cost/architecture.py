@@ -1,16 +1,24 @@
 """What the cost model needs to know of a model, whether moejax can run it or only count it.
 
-`of_model` describes a ModelConfig, `moejax.cost.counted` the published architectures we do not run.
-A model is a list of `Part`s (parameters) and of `Attention`s (what grows with the context); every
-count in this package follows from these two. Nothing here imports jax or allocates an array.
+`of_model` describes a ModelConfig by the specs of its own parameters, `moejax.cost.counted` the published
+architectures we do not run. A model is a list of `Part`s (parameters) and of `Attention`s (what grows with the
+context); every count in this package follows from these two. Nothing here allocates an array.
 """
 
 import dataclasses
+import functools
+import math
 
+import jax
+
+from moejax import axes
 from moejax.config import ModelConfig
 from moejax.mesh import MeshSizes
+from moejax.models.transformer import init_router_state, param_specs
+from moejax.params import Tree, count, is_spec
 
-UNGATED = ("gelu_tanh",)  # activations with an up and a down projection only
+# Logical axes that split a part's parameters: of the dense ones, and of experts.
+_SPLIT = ((axes.EMBED, axes.MLP), (axes.EXPERT, axes.EXPERT_EMBED, axes.EXPERT_MLP))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,7 +43,7 @@ class Part:
 
     def mesh_axes(self, mesh: MeshSizes) -> frozenset[str]:
         """Mesh axes that these parameters are split over."""
-        names = ("expert", "expert_embed", "expert_mlp") if self.experts else ("embed", "mlp")
+        names = _SPLIT[self.experts]
         return frozenset(mesh.mesh_axes(*names))
 
     def shards(self, mesh: MeshSizes) -> int:
@@ -44,8 +52,8 @@ class Part:
 
     def gathers(self, mesh: MeshSizes) -> int:
         """Devices that these parameters are gathered from for use (fsdp)."""
-        split = mesh.mesh_axes("expert_embed" if self.experts else "embed")
-        return mesh.product({*split} & {*mesh.mesh_axes("batch")})
+        split = mesh.mesh_axes(axes.EXPERT_EMBED if self.experts else axes.EMBED)
+        return mesh.product({*split} & {*mesh.mesh_axes(axes.BATCH)})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,52 +148,48 @@ def table_part(name: str, size: int) -> Part:
     return Part(name, size, size, size, 0)
 
 
-def ffn_size(d_model: int, width: int, activation: str, bias: bool) -> tuple[int, int]:
-    """(scalars in matrices, scalars in biases) of one FFN."""
-    into = 1 if activation in UNGATED else 2
-    return (into + 1) * d_model * width, (into * width + d_model) * bias
+# --------------------------------------------------------------------------------------------------
+# Of a model that moejax runs.
+
+# The name of a part, and keys in the path of its parameters; in the order of the tables.
+PARTS = {
+    "embedding": {"embed"},
+    "attention": {"attn"},
+    "norms": {"attn_norm", "ffn_norm"},
+    "dense FFN": {"ffn"},
+    "routed experts": {"experts"},
+    "shared experts": {"shared", "shared_gate"},
+    "router": {"router"},
+    "balance bias": set(),  # router state in moejax, a parameter in published counts
+    "final norm": {"final_norm"},
+    "head": {"head"},
+}
 
 
-def attention_size(cfg: ModelConfig) -> tuple[int, int]:
-    """(scalars in matrices, scalars in biases, norms and sinks) of one attention layer."""
-    a, d, n = cfg.attention, cfg.d_model, cfg.attention.num_heads
-    if a.kind == "mla":
-        query = a.q_lora_rank * (d + n * a.qk_head_dim) if a.q_lora_rank else d * n * a.qk_head_dim
-        key_value = d * (a.kv_lora_rank + a.qk_rope_head_dim) + a.kv_lora_rank * n * (
-            a.qk_nope_head_dim + a.v_head_dim
-        )
-        return query + key_value + n * a.v_head_dim * d, a.q_lora_rank + a.kv_lora_rank
-    q, kv = n * a.head_dim, a.num_kv_heads * a.head_dim
-    vectors = (q + 2 * kv) * a.qkv_bias + d * a.out_bias + n * a.sinks
-    vectors += {"none": 0, "head": 2 * a.head_dim, "full": q + kv}[a.qk_norm]
-    return d * (2 * q + 2 * kv), vectors
+def _parts(specs: Tree, cfg: ModelConfig, biases: int, rest: str) -> tuple[Part, ...]:
+    """The parts of these parameters; what PARTS does not name is called `rest`."""
+    # Scalars, and those of them in matrices.
+    found: dict[str, tuple[int, int]] = dict.fromkeys([*PARTS, rest], (0, 0))
+    found["balance bias"] = biases, 0
+    for path, spec in jax.tree_util.tree_leaves_with_path(specs, is_leaf=is_spec):
+        keys = {k.key for k in path}
+        name = next((n for n, known in PARTS.items() if keys & known), rest)
+        if cfg.tie_embeddings and keys == {"embed", "tokens"}:
+            name = "head"  # it is multiplied with, and costs the input nothing
+        stacked = {axes.LAYERS, axes.EXPERT} if name == "routed experts" else {axes.LAYERS}
+        size, dimensions = math.prod(spec.shape), sum(a not in stacked for a in spec.axes)
+        total, matrix = found[name]
+        found[name] = total + size, matrix + size * (dimensions > 1)
+    return tuple(_part(name, *sizes, cfg) for name, sizes in found.items() if sizes[0])
 
 
-def block_parts(cfg: ModelConfig, dense_layers: int, moe_layers: int) -> tuple[Part, ...]:
-    """The parts of that many dense and MoE blocks."""
-    m, d, layers = cfg.moe, cfg.d_model, dense_layers + moe_layers
-    norm = 2 * d * (2 if cfg.norm == "layernorm" else 1)
-    parts = [
-        dense_part("attention", layers, *attention_size(cfg)),
-        dense_part("norms", layers, 0, norm),
-    ]
-    if dense_layers:
-        size = ffn_size(d, cfg.d_ff, cfg.activation, cfg.ffn_bias)
-        parts.append(dense_part("dense FFN", dense_layers, *size))
-    if moe_layers:
-        size = ffn_size(d, m.d_expert, m.activation, m.ffn_bias)
-        parts.append(expert_part(moe_layers, m.num_experts, m.experts_per_token, *size))
-        if m.shared_width:
-            matrix, vectors = ffn_size(d, m.shared_width, m.activation, m.ffn_bias)
-            parts.append(
-                dense_part("shared experts", moe_layers, matrix + d * m.shared_gate, vectors)
-            )
-        bias = m.num_experts * m.router_bias
-        parts.append(dense_part("router", moe_layers, d * m.num_experts, bias))
-        if m.bias_update != "none":
-            # Not a parameter in moejax (it is router state), but one in published counts.
-            parts.append(dense_part("balance bias", moe_layers, 0, m.num_experts))
-    return tuple(parts)
+def _part(name: str, total: int, matrix: int, cfg: ModelConfig) -> Part:
+    if name == "embedding":
+        return Part(name, total, total, matrix, 0)  # looked up
+    if name == "routed experts":
+        k, e = cfg.moe.experts_per_token, cfg.moe.num_experts
+        return Part(name, total, total * k // e, matrix, matrix * k // e, experts=True)
+    return Part(name, total, total, matrix, matrix)
 
 
 def attention_of(cfg: ModelConfig, layers: int, window: int = 0) -> Attention:
@@ -199,35 +203,67 @@ def attention_of(cfg: ModelConfig, layers: int, window: int = 0) -> Attention:
     return Attention(layers, macs, macs, 2 * a.num_kv_heads * a.head_dim, window)
 
 
+@functools.cache
 def of_model(cfg: ModelConfig, name: str = "model") -> Architecture:
     """The description of a model that moejax runs."""
-    v, d = cfg.vocab_size, cfg.d_model
-    positions = cfg.max_seq_len * d if cfg.positions == "learned" else 0
-    # A tied matrix is the head (it is multiplied with) and costs the input nothing.
-    embedding = table_part("embedding", positions + (0 if cfg.tie_embeddings else v * d))
-    final_norm = dense_part("final norm", 1, 0, d * (2 if cfg.norm == "layernorm" else 1))
-    moe = cfg.num_moe_layers
+    specs = dict(param_specs(cfg))
+    mtp = specs.pop("mtp", {})
+    state = jax.eval_shape(lambda: init_router_state(cfg))
     windows = [cfg.attention.window(i) for i in range(cfg.num_layers)]
-    mtp = cfg.mtp_depth
+    experts = cfg.moe.num_experts, cfg.moe.experts_per_token
     return Architecture(
         name=name,
         num_layers=cfg.num_layers,
-        d_model=d,
-        vocab_size=v,
+        d_model=cfg.d_model,
+        vocab_size=cfg.vocab_size,
         max_seq_len=cfg.max_seq_len,
-        experts=(cfg.moe.num_experts, cfg.moe.experts_per_token) if moe else None,
-        parts=(
-            embedding,
-            *block_parts(cfg, cfg.num_layers - moe, moe),
-            final_norm,
-            dense_part("head", 1, v * d),
-        ),
+        experts=experts if cfg.num_moe_layers else None,
+        parts=_parts(specs, cfg, count(state.get("moe_blocks", {})), "other"),
         attention=tuple(attention_of(cfg, windows.count(w), w) for w in sorted(set(windows))),
-        mtp=(
-            *block_parts(cfg, 0 if moe else mtp, mtp if moe else 0),
-            dense_part("MTP projection and norms", mtp, 2 * d * d, final_norm.total * 3),
-        )
-        if mtp
-        else (),
-        mtp_attention=(attention_of(cfg, mtp),) if mtp else (),
+        mtp=_parts(mtp, cfg, count(state.get("mtp", {})), "MTP projection and norms"),
+        mtp_attention=(attention_of(cfg, cfg.mtp_depth),) if cfg.mtp_depth else (),
     )
+
+
+# --------------------------------------------------------------------------------------------------
+# Counts in the conventions publishers use.
+
+# What a token 'uses' depends on who counts.
+CONVENTIONS = {
+    "with embeddings": (),
+    "without input embedding": ("embedding",),  # a lookup costs no FLOPs
+    "without embeddings": ("embedding", "head"),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Count:
+    """Parameters of a model under one convention."""
+
+    total: int
+    active: int
+
+
+def counts(arch: Architecture) -> dict[str, Count]:
+    """Total and active parameters under each of CONVENTIONS, multi-token prediction left out.
+
+    With tied embeddings the one matrix counts as the head; learned positions count as input
+    embedding.
+    """
+    return {
+        name: Count(
+            sum(p.total for p in arch.parts if p.name not in without),
+            sum(p.active for p in arch.parts if p.name not in without),
+        )
+        for name, without in CONVENTIONS.items()
+    }
+
+
+def total(arch: Architecture) -> int:
+    """All parameters, embeddings and head included, multi-token prediction left out."""
+    return counts(arch)["with embeddings"].total
+
+
+def active(arch: Architecture) -> int:
+    """Parameters one token uses, embeddings and head included."""
+    return counts(arch)["with embeddings"].active

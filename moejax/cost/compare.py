@@ -7,8 +7,8 @@ import textwrap
 from typing import Any
 
 from moejax.config import ConfigError
-from moejax.cost import memory, params
-from moejax.cost.architecture import Architecture
+from moejax.cost import memory
+from moejax.cost.architecture import Architecture, counts
 from moejax.cost.counted import of_hf
 from moejax.cost.flops import flops_per_token
 from moejax.cost.hardware import Device, load_device, names
@@ -128,6 +128,7 @@ def _row(name: str, unit: float | None, context: int, devices: list[Device]) -> 
     if arch is None:
         own: dict[str, Any] = {f.name: UNDISCLOSED for f in dataclasses.fields(Row)}
         return Row(**own | stated | {"name": name})
+    whole, no_lookup, _ = counts(arch).values()
     length = min(context, arch.max_seq_len)
     flops = _training_flops(arch, context)
     cache_context = memory.cache_bytes(arch, length)
@@ -138,9 +139,9 @@ def _row(name: str, unit: float | None, context: int, devices: list[Device]) -> 
     return Row(
         name=name,
         kind="MoE" if arch.experts else "dense",
-        total=params.total(arch) + sum(p.total for p in arch.apart),
-        active=params.active(arch),
-        active_no_lookup=params.counts(arch)["without input embedding"].active,
+        total=whole.total + sum(p.total for p in arch.apart),
+        active=whole.active,
+        active_no_lookup=no_lookup.active,
         flops=flops,
         relative=flops / unit if flops and unit else None,
         cache=None if cache_context is None else cache_context / length,

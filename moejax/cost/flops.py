@@ -8,7 +8,8 @@ Two conventions, because publications differ:
 import dataclasses
 
 from moejax.config import ModelConfig
-from moejax.cost.architecture import Architecture, Attention, ffn_size
+from moejax.cost.architecture import Architecture, Attention
+from moejax.moe.experts import ACTIVATIONS
 
 PHASES = ("train", "forward", "prefill", "decode")
 
@@ -116,6 +117,11 @@ def paper_2401_06066(
     return seq_len * (attention + 6 * ffn_params + 6 * vocab_size * d_model)
 
 
+def _ffn(d_model: int, width: int, activation: str) -> int:
+    """Scalars in the matrices of one FFN."""
+    return (2 + ACTIVATIONS[activation].gated) * d_model * width
+
+
 def ideal_ffns(cfg: ModelConfig) -> float | None:
     """FFNs a token uses per layer, in units of the paper's standard FFN of 8 d^2 parameters.
 
@@ -124,7 +130,7 @@ def ideal_ffns(cfg: ModelConfig) -> float | None:
     """
     moe = cfg.moe if cfg.num_moe_layers else None
     width, activation = (moe.d_expert, moe.activation) if moe else (cfg.d_ff, cfg.activation)
-    size = ffn_size(cfg.d_model, width, activation, False)[0] / (8 * cfg.d_model**2)
+    size = _ffn(cfg.d_model, width, activation) / (8 * cfg.d_model**2)
     ideal = 1 / round(1 / size) if size < 0.75 else float(round(size))
     if abs(size / ideal - 1) > 0.05:
         return None
@@ -145,7 +151,7 @@ def paper_flops(cfg: ModelConfig, seq_len: int, *, ideal: bool = True) -> float 
         m, moe = cfg.moe, cfg.num_moe_layers > 0
         width = m.experts_per_token * m.d_expert + m.shared_width if moe else cfg.d_ff
         activation = m.activation if moe else cfg.activation
-        per_layer = ffn_size(cfg.d_model, width, activation, False)[0]
+        per_layer = _ffn(cfg.d_model, width, activation)
     return paper_2401_06066(
         cfg.num_layers, cfg.d_model, cfg.vocab_size, seq_len, cfg.num_layers * per_layer
     )

@@ -1,11 +1,16 @@
-"""Devices: peak FLOP/s, bandwidth, memory, link and price. The table is hardware.json, with
-sources."""
+"""Devices: peak FLOP/s, bandwidth, memory, link and price. From the table in hardware.json, with sources, or
+measured here."""
 
 import dataclasses
 import difflib
 import json
+import os
 import pathlib
 import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
 
 from moejax.config import ConfigError
 
@@ -63,10 +68,10 @@ def load_device(name: str, price: float | None = None) -> Device:
     """
     if price is not None and not 0 <= price < float("inf"):
         raise ConfigError(f"price={price} must be USD per device and hour, such as 2.0")
+    table = json.loads(TABLE.read_text())
     if name == "cpu":
         device = measure_cpu()
     else:
-        table = json.loads(TABLE.read_text())
         if name not in names():
             near = difflib.get_close_matches(name.lower(), names(), n=2, cutoff=0.4)
             hint = f"did you mean {' or '.join(near)}? " if near else ""
@@ -84,37 +89,77 @@ def load_device(name: str, price: float | None = None) -> Device:
     return device if price is None else dataclasses.replace(device, price=price)
 
 
-def measure_cpu(size: int = 768, repeats: int = 4) -> Device:
-    """This machine: the best of a few float32 matmuls and copies, in about a tenth of a second."""
-    import numpy as np
+# --------------------------------------------------------------------------------------------------
+# The devices at hand.
 
-    a = np.ones((size, size), np.float32)
-    big = np.ones(2**24, np.float32)
-    out, copy = np.empty_like(a), np.empty_like(big)
 
-    def best(run):
-        times = []
-        for _ in range(repeats):
-            start = time.perf_counter()
-            run()
-            times.append(time.perf_counter() - start)
-        return min(times)
+def this_device(dtype) -> Device:
+    """The first local device: from the table if it is in there, else measured for a moment."""
+    here = jax.local_devices()[0]
+    known = device_of_kind(here.device_kind)
+    if known is not None:
+        return known
+    shared = _sharing()
+    limit = (here.memory_stats() or {}).get("bytes_limit")
+    return Device(
+        name="cpu" if here.platform == "cpu" else here.device_kind,
+        memory=float(limit or physical_memory() / shared),
+        bandwidth=copy_bandwidth() / shared,
+        flops={jnp.dtype(dtype).name: matmul_peak(dtype) / shared},
+        link=0.0,
+        price=None,
+        source="measured at the start of the run",
+    )
 
-    matmul = best(lambda: np.matmul(a, a, out=out))
-    copying = best(lambda: np.copyto(copy, big))
+
+def measure_cpu() -> Device:
+    """This machine as numpy finds it, whatever accelerator jax would use: float32 matmul and copy."""
+    a, big = np.ones((768, 768), np.float32), np.ones(2**24, np.float32)
+    matmul = _best_seconds(np.matmul, a, a, np.empty_like(a))
     return Device(
         name="cpu",
         memory=float(physical_memory()),
-        bandwidth=2 * big.nbytes / copying,
-        flops={"float32": 2 * size**3 / matmul},
+        bandwidth=2 * big.nbytes / _best_seconds(np.copyto, np.empty_like(big), big),
+        flops={"float32": 2 * len(a) ** 3 / matmul},
         link=0.0,
         price=None,
-        source="measured now: float32 matmul and copy",
+        source="measured now",
     )
+
+
+def _sharing() -> int:
+    """Devices that share what one of them can do alone: virtual CPU devices share the cores."""
+    return jax.local_device_count() if jax.default_backend() == "cpu" else 1
+
+
+def total_peak(dtype, devices: int) -> float:
+    """FLOP/s of so many devices of the kind at hand, from a matmul on one."""
+    return matmul_peak(dtype) * devices / _sharing()
+
+
+def matmul_peak(dtype) -> float:
+    """FLOP/s of the best of a few square matmuls on one device."""
+    size = 1024 if jax.default_backend() == "cpu" else 8192
+    a = jnp.ones((size, size), dtype)
+    return 2 * size**3 / _best_seconds(jax.jit(jnp.dot), a, a)
+
+
+def copy_bandwidth() -> float:
+    """Bytes per second of the best of a few passes over an array, read and written."""
+    a = jnp.ones(2**24, jnp.float32)
+    return 2 * a.nbytes / _best_seconds(jax.jit(lambda x: x + 1), a)
+
+
+def _best_seconds(f, *args) -> float:
+    jax.block_until_ready(f(*args))
+    times = []
+    for _ in range(5):
+        start = time.perf_counter()
+        jax.block_until_ready(f(*args))
+        times.append(time.perf_counter() - start)
+    return min(times)
 
 
 def physical_memory() -> int:
     """Bytes of this machine's memory."""
-    import os
-
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

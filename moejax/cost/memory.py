@@ -11,8 +11,9 @@ import math
 
 from moejax.axes import BATCH, EXPERT
 from moejax.config import ModelConfig
-from moejax.cost.architecture import UNGATED, Architecture, Part, of_model
+from moejax.cost.architecture import Architecture, Part, of_model
 from moejax.mesh import MeshSizes
+from moejax.moe.experts import ACTIVATIONS
 
 BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2, "fp8": 1}
 
@@ -21,29 +22,15 @@ BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2, "fp8": 1}
 # Key/value cache.
 
 
-def cache_elements(arch: Architecture, length: int) -> float | None:
-    """Numbers in the key/value cache of one sequence of `length` tokens; None if unknown.
-
-    The keys of a sparse-attention indexer are counted in bytes only, as publications do.
-    """
-    return _cache(arch, length, lambda a: (a.cache, 0))
-
-
 def cache_bytes(arch: Architecture, length: int, bytes_per: float = 2) -> float | None:
-    """Bytes of one sequence's cache: `bytes_per` number, or as published where it is quantised."""
-    return _cache(
-        arch,
-        length,
-        lambda a: (a.key_bytes or bytes_per * a.cache, a.index_bytes or bytes_per * a.index_cache),
-    )
-
-
-def _cache(arch, length, sizes):
+    """Bytes of the cache of one sequence of `length` tokens, `bytes_per` number, or as published where it is
+    quantised; None if unknown."""
     if arch.attention is None:
         return None
     total = 0.0
     for a in arch.attention:
-        main, index = sizes(a)
+        main = a.key_bytes or bytes_per * a.cache
+        index = a.index_bytes or bytes_per * a.index_cache
         keys = length / a.stride
         keys = min(keys, a.window) if a.window else keys
         total += a.layers * (keys * (main + index) + min(length, a.local) * main)
@@ -180,11 +167,11 @@ def layer_bytes(cfg: ModelConfig, seq_len: int, mesh: MeshSizes) -> float:
         if a.qk_norm != "none":
             attention += 3 * wide * (n + a.num_kv_heads / tensor) * a.head_dim
     attention += n * seq_len * (wide + b)  # scores, and probabilities
-    into = 1 if cfg.activation in UNGATED else 2
+    into = 1 + ACTIVATIONS[cfg.activation].gated
     dense = b * (6 * cfg.d_ff / tensor + into * d)
     moe = 0.0
     if m.num_experts:
-        inputs = 1 if m.activation in UNGATED else 2
+        inputs = 1 + ACTIVATIONS[m.activation].gated
         moe += b * rows_per_token(cfg, mesh) * inputs * m.d_expert / tensor
         if mesh.peers > 1:  # tokens of the peers; or their rows, and the results for one's own
             ring = m.expert_parallel == "ring"

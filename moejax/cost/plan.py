@@ -5,10 +5,9 @@ import textwrap
 
 from moejax.config import ModelConfig
 from moejax.cost import memory, roofline
-from moejax.cost.architecture import Architecture
+from moejax.cost.architecture import Architecture, counts
 from moejax.cost.flops import flops_per_token, paper_flops
 from moejax.cost.hardware import Device
-from moejax.cost.params import counts
 from moejax.cost.run import Run, check_counted, check_run, run_memory, run_step
 from moejax.mesh import MeshSizes
 from moejax.text import (

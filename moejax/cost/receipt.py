@@ -7,18 +7,15 @@ print(plan.receipt(tokens_per_second))
 """
 
 import dataclasses
-import time
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from moejax.config import ExperimentConfig
 from moejax.cost import memory, roofline
-from moejax.cost.architecture import Architecture, of_model
+from moejax.cost.architecture import Architecture, counts, of_model
 from moejax.cost.flops import flops_per_token
-from moejax.cost.hardware import Device, device_of_kind, physical_memory
-from moejax.cost.params import counts
+from moejax.cost.hardware import this_device, total_peak
 from moejax.cost.run import Run, of_experiment, run_memory, run_step
 from moejax.text import (
     Table,
@@ -64,7 +61,7 @@ class RunPlan:
 
     def receipt(self, tokens_per_second: float) -> str:
         """What was measured beside what was planned, as a table of a few lines."""
-        peak = total_peak(matmul_peak(jnp.dtype(self.cfg.model.dtype)), self.run.mesh.devices)
+        peak = total_peak(self.cfg.model.dtype, self.run.mesh.devices)
         table = receipt(self.cfg, tokens_per_second, peak, self.step.tokens_per_second)
         stats = jax.local_devices()[0].memory_stats() or {}
         used = stats.get("peak_bytes_in_use")  # accelerators say; the CPU does not
@@ -77,7 +74,7 @@ class RunPlan:
 def plan_run(cfg: ExperimentConfig, layout: Any) -> RunPlan:
     """The plan of `cfg` on this process's kind of devices; `layout` None: one device."""
     devices = layout.mesh.size if layout else 1
-    arch, run = of_experiment(cfg, this_device(jnp.dtype(cfg.model.dtype)), devices)
+    arch, run = of_experiment(cfg, this_device(cfg.model.dtype), devices)
     return RunPlan(cfg, arch, run, run_step(cfg.model, run), run_memory(cfg.model, run))
 
 
@@ -119,59 +116,3 @@ def _pair(planned: float | None, measured: float, text) -> list[str]:
 def error_text(predicted: float, real: float) -> str:
     """'+12.0%': the prediction is that much above what is real."""
     return f"{predicted / real - 1:+.1%}" if real else "-"
-
-
-# --------------------------------------------------------------------------------------------------
-# The devices at hand.
-
-
-def this_device(dtype) -> Device:
-    """The first local device: from the table if it is in there, else measured for a moment."""
-    here = jax.local_devices()[0]
-    known = device_of_kind(here.device_kind)
-    if known is not None:
-        return known
-    shared = _sharing()
-    limit = (here.memory_stats() or {}).get("bytes_limit")
-    return Device(
-        name="cpu" if here.platform == "cpu" else here.device_kind,
-        memory=float(limit or physical_memory() / shared),
-        bandwidth=copy_bandwidth() / shared,
-        flops={jnp.dtype(dtype).name: matmul_peak(dtype) / shared},
-        link=0.0,
-        price=None,
-        source="measured at the start of the run",
-    )
-
-
-def _sharing() -> int:
-    """Devices that share what one of them can do alone: virtual CPU devices share the cores."""
-    return jax.local_device_count() if jax.default_backend() == "cpu" else 1
-
-
-def total_peak(alone: float, devices: int) -> float:
-    """FLOP/s of so many devices, from that of one which works alone."""
-    return alone * devices / _sharing()
-
-
-def matmul_peak(dtype, size: int | None = None) -> float:
-    """FLOP/s of the best of a few square matmuls on one device."""
-    size = size or (1024 if jax.default_backend() == "cpu" else 8192)
-    a = jnp.ones((size, size), dtype)
-    return 2 * size**3 / _best_seconds(jax.jit(jnp.dot), a, a)
-
-
-def copy_bandwidth(size: int = 2**24) -> float:
-    """Bytes per second of the best of a few passes over an array, read and written."""
-    a = jnp.ones(size, jnp.float32)
-    return 2 * a.nbytes / _best_seconds(jax.jit(lambda x: x + 1), a)
-
-
-def _best_seconds(f, *args, repeats: int = 5) -> float:
-    jax.block_until_ready(f(*args))
-    times = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        jax.block_until_ready(f(*args))
-        times.append(time.perf_counter() - start)
-    return min(times)

@@ -16,6 +16,7 @@ from moejax.cost.flops import flops_per_token
 from moejax.cost.hardware import Device
 from moejax.cost.memory import BYTES
 from moejax.mesh import MeshSizes
+from moejax.moe.routers import ROUTERS
 
 # DeepSeek-V3's pre-training reached 39% of the H800's dense BF16 peak: 250.4 GFLOPs per token,
 # 14.8T tokens, 2.664M H800 hours (2412.19437 Table 1).
@@ -90,7 +91,7 @@ def training_step(
     # Recomputation: everything once more, or attention's products (batched, so not kept by 'dots').
     again = {"none": 0.0, "dots": (model.attention or 0) / 3, "full": model.total / 3}[cfg.remat]
     m = cfg.moe if cfg.num_moe_layers else None
-    if accumulation > 1 and m and (m.expert_loss or m.device_loss or m.communication_loss):
+    if accumulation > 1 and m and not ROUTERS[m.router].linear_losses(m):
         again += model.total / 3  # a forward pass first counts the loads of the whole batch
     flops = tokens * (model.total + again) / mesh.devices
     b = BYTES[cfg.dtype]

@@ -11,8 +11,7 @@ from absl import flags
 
 from moejax import command_line
 from moejax.config import ConfigError, to_json
-from moejax.cost.architecture import of_model
-from moejax.cost.params import active, total
+from moejax.cost.architecture import active, of_model, total
 from moejax.data import load_corpus, validation_batches
 from moejax.evals import charts
 from moejax.evals.generate import generate

@@ -12,7 +12,8 @@ from moejax.config import ExperimentConfig
 from moejax.cost import memory
 from moejax.cost.architecture import of_model
 from moejax.cost.flops import flops_per_token
-from moejax.cost.receipt import error_text, matmul_peak, plan_run, receipt, total_peak
+from moejax.cost.hardware import total_peak
+from moejax.cost.receipt import error_text, plan_run, receipt
 from moejax.models import transformer
 from moejax.models.loss import loss_fn
 from moejax.params import abstract_params
@@ -34,8 +35,7 @@ def verify(cfg: ExperimentConfig, *, steps: int = 3) -> list[Table]:
     memory_rows = compare_memory(plan.memory, compiled.memory_analysis())
     seconds = measure(cfg, compiled, layout, steps)
     tokens = cfg.data.batch_size * cfg.data.seq_len
-    dtype = jnp.dtype(cfg.model.dtype)
-    peak = total_peak(matmul_peak(dtype), plan.run.mesh.devices)
+    peak = total_peak(cfg.model.dtype, plan.run.mesh.devices)
     return [
         Table("XLA's FLOPs of loss and gradient", ["", "plan", "XLA", "error"], flops_rows),
         Table("XLA's bytes per device", ["", "plan", "XLA", "error"], memory_rows),

@@ -5,7 +5,7 @@ import pytest
 from moejax.config import AttentionConfig, ModelConfig
 from moejax.cost.architecture import of_model
 from moejax.cost.counted import of_hf
-from moejax.cost.memory import cache_bytes, cache_elements, checkpoint_bytes
+from moejax.cost.memory import cache_bytes, checkpoint_bytes
 from moejax.cost.published import published
 from moejax.models import zoo
 
@@ -26,7 +26,6 @@ CACHE = {
     "deepseek-v2.5": 34_560,
     "deepseek-v3": 35_136,  # 70.272 KB in BF16, 2505.09343 Table 1
     "deepseek-r1": 35_136,
-    "deepseek-v3.2": 35_136,
     "deepseek-moe-145b": 507_904,
     "deepseek-moe-2b": 23_040,
     "gpt-oss-120b": 36_864,
@@ -49,10 +48,9 @@ CACHE = {
 
 
 @pytest.mark.parametrize("name", CACHE)
-def test_cache_elements(name):
-    assert cache_elements(arch(name), 1) == CACHE[name]
-    if name != "deepseek-v3.2":  # published in a quantised layout
-        assert cache_bytes(arch(name), 100) == 200 * CACHE[name]
+def test_cache(name):
+    assert cache_bytes(arch(name), 1, bytes_per=1) == CACHE[name]
+    assert cache_bytes(arch(name), 100) == 200 * CACHE[name]
 
 
 @pytest.mark.parametrize(
@@ -67,7 +65,7 @@ def test_cache_elements(name):
 def test_caches_of_other_published_models(layers, kv_heads, elements, source):
     attention = AttentionConfig(num_heads=kv_heads, num_kv_heads=kv_heads, head_dim=128)
     cfg = ModelConfig(num_layers=layers, attention=attention)
-    assert cache_elements(of_model(cfg), 1) == elements, source
+    assert cache_bytes(of_model(cfg), 1, bytes_per=1) == elements, source
 
 
 def test_v2_saves_93_percent_of_the_cache():
@@ -81,7 +79,7 @@ def test_v4_1_keeps_890_bytes_a_token():
     """Its report: 890 bytes, 437 times less than DeepSeek 67B. Published, not computed: the shapes
     of its caches are not."""
     stated = published()["deepseek-v4.1-flash"]["kv_bytes_per_token"]
-    assert cache_elements(arch("deepseek-v4.1-flash"), 1) is None
+    assert cache_bytes(arch("deepseek-v4.1-flash"), 1) is None
     assert round((cache_bytes(arch("deepseek-llm-67b"), 1) or 0) / stated) == 437
 
 
@@ -89,7 +87,7 @@ def test_windows_stop_growing():
     """gpt-oss: half the layers keep 128 tokens."""
     for length in (100, 5000):
         want = 18 * 1024 * (min(length, 128) + length)
-        assert cache_elements(arch("gpt-oss-120b"), length) == want
+        assert cache_bytes(arch("gpt-oss-120b"), length, bytes_per=1) == want
 
 
 def test_published_quantised_caches():

@@ -6,9 +6,8 @@ import jax
 import pytest
 
 from moejax.config import AttentionConfig, ConfigError, ModelConfig, MoEConfig
-from moejax.cost.architecture import of_model
+from moejax.cost.architecture import active, counts, of_model, total
 from moejax.cost.counted import of_hf
-from moejax.cost.params import active, counts, total
 from moejax.cost.published import published
 from moejax.models import zoo
 from moejax.models.transformer import param_specs

@@ -3,10 +3,9 @@
 import pytest
 
 from moejax.config import AttentionConfig, ModelConfig
-from moejax.cost.architecture import of_model
+from moejax.cost.architecture import counts, of_model
 from moejax.cost.counted import of_hf
 from moejax.cost.flops import flops_per_token, mean_keys, paper_2401_06066, paper_flops
-from moejax.cost.params import counts
 from moejax.models import zoo
 
 

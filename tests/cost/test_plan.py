@@ -103,7 +103,7 @@ def test_devices():
 
 
 def test_cpu_is_measured():
-    d = hardware.measure_cpu(size=256, repeats=3)
+    d = hardware.load_device("cpu")
     # A busy machine may be slow; a wrong unit would be a thousand times off.
     assert 1e7 < d.flops["float32"] < 1e14 and 1e7 < d.bandwidth < 1e13 and d.memory > 1e8
     assert d.price is None
@@ -494,14 +494,14 @@ def test_parse_mesh():
     assert parse_mesh("") == MeshSizes()
 
 
-def test_answers_in_time_and_without_jax():
-    """The slowest case, a new process, the largest models: under 3 seconds, and no jax. Seconds of
-    the processor: what a busy machine adds is not ours."""
+def test_answers_in_time():
+    """The slowest case, a new process, the largest models: under 3 seconds, of which importing jax is one.
+    Seconds of the processor: what a busy machine adds is not ours."""
     code = (
         "import sys\nfrom moejax.__main__ import main\n"
         "assert main(['compare', 'deepseek-v4-pro', 'kimi-k2', 'deepseek-v3']) == 0\n"
         "assert main(['plan', 'kimi-k2']) == 0\n"
-        "assert 'jax' not in sys.modules and 'matplotlib' not in sys.modules\n"
+        "assert 'matplotlib' not in sys.modules\n"
     )
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
