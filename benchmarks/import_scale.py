@@ -30,7 +30,7 @@ from absl import app, flags
 
 from benchmarks.common import report
 from moejax.interop import mapping
-from moejax.interop.checkpoint import CONFIG, INDEX
+from moejax.interop.hf_folder import CONFIG, INDEX
 from moejax.interop.safetensors_file import DTYPES, NewTensor, shards, write_file
 from moejax.models.zoo import config_to_hf, load_preset
 
@@ -111,7 +111,7 @@ def _sharded(hf: str, work: str) -> int:
 
 
 def _command(hf: str, work: str) -> int:
-    from moejax.interop.commands import import_run
+    from moejax.interop.convert import import_run
 
     import_run(pathlib.Path(hf), pathlib.Path(work))
     # As many bytes as the files have: one device, and all of it in their dtype.
@@ -132,7 +132,7 @@ def measure(way: str, hf: str, work: str, out) -> None:
     import jax
     import jax.numpy as jnp
 
-    import moejax.interop.commands  # noqa: F401  (what is loaded does not count)
+    import moejax.interop.convert  # noqa: F401  (what is loaded does not count)
 
     jnp.zeros(1).block_until_ready()
     assert len(jax.devices()) == WAYS[way][1]

@@ -20,16 +20,16 @@ usage: moejax COMMAND [flags]      (moejax COMMAND --help explains each)
   compare   MODEL MODEL ..                                                 models side by side"""
 
 
-# Command -> the module of its `<command>_main(argv)`, imported when called: --help and plan need no JAX.
+# The module of each command, imported when it is called: --help needs no JAX.
 COMMANDS = {
-    "train": "moejax.train.commands",
-    "evaluate": "moejax.evals.evaluate",
-    "generate": "moejax.evals.commands",
-    "report": "moejax.evals.report",
-    "import": "moejax.interop.commands",
-    "export": "moejax.interop.commands",
-    "plan": "moejax.cost.commands",
-    "compare": "moejax.cost.commands",
+    "train": "moejax.commands.train",
+    "evaluate": "moejax.commands.evaluate",
+    "generate": "moejax.commands.generate",
+    "report": "moejax.commands.report",
+    "import": "moejax.commands.import_",
+    "export": "moejax.commands.export",
+    "plan": "moejax.commands.plan",
+    "compare": "moejax.commands.compare",
 }
 
 
@@ -45,7 +45,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"moejax: unknown command {command!r}{hint}\n{USAGE}", file=sys.stderr)
         return 2
     try:
-        code = getattr(importlib.import_module(COMMANDS[command]), f"{command}_main")(rest)
+        code = importlib.import_module(COMMANDS[command]).main(rest)
         sys.stdout.flush()
         return code
     except ConfigError as e:

@@ -1,24 +1,18 @@
-"""`moejax evaluate`: loss, perplexity and bits per byte of held-out text, overall and by domain."""
+"""Evaluates a run: loss, perplexity and bits per byte of held-out text, overall and by domain."""
 
 import dataclasses
-import json
 import math
 import pathlib
 
-from absl import flags
 from tqdm import tqdm
 
-from moejax import axes, command_line
+from moejax import axes
 from moejax.config import ConfigError, DataConfig
 from moejax.data import Corpus, load_corpus, validation_batches
 from moejax.evals.writer import mesh_layout
 from moejax.runs.open import load_run, read_config
-from moejax.text import Table, render
+from moejax.text import Table
 from moejax.train.validation import compile_eval, evaluate
-
-USAGE = """\
-usage: moejax evaluate --workdir=RUN                              the run's own held-out documents
-       moejax evaluate --workdir=RUN --sources=wiki=FILES,..      text, .jsonl[.gz|.zst] or .parquet"""
 
 
 def held_out(data: DataConfig, sources: tuple[str, ...]) -> tuple[DataConfig, Corpus]:
@@ -84,38 +78,3 @@ def results_table(results: dict[str, float], title: str) -> Table:
     rows += [[n, results[f"loss/{n}"], results[f"bits_per_byte/{n}"]] for n in names]
     body = [[n, f"{loss:.4f}", f"{math.exp(loss):,.2f}", f"{bits:.4f}"] for n, loss, bits in rows]
     return Table(title, ["domain", "nats per token", "perplexity", "bits per byte"], body)
-
-
-def evaluate_main(argv: list[str]) -> int:
-    """`moejax evaluate ...`; argv without the command's name. Raises ConfigError for bad input."""
-    fv = flags.FlagValues()
-    text, whole = flags.DEFINE_string, flags.DEFINE_integer
-    text("workdir", None, "Folder of a run, trained or imported.", flag_values=fv)
-    flags.DEFINE_list("sources", [], "Text: 'domain=FILES', several with commas.", flag_values=fv)
-    whole("batches", None, "At most so many [all].", flag_values=fv, lower_bound=1)
-    whole("seq_len", None, "Tokens per sequence [the run's].", flag_values=fv, lower_bound=1)
-    whole("batch_size", None, "Sequences at once [the run's].", flag_values=fv, lower_bound=1)
-    text("mesh", None, "Devices per axis: data=2,tensor=4 [one device].", flag_values=fv)
-    text("json", None, "Also write the results to this file.", flag_values=fv)
-    rest = command_line.parse("evaluate", USAGE, fv, argv)
-    if rest is None:
-        return 0
-    if rest or not fv.workdir:
-        raise ConfigError(
-            f"{f'unexpected {rest}' if rest else 'evaluate needs --workdir'}\n{USAGE}"
-        )
-    if fv.json and not pathlib.Path(fv.json).absolute().parent.is_dir():
-        raise ConfigError(f"--json={fv.json}: there is no such folder")
-    results = evaluate_run(
-        pathlib.Path(fv.workdir),
-        tuple(fv.sources),
-        num_batches=fv.batches,
-        seq_len=fv.seq_len,
-        batch_size=fv.batch_size,
-        mesh=fv.mesh,
-    )
-    where = ", ".join(fv.sources) or "held-out documents"
-    print(render([results_table(results, f"{fv.workdir} on {where}")]))
-    if fv.json:
-        pathlib.Path(fv.json).write_text(json.dumps(results, indent=1) + "\n")
-    return 0

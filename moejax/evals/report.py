@@ -1,4 +1,4 @@
-"""`moejax report`: one self-contained HTML page of a run, for people who would rather see than read."""
+"""One self-contained HTML page of a run, for people who would rather see than read."""
 
 import base64
 import dataclasses
@@ -7,15 +7,13 @@ from typing import NamedTuple
 
 import jinja2
 import numpy as np
-from absl import flags
 
-from moejax import command_line
-from moejax.config import ConfigError, to_json
+from moejax.config import to_json
 from moejax.cost.architecture import active, of_model, total
 from moejax.data import load_corpus, validation_batches
 from moejax.evals import charts
 from moejax.evals.generate import generate
-from moejax.evals.routing import count_tokens, domain_information, favourite_tokens
+from moejax.evals.token_counts import count_tokens, domain_information, favourite_tokens
 from moejax.moe.routers import ROUTERS
 from moejax.runs import folder
 from moejax.runs.metrics import read_metrics
@@ -279,21 +277,3 @@ def page(run: OpenRun, rows, sections: list[Section]) -> str:
         sections=sections,
         config=to_json(cfg),
     )
-
-
-USAGE = "usage: moejax report --workdir=runs/quickstart"
-
-
-def report_main(argv: list[str]) -> int:
-    """`moejax report ...`; argv without the command's name. Raises ConfigError for bad input."""
-    fv = flags.FlagValues()
-    flags.DEFINE_string(
-        "workdir", None, "Folder of a trained run; report.html goes there.", flag_values=fv
-    )
-    rest = command_line.parse("report", USAGE, fv, argv)
-    if rest is None:
-        return 0
-    if rest or not fv.workdir:
-        raise ConfigError(f"{f'unexpected {rest}' if rest else 'report needs --workdir'}\n{USAGE}")
-    print(f"wrote {write_report(pathlib.Path(fv.workdir))[0]}")
-    return 0

@@ -13,13 +13,13 @@ from moejax.data import StreamDecoder
 from moejax.data.tokenizer import Tokenizer
 from moejax.evals import chat
 from moejax.evals.generate import Stats, prepare, stream
+from moejax.interop import prompts as prompt_files
 from moejax.mesh import parse_mesh
 from moejax.runs import folder
 from moejax.runs.open import load_run, read_config
 from moejax.sharding import Layout, make_layout
 
 MAX_NEW = 200
-DEFAULTS = {"temperature": 0.8, "top_k": 0, "top_p": 0.95}
 
 
 class StoppingText:
@@ -73,21 +73,6 @@ def _check_ids(stop_ids: Sequence[int], vocab_size: int) -> None:
         )
 
 
-def sampling_options(
-    given: dict[str, Any], published: dict[str, Any], vocab_size: int
-) -> dict[str, Any]:
-    """temperature, top_k and top_p: as given, else as in a checkpoint's generation_config.json, else
-    DEFAULTS. `transformers` reads a file without do_sample as greedy; so do we."""
-    options = dict(DEFAULTS)
-    if published:
-        neutral = {"temperature": 1.0, "top_k": 0, "top_p": 1.0}
-        options = {k: v if published.get(k) is None else published[k] for k, v in neutral.items()}
-        options["top_k"] = min(options["top_k"], vocab_size)
-        if not published.get("do_sample", False):
-            options["temperature"] = 0.0
-    return options | {k: v for k, v in given.items() if v is not None}
-
-
 def mesh_layout(cfg: ExperimentConfig, text: str) -> Layout | None:
     """The layout of 'tensor=2,expert=4' for generating with a run's model.
 
@@ -113,7 +98,7 @@ class Writer:
       workdir: of the run, trained or imported.
       mesh: 'tensor=2,expert=4', or None for one device.
       max_new: tokens per prompt; None: what generation_config.json says, or 200, and no more than fit.
-      temperature, top_k, top_p: None: what generation_config.json says, or DEFAULTS.
+      temperature, top_k, top_p: None: what generation_config.json says, or `prompt_files.DEFAULTS`.
       seed: see `generate.stream`.
       stop_texts: a continuation ends before the first of these.
       stop_ids: token ids that end it, besides the tokenizer's and generation_config.json's.
@@ -138,7 +123,7 @@ class Writer:
         speculative_decoding: bool = False,
     ):
         experiment = read_config(workdir)
-        self.files = chat.read_prompt_files(workdir / folder.HF)
+        self.files = prompt_files.read_prompt_files(workdir / folder.HF)
         layout = None if mesh is None else mesh_layout(experiment, mesh)
         run = load_run(workdir, layout)
         self.tokenizer, self.cfg = run.tokenizer, run.cfg.model
@@ -146,10 +131,12 @@ class Writer:
         self.stats = Stats()
         self._model = prepare(run.params, self.cfg, layout), run.router_state
         self._max_new, self._stop_texts = max_new, stop_texts
-        self._ends = (*chat.stop_ids(self.files, self.tokenizer), *stop_ids)
+        self._ends = (*prompt_files.stop_ids(self.files, self.tokenizer), *stop_ids)
         given = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
         self._options: dict[str, Any] = dict(
-            **sampling_options(given, self.files.generation_config, self.cfg.vocab_size),
+            **prompt_files.sampling_options(
+                given, self.files.generation_config, self.cfg.vocab_size
+            ),
             seed=seed,
             stop_ids=self._ends,
             speculative_decoding=speculative_decoding,
@@ -160,7 +147,7 @@ class Writer:
     def encode(self, request: str | list[chat.Message]) -> list[int]:
         """Token ids of a text to continue, or of a conversation to answer."""
         if isinstance(request, str):
-            return chat.encode_prompt(self.files, request, self.tokenizer)
+            return prompt_files.encode_prompt(self.files, request, self.tokenizer)
         return chat.encode_chat(self.files, request, self.tokenizer)
 
     def write(self, prompt: list[int]) -> Iterator[str]:

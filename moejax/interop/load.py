@@ -12,8 +12,8 @@ from tqdm import tqdm
 
 from moejax.config import ModelConfig
 from moejax.interop import mapping
-from moejax.interop.checkpoint import Checkpoint, open_checkpoint
 from moejax.interop.files import InteropError
+from moejax.interop.hf_folder import HfFolder, open_folder
 from moejax.interop.mapping import Account, Bounds, Target
 from moejax.models.zoo import FAMILIES, config_from_hf
 from moejax.params import Tree
@@ -41,20 +41,20 @@ def load_model(
       ConfigError: the config or a tensor is missing, unknown, unsupported or damaged; InteropError is
         one of its kinds. Nothing is allocated before every header has been checked.
     """
-    cfg, params, router_state, _ = read_model(open_checkpoint(pathlib.Path(hf_dir)), dtype, layout)
+    cfg, params, router_state, _ = read_model(open_folder(pathlib.Path(hf_dir)), dtype, layout)
     return cfg, params, router_state
 
 
 def read_model(
-    checkpoint: Checkpoint, dtype=None, layout: Layout | None = None, *, progress: bool = False
+    opened: HfFolder, dtype=None, layout: Layout | None = None, *, progress: bool = False
 ) -> tuple[ModelConfig, Tree, Tree, Account]:
-    """`load_model` of an opened checkpoint, with the account of its tensors and a progress bar."""
-    cfg = config_from_hf(checkpoint.hf)
-    model_type = checkpoint.hf["model_type"]
-    cfg = mapping.as_saved(cfg, model_type, checkpoint.tensors)
+    """`load_model` of an opened folder, with the account of its tensors and a progress bar."""
+    cfg = config_from_hf(opened.hf)
+    model_type = opened.hf["model_type"]
+    cfg = mapping.as_saved(cfg, model_type, opened.tensors)
     wanted = mapping.targets(cfg, model_type)
     table = FAMILIES[model_type].NAMES
-    account = mapping.account(cfg, table, wanted, checkpoint.tensors, str(checkpoint.folder))
+    account = mapping.account(cfg, table, wanted, opened.tensors, str(opened.folder))
     for tensor, original in account.repeated:
         _check_equal(tensor, original)
     total = sum(math.prod(t.spec.shape) for t in wanted.values())

@@ -11,8 +11,8 @@ from tqdm import tqdm
 
 from moejax.config import ModelConfig
 from moejax.interop import mapping
-from moejax.interop.checkpoint import CONFIG, INDEX, SINGLE
 from moejax.interop.files import InteropError, need_space, whole_folder
+from moejax.interop.hf_folder import CONFIG, INDEX, SINGLE
 from moejax.interop.mapping import Target
 from moejax.interop.safetensors_file import NAMES, NewTensor, shards, write_file
 from moejax.models.zoo import FAMILIES, config_to_hf
@@ -21,7 +21,7 @@ from moejax.params import Tree, path_name
 MAX_SHARD_BYTES = 5 * 10**9
 
 
-def save_model(
+def write_folder(
     path: str | pathlib.Path,
     cfg: ModelConfig,
     params: Tree,
@@ -110,7 +110,7 @@ def _check(arrays: dict[str, jax.Array], wanted: dict[str, Target]) -> None:
         if array.shape != shape:
             problems.append(f"{path} has shape {list(array.shape)}, not {list(shape)}")
         elif np.dtype(array.dtype) not in NAMES:
-            problems.append(f"{path} has dtype {array.dtype}, which the format has not")
+            problems.append(f"{path} has dtype {array.dtype}, which safetensors does not support")
         elif isinstance(array, jax.Array) and not array.is_fully_addressable:
             problems.append(f"{path} lies on devices of other processes; export from one process")
     if problems:

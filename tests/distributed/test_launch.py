@@ -9,8 +9,9 @@ import jax
 import pytest
 import yaml
 
+from moejax.commands import train
 from moejax.sharding import make_layout
-from moejax.train import commands, loop, processes
+from moejax.train import loop, processes
 
 ROOT = pathlib.Path(__file__).parent.parent.parent
 STAND_INS = {
@@ -73,7 +74,7 @@ def test_the_examples_start_a_run_that_works(example, devices, start, tmp_path, 
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(processes, "start", lambda *given: seen.append(given))
     monkeypatch.setattr(loop, "train", lambda *given: seen.append(given) or {})
-    assert commands.train_main(args) == 0
+    assert train.main(args) == 0
     assert seen[0] == start
     cfg, workdir = seen[1]
     assert workdir.name == "quickstart"

@@ -3,8 +3,9 @@
 import json
 
 import jax
+import prompt_case
 import pytest
-import tokenizers
+from prompt_case import with_template, write
 
 from moejax.__main__ import main
 from moejax.config import (
@@ -16,7 +17,6 @@ from moejax.config import (
     ModelConfig,
     MoEConfig,
 )
-from moejax.data.tokenizer import ByteTokenizer, JsonTokenizer
 from moejax.evals import chat
 from moejax.models import transformer
 from moejax.params import init_params
@@ -41,38 +41,9 @@ TEMPLATE = """\
 HELLO = [{"role": "user", "content": " Hello <|user|>"}]
 
 
-def write(tmp_path, **files):
-    folder = tmp_path / run_folder.HF
-    folder.mkdir(exist_ok=True)
-    for name, content in files.items():
-        text = content if isinstance(content, str) else json.dumps(content)
-        (folder / name.replace("__", ".")).write_text(text)
-    return chat.read_prompt_files(folder)
-
-
-def with_template(tmp_path, template):
-    tokens = {"bos_token": "<s>", "eos_token": {"content": "</s>", "lstrip": False}}
-    return write(tmp_path, tokenizer_config__json={**tokens, "chat_template": template})
-
-
 @pytest.fixture(scope="module")
 def tokenizer():
-    words = {
-        w: i
-        for i, w in enumerate(["<unk>", "<s>", "</s>", "<|user|>", "<|assistant|>", "Hello", "a"])
-    }
-    model = tokenizers.models.WordLevel(words, unk_token="<unk>")
-    made = tokenizers.Tokenizer(model)
-    made.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
-    made.add_special_tokens(["<s>", "</s>", "<|user|>", "<|assistant|>"])
-    made.post_processor = tokenizers.processors.TemplateProcessing(
-        single="<s> $A", special_tokens=[("<s>", 1)]
-    )
-    described = json.loads(made.to_str())
-    described["decoder"] = {"type": "WordPiece", "prefix": "##", "cleanup": False}
-    made = JsonTokenizer(json.dumps(described), "test")
-    made.text = json.dumps(described)
-    return made
+    return prompt_case.tokenizer()
 
 
 def test_conversation_is_rendered_and_its_special_tokens_recognised(tmp_path, tokenizer):
@@ -128,31 +99,9 @@ def test_a_template_without_end_is_ended(tmp_path, monkeypatch):
         chat.render_chat(with_template(tmp_path, loop), HELLO)
 
 
-@pytest.mark.parametrize(
-    "files, message",
-    [
-        ({}, r"no chat template: neither .*chat_template\.jinja"),
-        ({"tokenizer_config__json": "{"}, "tokenizer_config.json: not valid JSON"),
-        ({"tokenizer_config__json": "[1]"}, "expected a JSON object"),
-        ({"tokenizer_config__json": {"chat_template": 7}}, "chat_template is not a text"),
-        ({"generation_config__json": "x" * (chat.MOST_BYTES + 1)}, "at most 10,000,000 are read"),
-        ({"generation_config__json": {"eos_token_id": 7.5}}, "eos_token_id=7.5 must be a token id"),
-        (
-            {"generation_config__json": {"eos_token_id": [10**11]}},
-            "eos_token_id=.* must be a token id",
-        ),
-        ({"generation_config__json": {"temperature": "hot"}}, "temperature='hot' must be a number"),
-        ({"generation_config__json": {"top_k": 2.5}}, "top_k=2.5 must be a whole number"),
-        ({"generation_config__json": {"top_p": 0}}, "top_p=0 must be a number above 0"),
-        (
-            {"generation_config__json": {"max_new_tokens": True}},
-            "max_new_tokens=True must be a pos",
-        ),
-    ],
-)
-def test_bad_files_are_named(tmp_path, files, message):
-    with pytest.raises(ConfigError, match=message):
-        chat.render_chat(write(tmp_path, **files), HELLO)
+def test_a_template_is_needed(tmp_path):
+    with pytest.raises(ConfigError, match=r"no chat template: neither .*chat_template\.jinja"):
+        chat.render_chat(write(tmp_path), HELLO)
 
 
 def test_messages_are_checked():
@@ -160,26 +109,6 @@ def test_messages_are_checked():
     for bad in ([], {}, [1], [{"role": "user"}], [{"role": "user", "content": 1}]):
         with pytest.raises(ConfigError, match="x must be a list like"):
             chat.check_messages(bad, "x")
-
-
-def test_a_prompt_starts_as_its_checkpoint_wants(tmp_path, tokenizer):
-    """The separator for runs trained here; else add_bos_token, else what tokenizer.json itself adds."""
-    encode = lambda files, text: chat.encode_prompt(files, text, tokenizer)  # noqa: E731
-    trained = chat.read_prompt_files(tmp_path / "none")
-    assert encode(trained, "Hello a") == [1, 5, 6]
-    assert encode(trained, "") == [1]
-    # A text may spell a special token; it stays text.
-    assert chat.encode_prompt(trained, "<s>", ByteTokenizer()) == [256, *b"<s>"]
-    assert encode(write(tmp_path, tokenizer_config__json={"model_max_length": 1}), "a") == [1, 6]
-    assert encode(write(tmp_path, tokenizer_config__json={"add_bos_token": True}), "a") == [1, 6]
-    assert encode(write(tmp_path, tokenizer_config__json={"add_bos_token": False}), "a") == [6]
-
-
-def test_stop_ids_of_the_checkpoint(tmp_path, tokenizer):
-    assert chat.stop_ids(chat.read_prompt_files(tmp_path / "none"), tokenizer) == (2,)
-    for given, want in ((4, (2, 4)), ([4, 2, 3], (2, 3, 4)), (None, (2,))):
-        files = write(tmp_path, generation_config__json={"eos_token_id": given})
-        assert chat.stop_ids(files, tokenizer) == want
 
 
 @pytest.fixture(scope="module")

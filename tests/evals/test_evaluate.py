@@ -6,9 +6,10 @@ import math
 import numpy as np
 import pytest
 
+from moejax.commands import evaluate
 from moejax.config import ConfigError
 from moejax.data import load_corpus, validation_batches
-from moejax.evals.evaluate import evaluate_main, evaluate_run
+from moejax.evals.evaluate import evaluate_run
 from moejax.models import transformer
 from moejax.runs.open import load_run
 
@@ -55,7 +56,7 @@ def test_other_text_and_the_command(trained, tmp_path, capsys):
     (tmp_path / "a.txt").write_text("a b c d e f g h\n" * 20)
     (tmp_path / "x.txt").write_text("\u00e9~{}|" * 60)  # bytes that the model has never seen
     flags = [f"--workdir={trained}", f"--sources=known={tmp_path}/a.txt,strange={tmp_path}/x.txt"]
-    assert evaluate_main([*flags, f"--json={tmp_path}/out.json"]) == 0
+    assert evaluate.main([*flags, f"--json={tmp_path}/out.json"]) == 0
     got = json.loads((tmp_path / "out.json").read_text())
     assert got["loss/known"] < got["loss/strange"]
     printed = capsys.readouterr().out
@@ -80,4 +81,4 @@ def test_bad_input(trained, tmp_path):
     ):
         evaluate_run(trained, mesh="data=8")
     with pytest.raises(ConfigError, match="needs --workdir"):
-        evaluate_main([])
+        evaluate.main([])

@@ -8,16 +8,17 @@ import shutil
 import numpy as np
 import pytest
 
+from moejax.commands import report as report_command
 from moejax.config import MoEConfig, to_json
 from moejax.evals import report
-from moejax.evals.routing import count_tokens, domain_information, favourite_tokens
+from moejax.evals.token_counts import count_tokens, domain_information, favourite_tokens
 from moejax.runs.metrics import read_metrics
 from moejax.runs.open import load_run, read_config
 from moejax.train.loop import train
 
 
 def test_page_is_whole_and_alone(trained, capsys):
-    assert report.report_main([f"--workdir={trained}"]) == 0
+    assert report_command.main([f"--workdir={trained}"]) == 0
     assert "report.html" in capsys.readouterr().out
     page = (trained / "report.html").read_text()
     images = re.findall(r'src="data:image/png;base64,([^"]+)"', page)

@@ -5,10 +5,10 @@ import json
 import pytest
 
 from moejax.__main__ import main
+from moejax.commands.generate import read_prompts
 from moejax.config import ConfigError
 from moejax.data.tokenizer import ByteTokenizer
-from moejax.evals.commands import read_prompts
-from moejax.evals.writer import StoppingText, sampling_options
+from moejax.evals.writer import StoppingText
 
 
 def say(text: str, stops, size: int = 1) -> tuple[str, bool]:
@@ -42,18 +42,6 @@ def test_what_may_begin_a_stop_is_held_back_and_no_more():
     assert row.push(b"N") == ""
     assert row.push(b"x") == "ENx"
     assert row.push([300, 999]) == ""  # a model may be wider than its tokenizer
-
-
-def test_defaults_of_the_checkpoint():
-    none = {"temperature": None, "top_k": None, "top_p": None}
-    assert sampling_options(none, {}, 100) == {"temperature": 0.8, "top_k": 0, "top_p": 0.95}
-    published = {"do_sample": True, "temperature": 0.3, "top_p": 0.9}
-    assert sampling_options(none, published, 100) == {"temperature": 0.3, "top_k": 0, "top_p": 0.9}
-    assert sampling_options(none, {"temperature": 0.3}, 100)["temperature"] == 0
-    wide = {"do_sample": True, "top_k": 200}
-    assert sampling_options(none, wide, 100)["top_k"] == 100  # all there are
-    given = none | {"temperature": 1.0}
-    assert sampling_options(given, {"temperature": 0.3}, 100)["temperature"] == 1.0
 
 
 def test_prompts_files(tmp_path):

@@ -12,8 +12,8 @@ import pytest
 
 from moejax.config import ConfigError
 from moejax.interop import mapping
-from moejax.interop.checkpoint import open_checkpoint
 from moejax.interop.files import InteropError, whole_folder
+from moejax.interop.hf_folder import open_folder
 from moejax.interop.load import load_model
 from moejax.interop.safetensors_file import read_header
 from moejax.models import zoo
@@ -270,7 +270,7 @@ def test_any_value_of_any_field_is_a_model_or_a_clear_error(tmp_path, family):
     """Every field that a published config.json of the family has, with values of every type."""
     config = published.config(family)
     published.write(tmp_path, config, published.random_tensors(config))
-    opened = open_checkpoint(tmp_path)
+    opened = open_folder(tmp_path)
     same = [zoo.load_hf(name) for name in zoo.PRESETS]
     known = {k for hf in same if hf["model_type"] == family for k in hf if not k.startswith("_")}
     known |= {"rope_parameters", "rope_scaling", "head_dim"}
@@ -306,7 +306,7 @@ def test_damaged_bytes(folder):
             data[at:at] = rng.randbytes(rng.randrange(1, 5))
         file.write_bytes(data)
         try:
-            open_checkpoint(folder)
+            open_folder(folder)
         except InteropError as e:
             assert str(folder) in str(e)
             refusals += 1

@@ -23,8 +23,9 @@ from safetensors.numpy import load_file
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from moejax.__main__ import main
+from moejax.commands import export, import_
 from moejax.config import ConfigError, DataConfig, ExperimentConfig, ModelConfig, MoEConfig, to_json
-from moejax.interop import commands
+from moejax.interop import convert
 from moejax.models import transformer
 from moejax.params import init_params
 from moejax.runs.checkpoint import Checkpoints
@@ -61,14 +62,12 @@ def checkpoint(folder, family, **changes):
 def test_import_then_export(tmp_path, capsys, family):
     """The folder comes back: every tensor, and config and tokenizer files byte for byte."""
     hf = checkpoint(tmp_path / "hf", family)
-    assert commands.import_main([f"--hf_dir={hf}", f"--workdir={tmp_path / 'run'}"]) == 0
+    assert import_.main([f"--hf_dir={hf}", f"--workdir={tmp_path / 'run'}"]) == 0
     out = capsys.readouterr().out
     assert re.search(r"missing +0", out) and family in out
     run = load_run(tmp_path / "run")
     assert run.step == 0 and run.params["embed"]["tokens"].dtype == published.BF16
-    assert (
-        commands.export_main([f"--workdir={tmp_path / 'run'}", f"--hf_dir={tmp_path / 'out'}"]) == 0
-    )
+    assert export.main([f"--workdir={tmp_path / 'run'}", f"--hf_dir={tmp_path / 'out'}"]) == 0
     before, after = {}, {}
     for file in sorted(hf.glob("*.safetensors")):
         before |= load_file(file)
@@ -91,9 +90,9 @@ def test_import_says_what_was_left_out(tmp_path, capsys):
     hf = checkpoint(tmp_path / "hf", "deepseek_v3", num_nextn_predict_layers=0)
     config = json.loads((hf / "config.json").read_text())
     (hf / "config.json").write_text(json.dumps(config | {"num_nextn_predict_layers": 1}))
-    commands.import_run(hf, tmp_path / "run")
+    convert.import_run(hf, tmp_path / "run")
     assert "no layers for multi-token prediction" in capsys.readouterr().out
-    commands.export_run(tmp_path / "run", tmp_path / "out")  # its own config.json all the same
+    convert.export_run(tmp_path / "run", tmp_path / "out")  # its own config.json all the same
     assert (tmp_path / "out/config.json").read_bytes() == (hf / "config.json").read_bytes()
 
 
@@ -136,8 +135,8 @@ def test_quantised_import_exports_what_it_is(tmp_path):
     quantization = {"quant_method": "fp8", "weight_block_size": [128, 128]}
     published.write(tmp_path / "hf", config | {"quantization_config": quantization}, tensors)
     write_tokenizer(tmp_path / "hf")
-    commands.import_run(tmp_path / "hf", tmp_path / "run")
-    commands.export_run(tmp_path / "run", tmp_path / "out")
+    convert.import_run(tmp_path / "hf", tmp_path / "run")
+    convert.export_run(tmp_path / "run", tmp_path / "out")
     written = json.loads((tmp_path / "out/config.json").read_text())
     assert written == config | {"torch_dtype": "bfloat16"}
     back = load_file(tmp_path / "out/model.safetensors")
@@ -154,19 +153,19 @@ def test_export_of_a_run_that_was_trained_here(tmp_path, key):
     checkpoints.save_model(params, {})
     checkpoints.close()
     (tmp_path / "run/config.json").write_text(to_json(experiment))
-    commands.export_run(tmp_path / "run", tmp_path / "out")  # LLaMA alone can express it
+    convert.export_run(tmp_path / "run", tmp_path / "out")  # LLaMA alone can express it
     config = json.loads((tmp_path / "out/config.json").read_text())
     assert (config["model_type"], config["eos_token_id"]) == ("llama", 256)
     assert config["torch_dtype"] == "float32"
     sigmoid = MoEConfig(num_experts=4, d_expert=8, score="sigmoid")
     with pytest.raises(ConfigError, match=r"- deepseek: .*moe\.score='sigmoid'"):
-        commands._only_family(dataclasses.replace(cfg, num_dense_layers=0, moe=sigmoid))
+        convert._only_family(dataclasses.replace(cfg, num_dense_layers=0, moe=sigmoid))
     softmax = dataclasses.replace(sigmoid, score="softmax", normalize_weights=True)
     with pytest.raises(ConfigError, match=r"--model_type=deepseek\|mixtral"):
         wide = dataclasses.replace(cfg, d_model=128, num_dense_layers=0, moe=softmax)
-        commands._only_family(wide)
+        convert._only_family(wide)
     with pytest.raises(ConfigError, match=r"mixtral config\.json cannot express this model"):
-        commands.export_run(tmp_path / "run", tmp_path / "other", "mixtral")
+        convert.export_run(tmp_path / "run", tmp_path / "other", "mixtral")
     assert not (tmp_path / "other").exists()
 
 
@@ -185,18 +184,18 @@ def test_failed_import_leaves_nothing(tmp_path, change, text):
     hf = checkpoint(tmp_path / "hf", "mixtral")
     change(hf)
     with pytest.raises(ConfigError, match=text):
-        commands.import_run(hf, tmp_path / "new" / "run")
+        convert.import_run(hf, tmp_path / "new" / "run")
     assert [p.name for p in tmp_path.iterdir()] == ["hf"]
 
 
 def test_a_full_disk_is_noticed_before_anything_is_read_or_written(tmp_path, monkeypatch):
     hf = checkpoint(tmp_path / "hf", "mixtral")
-    commands.import_run(hf, tmp_path / "run")
+    convert.import_run(hf, tmp_path / "run")
     monkeypatch.setattr(shutil, "disk_usage", lambda _: types.SimpleNamespace(free=0))
-    monkeypatch.setattr(commands, "read_model", None)
+    monkeypatch.setattr(convert, "read_model", None)
     for use in (
-        lambda: commands.import_run(hf, tmp_path / "new" / "run"),
-        lambda: commands.export_run(tmp_path / "run", tmp_path / "new" / "out"),
+        lambda: convert.import_run(hf, tmp_path / "new" / "run"),
+        lambda: convert.export_run(tmp_path / "run", tmp_path / "new" / "out"),
     ):
         with pytest.raises(ConfigError, match=r"[\d,]{6,} bytes are needed, 0 are free"):
             use()
@@ -206,7 +205,7 @@ def test_a_full_disk_is_noticed_before_anything_is_read_or_written(tmp_path, mon
 def test_tokenizer_of_another_model(tmp_path):
     hf = checkpoint(tmp_path / "hf", "mixtral", vocab_size=100)
     with pytest.raises(ConfigError, match=r"tokens, the model's vocabulary only 100"):
-        commands.import_run(hf, tmp_path / "run")
+        convert.import_run(hf, tmp_path / "run")
     assert [p.name for p in tmp_path.iterdir()] == ["hf"]
 
 
@@ -215,7 +214,7 @@ def test_workdir_that_is_taken(tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run/mine.txt").write_text("kept")
     with pytest.raises(ConfigError, match="not an empty folder"):
-        commands.import_run(hf, tmp_path / "run")
+        convert.import_run(hf, tmp_path / "run")
     assert [p.name for p in (tmp_path / "run").iterdir()] == ["mine.txt"]
 
 
@@ -254,7 +253,7 @@ def test_killed_import(tmp_path):
 @pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")  # ml_collections
 def test_fine_tune_an_import(tmp_path):
     run = tmp_path / "run"
-    commands.import_run(checkpoint(tmp_path / "hf", "mixtral"), run)
+    convert.import_run(checkpoint(tmp_path / "hf", "mixtral"), run)
     before = load_run(run).params
     (tmp_path / "mine.txt").write_text("hello world, hello\n" * 100)
     flags = {
@@ -283,7 +282,7 @@ def test_bad_arguments():
     process = command("import", "--hf_dir=nowhere", "--workdir=run")
     _, err = process.communicate()
     assert process.returncode == 2 and err.startswith("moejax import: nowhere is not a folder")
-    with pytest.raises(ConfigError, match="--hf_dir and --workdir are needed"):
-        commands.import_main(["--hf_dir=x"])
+    with pytest.raises(ConfigError, match="import needs --workdir"):
+        import_.main(["--hf_dir=x"])
     with pytest.raises(ConfigError, match="Unknown command line flag 'nonsense'"):
-        commands.export_main(["--nonsense"])
+        export.main(["--nonsense"])

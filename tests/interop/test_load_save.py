@@ -15,7 +15,7 @@ from moejax.config import ConfigError, ExperimentConfig, MeshConfig
 from moejax.interop import load, mapping
 from moejax.interop.files import InteropError
 from moejax.interop.load import load_model
-from moejax.interop.save import save_model
+from moejax.interop.save import write_folder
 from moejax.models import transformer, zoo
 from moejax.params import abstract_params, count, path_name
 from moejax.sharding import make_layout
@@ -84,7 +84,7 @@ def test_round_trip_bit_for_bit(tmp_path, family):
     assert jax.tree.map(lambda a: (a.shape, a.dtype), state) == jax.tree.map(
         lambda a: (a.shape, a.dtype), fresh
     )
-    save_model(tmp_path / "out", cfg, params, state, family, max_shard_bytes=4000)
+    write_folder(tmp_path / "out", cfg, params, state, family, max_shard_bytes=4000)
     files = list((tmp_path / "out").glob("*.safetensors"))
     assert len(files) > 1 and all(f.stat().st_size < 20_000 for f in files)
     back = read_back(tmp_path / "out")
@@ -200,7 +200,7 @@ def test_ignorable_and_repeated_tensors(tmp_path):
     tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
     tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = np.ones(3, np.float32)
     published.write(tmp_path, config, tensors)
-    opened = load.open_checkpoint(tmp_path)
+    opened = load.open_folder(tmp_path)
     cfg, params, _, account = load.read_model(opened)
     assert cfg.tie_embeddings and "head" not in params
     assert [t.name for t, _ in account.repeated] == ["lm_head.weight"]
@@ -248,19 +248,19 @@ def test_export_refuses_what_does_not_fit(tmp_path):
     published.write(tmp_path / "in", config, published.random_tensors(config))
     cfg, params, state = load_model(tmp_path / "in")
     with pytest.raises(ConfigError, match="Families that can: mixtral"):
-        save_model(tmp_path / "out", cfg, params, state, "olmoe")
+        write_folder(tmp_path / "out", cfg, params, state, "olmoe")
     with pytest.raises(InteropError, match="no array head"):
         rest = {k: v for k, v in params.items() if k != "head"}
-        save_model(tmp_path / "out", cfg, rest, state, "mixtral")
+        write_folder(tmp_path / "out", cfg, rest, state, "mixtral")
     with pytest.raises(InteropError, match="head has shape"):
-        save_model(tmp_path / "out", cfg, params | {"head": params["head"][1:]}, state, "mixtral")
+        write_folder(tmp_path / "out", cfg, params | {"head": params["head"][1:]}, state, "mixtral")
     with pytest.raises(InteropError, match="unknown model_type 'bert'"):
-        save_model(tmp_path / "out", cfg, params, state, "bert")
+        write_folder(tmp_path / "out", cfg, params, state, "bert")
     assert not (tmp_path / "out").exists()
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine.txt").write_text("kept")
     with pytest.raises(InteropError, match="not an empty folder"):
-        save_model(tmp_path / "out", cfg, params, state, "mixtral")
+        write_folder(tmp_path / "out", cfg, params, state, "mixtral")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["in", "out"]
 
 
@@ -269,7 +269,7 @@ def test_export_writes_what_it_was_given(tmp_path):
     published.write(tmp_path / "in", config, published.random_tensors(config))
     cfg, params, state = load_model(tmp_path / "in")
     extra = {"tokenizer.json": b"{}", "config.json": (tmp_path / "in/config.json").read_bytes()}
-    save_model(tmp_path / "out", cfg, params, state, "olmoe", extra_files=extra)
+    write_folder(tmp_path / "out", cfg, params, state, "olmoe", extra_files=extra)
     names = {p.name for p in (tmp_path / "out").iterdir()}
     assert names == {"config.json", "model.safetensors", "tokenizer.json"}
     assert json.loads((tmp_path / "out/config.json").read_text()) == config

@@ -16,7 +16,7 @@ from safetensors.numpy import load_file
 from moejax.config import ModelConfig
 from moejax.evals.generate import generate
 from moejax.interop.load import load_model
-from moejax.interop.save import save_model
+from moejax.interop.save import write_folder
 from moejax.models import transformer
 from moejax.models.loss import loss_fn
 
@@ -166,7 +166,7 @@ def test_gradient(case, pair_of, record, tmp_path):
     for p, q in zip(holder.parameters(), pair.original.parameters(), strict=True):
         p.data = torch.zeros_like(p) if q.grad is None else q.grad
     oracle.save(holder, case, tmp_path / "want")
-    save_model(tmp_path / "got", pair.cfg, grads, pair.router_state, case.family)
+    write_folder(tmp_path / "got", pair.cfg, grads, pair.router_state, case.family)
     want, got = read(tmp_path / "want"), read(tmp_path / "got")
     assert set(want) == set(got)
     for name in want:
@@ -186,7 +186,7 @@ def test_export_is_the_original(case, pair_of, tmp_path):
     """What moejax writes, the original reads: every weight to the bit, hence the same logits."""
     pair = pair_of(case)
     out = tmp_path / "export"
-    save_model(out, pair.cfg, pair.params, pair.router_state, case.family)
+    write_folder(out, pair.cfg, pair.params, pair.router_state, case.family)
     again = oracle.load(case, out)
     want, got = pair.original.state_dict(), again.state_dict()
     assert set(want) == set(got)

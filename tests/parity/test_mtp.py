@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers.modeling_layers import MtpModel
 
 from moejax.interop.load import load_model
-from moejax.interop.save import save_model
+from moejax.interop.save import write_folder
 from moejax.models import transformer
 from moejax.models.mtp import mtp_step
 
@@ -104,7 +104,7 @@ def test_mtp(case, record, record_one, tmp_path):
     record_one("deepseek_v3 (MTP)", "configurations")
     assert difference <= 1e-4  # float32 at logit scale 1, four blocks deep
 
-    save_model(tmp_path / "export", cfg, params, state, case.family)
+    write_folder(tmp_path / "export", cfg, params, state, case.family)
     again = oracle.load(case, tmp_path / "export")
     # transformers looks for the module in layer 61, where V3 has it.
     again._keys_to_ignore_on_load_unexpected = [rf"layers\.{main.config.num_hidden_layers}\."]

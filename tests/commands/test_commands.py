@@ -11,7 +11,7 @@ import time
 
 import tiny
 
-ROOT = pathlib.Path(__file__).parent.parent
+ROOT = pathlib.Path(__file__).parents[2]
 TINY = tiny.flags({"train.checkpoint_every": 5})
 
 

@@ -1,4 +1,4 @@
-"""`moejax import` and `moejax export`: between a Hugging Face folder and the folder of a run."""
+"""Between a Hugging Face folder and the folder of a run, both ways."""
 
 import dataclasses
 import json
@@ -6,19 +6,14 @@ import math
 import pathlib
 
 import jax
-from absl import flags
 
-from moejax import command_line
 from moejax.config import (
-    ConfigError,
     DataConfig,
     ExperimentConfig,
     MeshConfig,
     ModelConfig,
 )
 from moejax.data.tokenizer import FILE_NAME, JsonTokenizer
-from moejax.evals.chat import read_prompt_files
-from moejax.interop.checkpoint import CONFIG, open_checkpoint
 from moejax.interop.files import (
     InteropError,
     exists,
@@ -27,8 +22,15 @@ from moejax.interop.files import (
     read_bytes,
     whole_folder,
 )
+from moejax.interop.hf_folder import CONFIG, open_folder
 from moejax.interop.load import read_model
-from moejax.interop.save import save_model
+from moejax.interop.prompts import (
+    GENERATION_CONFIG,
+    TEMPLATE_FILE,
+    TOKENIZER_CONFIG,
+    read_prompt_files,
+)
+from moejax.interop.save import write_folder
 from moejax.mesh import RULES
 from moejax.models.zoo import FAMILIES, config_from_hf, config_to_hf, lost_fields
 from moejax.models.zoo.architecture import architecture
@@ -40,59 +42,16 @@ from moejax.sharding import Layout, make_mesh
 
 # Files of a checkpoint that a run keeps in folder.HF, so that `export` can write them again and
 # `generate` can read what it needs.
-TOKENIZER_CONFIG = "tokenizer_config.json"
 KEPT = (
     CONFIG,
     TOKENIZER_CONFIG,
-    "generation_config.json",
+    GENERATION_CONFIG,
     "special_tokens_map.json",
     "added_tokens.json",
     "vocab.json",
     "merges.txt",
-    "chat_template.jinja",
+    TEMPLATE_FILE,
 )
-
-USAGE = """\
-usage: moejax import --hf_dir=models/deepseek-moe-16b --workdir=runs/16b
-       moejax export --workdir=runs/16b --hf_dir=models/mine [--model_type=deepseek]"""
-
-
-def import_main(argv: list[str]) -> int:
-    """`moejax import`: make the folder of a run from a Hugging Face folder."""
-    fv = flags.FlagValues()
-    flags.DEFINE_string(
-        "hf_dir", None, "Folder with config.json, safetensors and tokenizer.json.", flag_values=fv
-    )
-    flags.DEFINE_string("workdir", None, "Folder to make; must not exist.", flag_values=fv)
-    if not _parse("import", fv, argv, ("hf_dir", "workdir")):
-        return 0
-    import_run(pathlib.Path(fv.hf_dir), pathlib.Path(fv.workdir))
-    return 0
-
-
-def export_main(argv: list[str]) -> int:
-    """`moejax export`: write the newest checkpoint of a run as a Hugging Face folder."""
-    fv = flags.FlagValues()
-    flags.DEFINE_string("workdir", None, "Folder of a run.", flag_values=fv)
-    flags.DEFINE_string("hf_dir", None, "Folder to make; must not exist.", flag_values=fv)
-    flags.DEFINE_string(
-        "model_type", None, "Family to write; an imported run keeps its own.", flag_values=fv
-    )
-    if not _parse("export", fv, argv, ("workdir", "hf_dir")):
-        return 0
-    export_run(pathlib.Path(fv.workdir), pathlib.Path(fv.hf_dir), fv.model_type)
-    return 0
-
-
-def _parse(command: str, fv: flags.FlagValues, argv: list[str], needed: tuple[str, ...]) -> bool:
-    """False if help was asked for, and printed."""
-    rest = command_line.parse(command, USAGE, fv, argv)
-    if rest is None:
-        return False
-    if rest or not all(fv[name].value for name in needed):
-        flag_names = " and ".join(f"--{name}" for name in needed)
-        raise ConfigError(f"{flag_names} are needed, and nothing without a flag\n{USAGE}")
-    return True
 
 
 def import_run(hf_dir: pathlib.Path, workdir: pathlib.Path) -> None:
@@ -104,15 +63,15 @@ def import_run(hf_dir: pathlib.Path, workdir: pathlib.Path) -> None:
     Raises:
       ConfigError: see `load_model`; no tokenizer.json, or one that does not fit; workdir is taken.
     """
-    checkpoint = open_checkpoint(hf_dir)
+    opened = open_folder(hf_dir)
     text = _tokenizer_text(hf_dir)
     tokenizer = JsonTokenizer(text, str(hf_dir / FILE_NAME))
     read_prompt_files(hf_dir)  # for its errors
     kept = {name: read_bytes(hf_dir, name) for name in KEPT if exists(hf_dir, name)}
     with whole_folder(workdir) as folder:
-        tensors = checkpoint.tensors.values()
+        tensors = opened.tensors.values()
         need_space(folder, sum(math.prod(t.shape) * t.dtype.itemsize for t in tensors))
-        model = read_model(checkpoint, layout=_host(), progress=True)
+        model = read_model(opened, layout=_host(), progress=True)
         cfg, params, router_state, account = model
         if tokenizer.vocab_size > cfg.vocab_size:
             raise InteropError(
@@ -135,10 +94,10 @@ def import_run(hf_dir: pathlib.Path, workdir: pathlib.Path) -> None:
         checkpoints.save_model(params, router_state)
         checkpoints.close()
         run_folder.claim_workdir(folder, experiment, tokenizer)
-    if config_from_hf(checkpoint.hf).mtp_depth > cfg.mtp_depth:
+    if config_from_hf(opened.hf).mtp_depth > cfg.mtp_depth:
         print("the files hold no layers for multi-token prediction: imported without them")
     print(
-        f"{account.table()}\n{workdir}: {checkpoint.hf['model_type']}, {count(params):,} parameters. "
+        f"{account.table()}\n{workdir}: {opened.hf['model_type']}, {count(params):,} parameters. "
         f'Try moejax generate --workdir={workdir} --prompt="..."'
     )
 
@@ -179,7 +138,7 @@ def export_run(workdir: pathlib.Path, hf_dir: pathlib.Path, model_type: str | No
     if exists(workdir, run_folder.TOKENIZER):
         extra[FILE_NAME] = read_bytes(workdir, run_folder.TOKENIZER)
         extra.setdefault(TOKENIZER_CONFIG, _tokenizer_config(run, extra[FILE_NAME]))
-    save_model(
+    write_folder(
         hf_dir,
         run.cfg.model,
         run.params,

@@ -1,4 +1,4 @@
-"""What experts read: routes counted by vocabulary entry, and what routes say about domains."""
+"""Counts which tokens an expert receives, and measures what its routes say about domains."""
 
 from collections.abc import Iterable, Sequence
 

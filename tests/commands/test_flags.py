@@ -5,10 +5,10 @@ import sys
 import pytest
 from absl import flags
 
-from moejax import command_line
 from moejax.__main__ import main
+from moejax.commands import flags as command_flags
+from moejax.commands import report
 from moejax.config import ConfigError
-from moejax.evals import report
 
 # ml_collections loads a config file in a way Python calls deprecated.
 pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
@@ -26,16 +26,16 @@ def get_config(variant=""):
 
 def parse(*argv):
     fv = flags.FlagValues()
-    command_line.define_config(fv, list(argv), "An experiment.")
+    command_flags.define_config(fv, list(argv), "An experiment.")
     flags.DEFINE_integer("size", 3, "How many.", flag_values=fv)
-    return command_line.parse("try", USAGE, fv, list(argv)), fv
+    return command_flags.parse("try", USAGE, fv, list(argv)), fv
 
 
 def test_arguments_and_overrides(tmp_path):
     (tmp_path / "x.py").write_text(GOOD)
     rest, fv = parse("a", f"--config={tmp_path}/x.py", "--config.model.d_model=64", "b")
     assert rest == ["a", "b"] and fv.size == 3
-    cfg = command_line.experiment(fv)
+    cfg = command_flags.experiment_of(fv)
     assert cfg.name == "tiny" and cfg.model.d_model == 64
 
 
@@ -71,7 +71,7 @@ def test_mistakes(flag, text, tmp_path, monkeypatch):
     (tmp_path / "broken.py").write_text("def get_config():\n    import no_such_module\n")
     (tmp_path / "none.py.py").write_text("def get_config():\n    pass\n")
     with pytest.raises(ConfigError) as e:
-        command_line.experiment(parse(*flag.format(tmp_path).split())[1])
+        command_flags.experiment_of(parse(*flag.format(tmp_path).split())[1])
     assert text in str(e.value) and "Traceback" not in str(e.value)
 
 
@@ -87,7 +87,7 @@ def test_how_a_command_ends(monkeypatch, capsys, error, code, text):
     def fail(argv):
         raise error
 
-    monkeypatch.setattr(report, "report_main", fail)
+    monkeypatch.setattr(report, "main", fail)
     assert main(["report"]) == code
     assert text in capsys.readouterr().err
 
@@ -96,6 +96,6 @@ def test_a_bug_is_not_taken_for_a_users_mistake(monkeypatch):
     def fail(argv):
         raise OSError("without a file")
 
-    monkeypatch.setattr(report, "report_main", fail)
+    monkeypatch.setattr(report, "main", fail)
     with pytest.raises(OSError, match="without a file"):
         main(["report"])

@@ -41,7 +41,21 @@ def parse(command: str, usage: str, fv: flags.FlagValues, argv: list[str]) -> li
     return rest
 
 
-def experiment(fv: flags.FlagValues) -> ExperimentConfig:
+def parse_needed(
+    command: str, usage: str, fv: flags.FlagValues, argv: list[str], needed: tuple[str, ...]
+) -> bool:
+    """`parse` for a command of flags alone, of which some must be given. False after --help."""
+    rest = parse(command, usage, fv, argv)
+    if rest is None:
+        return False
+    missing = [f"--{name}" for name in needed if not fv[name].value]
+    if rest or missing:
+        what = f"unexpected {rest}" if rest else f"{command} needs {' and '.join(missing)}"
+        raise ConfigError(f"{what}\n{usage}")
+    return True
+
+
+def experiment_of(fv: flags.FlagValues) -> ExperimentConfig:
     """The experiment of --config; a file that could not be read is reported when first used."""
     try:
         return from_config_dict(fv.config)

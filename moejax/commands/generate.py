@@ -5,11 +5,11 @@ import pathlib
 
 from absl import flags
 
-from moejax import command_line
+from moejax.commands.flags import parse_needed
 from moejax.config import ConfigError
 from moejax.evals import chat
 
-GENERATE_USAGE = """\
+USAGE = """\
 usage: moejax generate --workdir=RUN --prompt="def "            continue a text, streaming
        moejax generate --workdir=RUN --prompts_file=FILE        many: a line each, or JSONL with "prompt"
        moejax generate --workdir=RUN --chat --prompt="Hello"    a chat model answers; without a prompt
@@ -44,15 +44,11 @@ def _generate_flags() -> flags.FlagValues:
     return fv
 
 
-def generate_main(argv: list[str]) -> int:
+def main(argv: list[str]) -> int:
     """`moejax generate ...`; argv without the command's name. Raises ConfigError for bad input."""
     fv = _generate_flags()
-    rest = command_line.parse("generate", GENERATE_USAGE, fv, argv)
-    if rest is None:
+    if not parse_needed("generate", USAGE, fv, argv, ("workdir",)):
         return 0
-    if rest or not fv.workdir:
-        what = f"unexpected {rest}" if rest else "generate needs --workdir"
-        raise ConfigError(f"{what}\n{GENERATE_USAGE}")
     if fv.batch_size < 1:
         raise ConfigError(f"--batch_size={fv.batch_size} must be at least 1")
     requests = _requests(fv)  # read before the weights: a wrong file is reported at once
@@ -124,9 +120,9 @@ def _requests(fv) -> list | None:
     """Prompts (texts, or with --chat lists of messages); None: talk at the terminal."""
     given = [n for n in ("prompt", "prompts_file", "messages") if fv[n].value is not None]
     if len(given) > 1:
-        raise ConfigError(f"--{given[0]} and --{given[1]} exclude each other\n{GENERATE_USAGE}")
+        raise ConfigError(f"--{given[0]} and --{given[1]} exclude each other\n{USAGE}")
     if not fv.chat and (fv.messages or fv.system):
-        raise ConfigError(f"--messages and --system need --chat\n{GENERATE_USAGE}")
+        raise ConfigError(f"--messages and --system need --chat\n{USAGE}")
     if fv.messages:
         return [_opening(fv) + _read_messages(pathlib.Path(fv.messages))]
     if fv.prompts_file:

@@ -1,16 +1,15 @@
-"""`moejax plan` and `moejax compare`: flags in, tables out."""
+"""`moejax plan`: what a model costs, before it runs."""
 
 import dataclasses
 import pathlib
-import sys
 
 from absl import flags
 
-from moejax import command_line
 from moejax.axes import BATCH
+from moejax.commands.flags import define_config, experiment_of, parse
 from moejax.config import ConfigError, ExperimentConfig, ModelConfig
 from moejax.config_checks import CHOICES, choice_problem
-from moejax.cost import compare as comparing
+from moejax.cost.compare import load_architecture, load_file
 from moejax.cost.hardware import load_device
 from moejax.cost.memory import checkpoint_bytes
 from moejax.cost.plan import plan
@@ -21,16 +20,16 @@ from moejax.mesh import parse_mesh
 from moejax.models import zoo
 from moejax.text import FORMATS, bytes_text, render
 
-PLAN_USAGE = """\
+USAGE = """\
 usage: moejax plan MODEL                       a published model by name, e.g. deepseek-moe-16b
        moejax plan --hf_config=DIR             a Hugging Face config.json, or its directory
        moejax plan --config=experiments/x.py   an experiment; --config.model...= overrides work
    e.g. moejax plan deepseek-v3 --device=h800 --mesh=fsdp=64,expert=8 --batch=15360 --tokens=14.8e12"""
 
 
-def _plan_flags(argv: list[str]) -> flags.FlagValues:
+def _flags(argv: list[str]) -> flags.FlagValues:
     fv = flags.FlagValues()
-    command_line.define_config(fv, argv, "Experiment to plan.")
+    define_config(fv, argv, "Experiment to plan.")
     text, whole, real = flags.DEFINE_string, flags.DEFINE_integer, flags.DEFINE_float
     text("model", None, "Name of a published model.", flag_values=fv)
     text("hf_config", None, "A Hugging Face config.json, or its directory.", flag_values=fv)
@@ -57,19 +56,19 @@ def _plan_flags(argv: list[str]) -> flags.FlagValues:
     return fv
 
 
-def plan_main(argv: list[str]) -> int:
+def main(argv: list[str]) -> int:
     """`moejax plan ...`; argv without the command's name. Raises ConfigError for bad input."""
-    fv = _plan_flags(argv)
-    names = command_line.parse("plan", PLAN_USAGE, fv, argv)
+    fv = _flags(argv)
+    names = parse("plan", USAGE, fv, argv)
     if names is None:
         return 0
     wanted = [*names, *([fv.model] if fv.model else [])]
     given = len(wanted) + bool(fv.hf_config) + (fv.config is not None)
     if given != 1:
-        raise ConfigError(f"plan takes one model, not {given}\n{PLAN_USAGE}")
+        raise ConfigError(f"plan takes one model, not {given}\n{USAGE}")
     device = load_device(fv.device, fv.price)
     if fv.config is not None:
-        experiment = command_line.experiment(fv)
+        experiment = experiment_of(fv)
         arch, run = of_experiment(experiment, device, fv.devices)
         cfg: ModelConfig | None = experiment.model
         note = ""
@@ -94,11 +93,11 @@ def plan_main(argv: list[str]) -> int:
 def _load(name: str | None, hf_config: str | None):
     """(architecture, ModelConfig or None if it cannot run, what was published)."""
     if hf_config:
-        arch, hf = comparing.load_file(pathlib.Path(hf_config))
+        arch, hf = load_file(pathlib.Path(hf_config))
         runnable = hf.get("model_type") in zoo.FAMILIES
         return arch, zoo.config_from_hf(hf) if runnable else None, _released(arch, hf)
     assert name is not None
-    arch = comparing.load_architecture(name)
+    arch = load_architecture(name)
     if arch is None:
         source = published()[name]["source"]
         raise ConfigError(f"{name} is undisclosed: there is nothing to compute from ({source})")
@@ -152,36 +151,3 @@ def _computed(cfg: ModelConfig | None, fv, published: bool) -> ModelConfig | Non
             raise ConfigError(problem)
         changes[key] = value
     return cfg and dataclasses.replace(cfg, **changes)
-
-
-COMPARE_USAGE = """\
-usage: moejax compare MODEL MODEL ...          names of published models, or config.json files
-   e.g. moejax compare deepseek-moe-16b llama-2-7b gpt-2-xl gpt-4 --baseline=llama-2-7b --plot=x.png"""
-
-
-def compare_main(argv: list[str]) -> int:
-    """`moejax compare ...`; argv without the command's name. Raises ConfigError for bad input."""
-    fv = flags.FlagValues()
-    flags.DEFINE_string("baseline", "", "Model FLOPs are relative to [the first].", flag_values=fv)
-    flags.DEFINE_integer("context", 4096, "Tokens per sequence.", flag_values=fv)
-    flags.DEFINE_enum("format", "table", FORMATS, "table, markdown or csv.", flag_values=fv)
-    flags.DEFINE_string(
-        "plot", None, "Draw the comparison into this file (.png, .svg, .pdf).", flag_values=fv
-    )
-    models = command_line.parse("compare", COMPARE_USAGE, fv, argv)
-    if models is None:
-        return 0
-    rows = comparing.compare(models, fv.baseline, fv.context)
-    baseline = fv.baseline or models[0]
-    tables = {
-        "table": lambda: comparing.text_tables(rows, baseline, fv.context),
-        "markdown": lambda: [comparing.wide_table(rows, baseline, fv.context)],
-        "csv": lambda: [comparing.csv_table(rows)],
-    }[fv.format]()
-    print(render(tables, fv.format), end="")
-    if fv.plot:
-        from moejax.cost.plot import plot
-
-        plot(rows, fv.plot, fv.context)
-        print(f"wrote {fv.plot}", file=sys.stderr)
-    return 0

@@ -16,9 +16,9 @@ FP8_BLOCK = (128, 128)
 
 
 @dataclasses.dataclass(frozen=True)
-class Checkpoint:
+class HfFolder:
     """Attributes:
-    folder: where it is.
+    folder: its path.
     hf: the parsed config.json.
     tensors: by name, quantised ones as what they stand for.
     """
@@ -28,7 +28,7 @@ class Checkpoint:
     tensors: dict[str, Tensor]
 
 
-def open_checkpoint(folder: pathlib.Path) -> Checkpoint:
+def open_folder(folder: pathlib.Path) -> HfFolder:
     """Read config.json, the index and every header; InteropError for whatever is not as it must be."""
     if not folder.is_dir():
         raise InteropError(
@@ -42,7 +42,7 @@ def open_checkpoint(folder: pathlib.Path) -> Checkpoint:
         tensors = _from_index(folder)
     else:
         raise InteropError(_nothing(folder))
-    return Checkpoint(folder, hf, unpack(tensors, block))
+    return HfFolder(folder, hf, unpack(tensors, block))
 
 
 def _nothing(folder: pathlib.Path) -> str:

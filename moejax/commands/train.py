@@ -5,20 +5,19 @@ import sys
 
 from absl import flags, logging
 
-from moejax import command_line
-from moejax.config import ConfigError
+from moejax.commands.flags import define_config, experiment_of, parse_needed
 
-TRAIN_USAGE = """\
+USAGE = """\
 usage: moejax train --config=experiments/quickstart.py --workdir=runs/quickstart
        any value of moejax/config.py can be overridden: --config.model.moe.num_experts=64
        the same command again goes on with the run in the workdir"""
 
 
-def train_main(argv: list[str]) -> int:
+def main(argv: list[str]) -> int:
     """`moejax train ...`; argv without the command's name. Raises ConfigError for bad input."""
     fv = flags.FlagValues()
     text, whole = flags.DEFINE_string, flags.DEFINE_integer
-    command_line.define_config(fv, argv, "Experiment: a Python file with get_config().")
+    define_config(fv, argv, "Experiment: a Python file with get_config().")
     text("workdir", None, "Folder of the run; resumed if it has one.", flag_values=fv)
     flags.DEFINE_boolean(
         "report", True, "Write report.html and print a sample at the end.", flag_values=fv
@@ -32,14 +31,9 @@ def train_main(argv: list[str]) -> int:
     text("coordinator", None, "HOST:PORT of process 0, where no cluster says so.", flag_values=fv)
     whole("num_processes", None, "With --coordinator.", flag_values=fv)
     whole("process_id", None, "With --coordinator.", flag_values=fv)
-    rest = command_line.parse("train", TRAIN_USAGE, fv, argv)
-    if rest is None:
+    if not parse_needed("train", USAGE, fv, argv, ("config", "workdir")):
         return 0
-    missing = [f"--{n}" for n in ("config", "workdir") if not fv[n].value]
-    if rest or missing:
-        what = f"unexpected {rest}" if rest else f"train needs {' and '.join(missing)}"
-        raise ConfigError(f"{what}\n{TRAIN_USAGE}")
-    cfg = command_line.experiment(fv)
+    cfg = experiment_of(fv)
     import jax
 
     from moejax.runs.folder import SaveError

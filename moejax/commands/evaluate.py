@@ -1,0 +1,45 @@
+"""`moejax evaluate`: how well a run predicts held-out text."""
+
+import json
+import pathlib
+
+from absl import flags
+
+from moejax.commands.flags import parse_needed
+from moejax.config import ConfigError
+from moejax.evals.evaluate import evaluate_run, results_table
+from moejax.text import render
+
+USAGE = """\
+usage: moejax evaluate --workdir=RUN                              the run's own held-out documents
+       moejax evaluate --workdir=RUN --sources=wiki=FILES,..      text, .jsonl[.gz|.zst] or .parquet"""
+
+
+def main(argv: list[str]) -> int:
+    """`moejax evaluate ...`; argv without the command's name. Raises ConfigError for bad input."""
+    fv = flags.FlagValues()
+    text, whole = flags.DEFINE_string, flags.DEFINE_integer
+    text("workdir", None, "Folder of a run, trained or imported.", flag_values=fv)
+    flags.DEFINE_list("sources", [], "Text: 'domain=FILES', several with commas.", flag_values=fv)
+    whole("batches", None, "At most so many [all].", flag_values=fv, lower_bound=1)
+    whole("seq_len", None, "Tokens per sequence [the run's].", flag_values=fv, lower_bound=1)
+    whole("batch_size", None, "Sequences at once [the run's].", flag_values=fv, lower_bound=1)
+    text("mesh", None, "Devices per axis: data=2,tensor=4 [one device].", flag_values=fv)
+    text("json", None, "Also write the results to this file.", flag_values=fv)
+    if not parse_needed("evaluate", USAGE, fv, argv, ("workdir",)):
+        return 0
+    if fv.json and not pathlib.Path(fv.json).absolute().parent.is_dir():
+        raise ConfigError(f"--json={fv.json}: there is no such folder")
+    results = evaluate_run(
+        pathlib.Path(fv.workdir),
+        tuple(fv.sources),
+        num_batches=fv.batches,
+        seq_len=fv.seq_len,
+        batch_size=fv.batch_size,
+        mesh=fv.mesh,
+    )
+    where = ", ".join(fv.sources) or "held-out documents"
+    print(render([results_table(results, f"{fv.workdir} on {where}")]))
+    if fv.json:
+        pathlib.Path(fv.json).write_text(json.dumps(results, indent=1) + "\n")
+    return 0

@@ -1,0 +1,21 @@
+"""`moejax report`: a page of pictures of a run."""
+
+import pathlib
+
+from absl import flags
+
+from moejax.commands.flags import parse_needed
+from moejax.evals.report import write_report
+
+USAGE = "usage: moejax report --workdir=runs/quickstart"
+
+
+def main(argv: list[str]) -> int:
+    """`moejax report ...`; argv without the command's name. Raises ConfigError for bad input."""
+    fv = flags.FlagValues()
+    flags.DEFINE_string(
+        "workdir", None, "Folder of a trained run; report.html goes there.", flag_values=fv
+    )
+    if parse_needed("report", USAGE, fv, argv, ("workdir",)):
+        print(f"wrote {write_report(pathlib.Path(fv.workdir))[0]}")
+    return 0
