@@ -189,12 +189,13 @@ class ModelConfig:
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
     # Each source is 'domain=where': 'builtin' (the embedded corpus, three domains), 'code=src/**/*.py'
-    # (a glob of text), 'wiki=dump/*.jsonl.zst' (JSONL, also .gz), 'web=part-*.parquet',
+    # (a glob of text), 'wiki=dump/*.jsonl.zst' (JSON lines, also .gz, .bz2, .xz), 'web=part-*.parquet',
     # 'stories=hf:org/name' (Hugging Face datasets, an extra).
     sources: tuple[str, ...] = ("builtin",)
     # Sampling weight of each source; () = by size.
     weights: tuple[float, ...] = ()
     text_field: str = "text"  # field of JSONL, Parquet and Hugging Face records
+    skip_bad_records: bool = False  # leave out and count records without text, instead of an error
     max_bytes: int = 0  # read at most this much of each domain; 0 = all
     tokenizer: str = (
         "bpe"  # 'byte', 'bpe' (trained on the corpus, saved with the run), or a tokenizer.json

@@ -8,6 +8,7 @@ import dataclasses
 import hashlib
 import json
 import sys
+import warnings
 from collections.abc import Iterable, Iterator
 
 from moejax.config import DataConfig
@@ -15,6 +16,8 @@ from moejax.data import builtin
 from moejax.data.sources import DataError, Document, parse_source, read_documents
 
 Documents = tuple[Document, ...]
+# So many records without text end the reading where `data.max_bytes` is to bound it.
+_MOST_EMPTY = 1_000_000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,20 +47,22 @@ def load_corpus(cfg: DataConfig, *, only_validation: bool = False) -> Corpus:
 
     `only_validation` splits nothing: all documents are held out, to evaluate a model on them.
     Bytes are UTF-8 bytes of the text. Empty documents are left out. A domain of a single document
-    (one long text file) is cut at a line end, its tail held out.
+    (one long text file) is cut at a line end, its tail held out. Bad records (not JSON, without text,
+    not UTF-8) are errors, or with `cfg.skip_bad_records` left out, counted and said in a warning.
 
     Raises:
       DataError: bad syntax, two domains of one name, no or broken files, nothing to hold out.
     """
     groups = [_source_domains(source, cfg) for source in cfg.sources]
     domains: dict[str, Documents] = {}
+    skipped: dict[str, int] | None = {} if cfg.skip_bad_records else None
     for source, group in zip(cfg.sources, groups):
         for name, documents in group.items():
             if name in domains:
                 raise DataError(
                     f"data.sources: {source!r} is a second domain {name!r}; give it another name"
                 )
-            domains[name] = _take(documents, cfg.max_bytes, name)
+            domains[name] = _take(documents, cfg.max_bytes, name, skip=skipped)
     if only_validation:
         train, validation = {name: () for name in domains}, domains
     else:
@@ -76,10 +81,14 @@ def load_corpus(cfg: DataConfig, *, only_validation: bool = False) -> Corpus:
         for share, size, group in zip(shares, sizes, groups)
         for name in group
     )
-    return Corpus(train, validation, weights, _manifest(cfg, train, validation, weights))
+    return Corpus(
+        train, validation, weights, _manifest(cfg, train, validation, weights, skipped or {})
+    )
 
 
-def _source_domains(source: str, cfg: DataConfig) -> dict[str, Iterable[Document]]:
+def _source_domains(
+    source: str, cfg: DataConfig
+) -> dict[str, Iterable[Document] | Iterable[Document | DataError]]:
     """The domains of one source and their (unread) documents."""
     if source == "builtin":
         limit = min(cfg.max_bytes or builtin.MAX_BYTES, builtin.MAX_BYTES)
@@ -88,19 +97,39 @@ def _source_domains(source: str, cfg: DataConfig) -> dict[str, Iterable[Document
             for name, stream in builtin.domains().items()
         }
     name, target = parse_source(source)
-    return {name: read_documents(target, cfg.text_field)}
+    return {name: read_documents(target, cfg.text_field, cfg.max_bytes)}
 
 
 def _take(
-    documents: Iterable[Document], max_bytes: int, domain: str, *, distinct: bool = False
+    documents: Iterable[Document | DataError],
+    max_bytes: int,
+    domain: str,
+    *,
+    distinct: bool = False,
+    skip: dict[str, int] | None = None,
 ) -> Documents:
-    """The first `max_bytes` bytes (0: all) of a domain; the document at the limit is cut."""
-    taken, total, seen = [], 0, set()
-    for document in documents:
+    """The first `max_bytes` bytes (0: all) of a domain; the document at the limit is cut.
+
+    A bad record is raised, or, where `skip` is given, counted in it under the domain's name and said.
+    """
+    taken, total, seen, bad, number = [], 0, set(), [], 0
+    for item in _encoded(documents):
+        number += 1
+        if max_bytes and number - len(taken) > _MOST_EMPTY:
+            raise DataError(
+                f"data.sources: {_MOST_EMPTY:,} records of domain {domain!r} are without text; "
+                "leave their file out"
+            )
+        if isinstance(item, DataError):
+            if skip is None:
+                raise item
+            bad = bad or [item]
+            skip[domain] = skip.get(domain, 0) + 1
+            continue
+        document, data = item
         if not document.text.strip() or (distinct and document.text in seen):
             continue
         seen.add(document.text if distinct else None)
-        data = _encode(document)
         if max_bytes and total + len(data) >= max_bytes:
             # 'ignore' drops the half of a character that the cut may leave.
             text = data[: max_bytes - total].decode("utf-8", "ignore")
@@ -109,19 +138,32 @@ def _take(
             break
         total += len(data)
         taken.append(document)
+    if bad:
+        assert skip is not None
+        warnings.warn(
+            f"data.sources: {skip[domain]} bad records of domain {domain!r} are left out "
+            f"(data.skip_bad_records); the first: {bad[0]}",
+            stacklevel=2,
+        )
     if not taken:
         raise DataError(f"data.sources: domain {domain!r} has no text: every document is empty")
     return tuple(taken)
 
 
-def _encode(document: Document) -> bytes:
-    try:
-        return document.text.encode()
-    except UnicodeEncodeError as e:
-        raise DataError(
-            f"{document.id}: character {e.start} is {document.text[e.start]!r}, half of a "
-            "surrogate pair, and has no UTF-8 form; repair the text or leave it out"
-        ) from e
+def _encoded(
+    documents: Iterable[Document | DataError],
+) -> Iterator[tuple[Document, bytes] | DataError]:
+    for document in documents:
+        if isinstance(document, DataError):
+            yield document
+            continue
+        try:
+            yield document, document.text.encode()
+        except UnicodeEncodeError as e:
+            yield DataError(
+                f"{document.id}: character {e.start} is {document.text[e.start]!r}, half of a "
+                "surrogate pair, and has no UTF-8 form; repair the text or leave it out"
+            )
 
 
 def _digest(document: Document) -> bytes:
@@ -180,7 +222,7 @@ def _num_bytes(documents: Iterable[Document]) -> int:
     return sum(len(d.text.encode()) for d in documents)
 
 
-def _manifest(cfg, train, validation, weights) -> dict:
+def _manifest(cfg, train, validation, weights, skipped) -> dict:
     content = {name: hashlib.sha256() for name in train}
     files: dict[tuple[str, str], dict] = {}
     for domain, document in _all_documents(train, validation):
@@ -209,6 +251,7 @@ def _manifest(cfg, train, validation, weights) -> dict:
             for name, weight in zip(train, weights)
         },
         "files": list(files.values()),
+        **({"skipped_records": skipped} if skipped else {}),
     }
 
 

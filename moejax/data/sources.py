@@ -1,42 +1,60 @@
 """Where text comes from: a source string to a stream of documents.
 
     'builtin'       real text of the running Python installation, see `builtin.py`
-    'domain=glob'   text files, one document each; *.jsonl and *.parquet hold one document per
-                    record; .gz and .zst are decompressed
+    'domain=glob'   files, see below
     'domain=hf:path[:config[:split]]'
                     Hugging Face `datasets`: a hub name or a local folder; the split is 'train'
                     unless given
+
+    .jsonl .jsonlines .ndjson    a document per line
+    .json                        the same, or one array of records, or records over several lines
+    .parquet                     a document per row
+    .txt .text .md               one document
+    any other, or none           Parquet if its content is, lines of JSON if its first line is, else one
+                                 document; binary files and tables of other formats are refused
+
+Each of them but Parquet may be compressed: .gz .zst .bz2 .xz, or any name if the content is. Only
+'\\n' ends a line, a byte-order mark at the start of a file is no text, and a file is read once, whatever
+links lead to it.
 
 Whatever cannot be read is a `DataError` that names the source, file, line or byte and what would
 work.
 """
 
+import codecs
 import dataclasses
-import glob
-import gzip
+import itertools
 import json
 import os
 import re
-import zlib
 from collections.abc import Iterator
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-import zstandard
 
-from moejax.config import ConfigError
+from moejax.data import files
+from moejax.data.files import CHUNK, MOST_RECORD_BYTES, DataError
 
-_CHUNK = 1 << 20
 _SYNTAX = "expected 'builtin', 'domain=glob' or 'domain=hf:path[:config[:split]]'"
-
-
-class DataError(ConfigError):
-    """Data that cannot be used; the message names the source, file or record, and the remedy."""
+_LINES = (".jsonl", ".jsonlines", ".ndjson")
+_TEXT = (".txt", ".text", ".md")
+_REFUSED = {
+    ".csv .tsv .arrow .feather .orc .avro": "convert it to .jsonl or .parquet",
+    ".tar .tgz .zip .7z .rar": "unpack it",
+    ".lz4 .br .sz .snappy .z .lz .lzo": "compress it as .gz, .zst, .bz2 or .xz",
+    ".pdf .doc .docx .epub": "extract its text",
+    ".warc .wet .wat": "extract its records to .jsonl",
+}
+_REMEDY = {suffix: remedy for group, remedy in _REFUSED.items() for suffix in group.split()}
+# Parquet: rows read at once (each may be as long as the longest), and how far text may be expanded.
+_ROWS = 8
+_MOST_EXPANSION, _SMALL = 200, 256 << 20
+_JSON, _SPACE = json.JSONDecoder(), re.compile(r"[ \t\r\n]*")
 
 
 @dataclasses.dataclass(frozen=True)
 class Document:
-    """One text. `record` is its line (JSONL) or row, counted from 1, or 0 if it is a whole file."""
+    """One text. `record` is its line (JSON lines), row or item, counted from 1, or 0 for a whole file."""
 
     file: str
     record: int
@@ -57,131 +75,270 @@ def parse_source(source: str) -> tuple[str, str]:
     return name, target
 
 
-def read_documents(target: str, text_field: str) -> Iterator[Document]:
-    """Documents of the right-hand side of a source, files in sorted order.
+def read_documents(
+    target: str, text_field: str, max_bytes: int = 0
+) -> Iterator[Document | DataError]:
+    """Documents of the right-hand side of a source, files in sorted order; for a bad record, its error.
 
     Args:
       target: a glob (** for subfolders), or 'hf:path[:config[:split]]'.
       text_field: the key or column that holds the text of a record.
+      max_bytes: what is wanted of the text (0: all). A file that is one document is read so far; records
+        come as they are read, and whoever has enough stops.
+
+    Raises:
+      DataError: no file, or one that cannot be read from some place on.
     """
     if target.startswith("hf:"):
         yield from _read_hugging_face(target, text_field)
         return
-    files = sorted(
-        f for f in glob.glob(os.path.expanduser(target), recursive=True) if os.path.isfile(f)
-    )
-    if not files:
-        raise DataError(f"data.sources: no file matches {target!r} (from {os.getcwd()})")
-    for file in files:
-        inner = file.lower().removesuffix(".gz").removesuffix(".zst")
-        if inner.endswith(".jsonl"):
-            yield from _read_jsonl(file, text_field)
-        elif inner.endswith(".parquet"):
-            yield from _read_parquet(file, text_field)
-        else:
-            yield Document(file, 0, _decode(b"".join(_chunks(file)), file))
+    # A file whose text is a hundredth of it, or less, is refused where time is to be bounded.
+    most = _SMALL + 100 * max_bytes if max_bytes else 0
+    for file in files.find(target):
+        match _kind(file):
+            case "parquet":
+                yield from _read_parquet(file, text_field)
+            case "lines":
+                yield from _read_lines(file, text_field, most)
+            case "values":
+                values = enumerate(_values(_Scanner(file, most)), 1)
+                yield from _documents(file, values, text_field)
+            case _:
+                yield _read_text(file, max_bytes)
 
 
-def _chunks(file: str) -> Iterator[bytes]:
-    """The bytes of a file, decompressed by its suffix."""
-    try:
-        if file.lower().endswith(".zst"):
-            yield from _zstd_chunks(file)
-        else:
-            opener = gzip.open if file.lower().endswith(".gz") else open
-            with opener(file, "rb") as f:
-                while chunk := f.read(_CHUNK):
-                    yield chunk  # pyright: ignore[reportReturnType]
-    except (gzip.BadGzipFile, zlib.error, zstandard.ZstdError, EOFError) as e:
-        raise DataError(f"{file}: broken compressed file ({e}); fetch or compress it again") from e
-    except OSError as e:
-        raise DataError(f"{file}: cannot be read ({e.strerror or e})") from e
-
-
-def _zstd_chunks(file: str) -> Iterator[bytes]:
-    """Frame by frame, because zstandard's stream reader takes a truncated file for a short one."""
-    frame = zstandard.ZstdDecompressor().decompressobj()
-    with open(file, "rb") as f:
-        while data := f.read(_CHUNK):
-            while data:
-                if frame.eof:
-                    frame = zstandard.ZstdDecompressor().decompressobj()
-                yield frame.decompress(data)
-                data = frame.unused_data if frame.eof else b""
-    if not frame.eof:
-        raise EOFError("the last zstd frame is truncated")
-
-
-def _decode(data: bytes, file: str, offset: int = 0) -> str:
-    try:
-        return data.decode("utf-8")
-    except UnicodeDecodeError as e:
+def _kind(file: str) -> str:
+    """'parquet', 'lines' (JSON, one a line), 'values' (JSON, an array or any layout) or 'text'."""
+    suffix = files.inner_suffix(file)
+    outer = os.path.splitext(file.lower())[1]
+    if remedy := _REMEDY.get(suffix):
+        raise DataError(f"{file}: {suffix} is not read; {remedy}, or leave it out of data.sources")
+    if suffix == ".parquet" and outer != suffix:
+        raise DataError(f"{file}: Parquet is compressed inside; decompress the file itself")
+    known = {".parquet": "parquet"} | dict.fromkeys(_LINES, "lines") | dict.fromkeys(_TEXT, "text")
+    if suffix in known:
+        return known[suffix]
+    head = next(files.chunks(file), b"")
+    if head.startswith(b"PAR1") and outer not in files.COMPRESSIONS:
+        return "parquet"
+    first, newline, _ = head.lstrip(b" \t\r\n").partition(b"\n")
+    long = not newline and len(head) >= CHUNK - 3  # the first line goes on; without a mark, 3 less
+    if re.match(rb'\{\s*"', first) and (long or _is_object(first)):
+        return "lines"
+    if suffix == ".json":
+        return "values"
+    if re.match(rb'\s*\[\s*\{\s*"', head):
+        return "values"
+    if b"\0" in head:
         raise DataError(
-            f"{file}: not UTF-8 at byte offset {offset + e.start} (byte 0x{data[e.start]:02x}); "
-            "convert the file to UTF-8, or leave it out of data.sources"
-        ) from e
+            f"{file}: a binary file; what can be read is text, .jsonl, .json and .parquet"
+        )
+    return "text"
 
 
-def _lines(file: str) -> Iterator[bytes]:
-    """Lines with their line ends, at '\\n' only (str.splitlines would split at U+2028 too)."""
-    rest = b""
-    for chunk in _chunks(file):
-        *lines, rest = (rest + chunk).split(b"\n")
-        for line in lines:
-            yield line + b"\n"
-    if rest:
-        yield rest
+def _is_object(line: bytes) -> bool:
+    try:
+        return isinstance(json.loads(line), dict)
+    except (ValueError, RecursionError):
+        return False
 
 
-def _read_jsonl(file: str, field: str) -> Iterator[Document]:
-    offset = 0
-    for number, line in enumerate(_lines(file), 1):
-        text = _decode(line, f"{file}:{number}", offset)
-        offset += len(line)
-        if not text.strip():
-            continue
+def _read_text(file: str, max_bytes: int) -> Document | DataError:
+    parts, size, cut = [], 0, False
+    for chunk in files.chunks(file):
+        parts.append(chunk)
+        size += len(chunk)
+        if cut := bool(
+            max_bytes and size > max_bytes + 3
+        ):  # a character more: the cut may be inside one
+            parts = [b"".join(parts)[: max_bytes + 3]]
+            break
+    try:
+        return Document(file, 0, files.decode(b"".join(parts), file, whole=not cut))
+    except DataError as e:
+        return e
+
+
+def _read_lines(file: str, field: str, most: int) -> Iterator[Document | DataError]:
+    for number, offset, line in files.lines(file, most):
+        where = f"{file}:{number}"
         try:
-            record = json.loads(text)
-        except json.JSONDecodeError as e:
-            raise DataError(f"{file}:{number}: not JSON ({e.msg} at column {e.colno})") from e
-        if not isinstance(record, dict):
-            raise DataError(f"{file}:{number}: a {type(record).__name__}, not a JSON object")
-        yield _record_document(file, number, record, field)
+            if line is None:
+                raise DataError(
+                    f"{where}: a line of more than {MOST_RECORD_BYTES:,} bytes; JSON lines end at '\\n'"
+                )
+            # Files that were joined may bring their marks along.
+            text = files.decode(line, where, offset).removeprefix("\ufeff")
+            yield _record_document(file, number, _parse(text, where), field)
+        except DataError as e:
+            yield e
 
 
-def _record_document(file: str, number: int, record: dict, field: str) -> Document:
+def _parse(text: str, where: str) -> object:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as e:
+        raise _not_json(where, e) from e
+
+
+def _not_json(where: str, e: Exception) -> DataError:
+    if isinstance(e, json.JSONDecodeError):
+        return DataError(f"{where}: not JSON ({e.msg} at column {e.colno})")
+    deep = isinstance(e, RecursionError)
+    return DataError(f"{where}: not JSON ({'too deeply nested' if deep else e})")
+
+
+def _record_document(file: str, number: int, record: object, field: str) -> Document:
     where = f"{file}:{number}"
+    if not isinstance(record, dict):
+        raise DataError(f"{where}: a {type(record).__name__}, not a JSON object")
     if field not in record:
-        known = ", ".join(map(repr, record)) or "none"
-        raise DataError(f"{where}: no field data.text_field={field!r}; its fields are {known}")
+        raise DataError(
+            f"{where}: no field data.text_field={field!r}; its fields are {_names(record)}"
+        )
     if not isinstance(record[field], str):
         kind = type(record[field]).__name__
         raise DataError(f"{where}: field data.text_field={field!r} is a {kind}, not text")
     return Document(file, number, record[field])
 
 
-def _read_parquet(file: str, field: str) -> Iterator[Document]:
+def _names(fields) -> str:
+    some = [repr(name[:40]) for name in list(fields)[:10]]
+    return ", ".join(some + ["..."] * (len(fields) > 10)) or "none"
+
+
+def _documents(file: str, records, field: str) -> Iterator[Document | DataError]:
+    for number, record in records:
+        try:
+            yield _record_document(file, number, record, field)
+        except DataError as e:
+            yield e
+
+
+def _values(scan: "_Scanner") -> Iterator[object]:
+    """The items of an array, or values one after another, whatever their line breaks."""
+    array = scan.peek() == "["
+    if array:
+        scan.step()
+    while scan.peek() != ("]" if array else ""):
+        yield scan.value()
+        if array and scan.peek() == ",":
+            scan.step()
+            if scan.peek() == "]":
+                raise scan.error("an item is missing after the last comma")
+        elif array and scan.peek() != "]":
+            raise scan.error("the array has no end, or no comma after this item")
+    if array:
+        scan.step()
+        if scan.peek():
+            raise scan.error("there is more after the array")
+
+
+class _Scanner:
+    """JSON values from a file as they are read; holds one of them and a chunk."""
+
+    def __init__(self, file: str, most: int):
+        self._file, self._number = file, 0
+        self._source = _decoded(file, most)
+        self._text, self._at, self._ended = "", 0, False
+
+    def error(self, what: str) -> DataError:
+        return DataError(f"{self._file}:{self._number}: {what}; JSON is records or one array")
+
+    def peek(self) -> str:
+        """The next character that is no space; '' at the end."""
+        while True:
+            self._at = _SPACE.match(self._text, self._at).end()  # pyright: ignore
+            if self._at < len(self._text) or self._ended:
+                return self._text[self._at : self._at + 1]
+            self._read()
+
+    def step(self) -> None:
+        self._at += 1
+
+    def value(self) -> object:
+        """The value that begins here. Raises DataError if it is broken or too long."""
+        self._number += 1
+        while True:
+            try:
+                value, end = _JSON.raw_decode(self._text, self._at)
+                if end < len(self._text) or self._ended:  # else a number may go on
+                    self._at = end
+                    return value
+            except (ValueError, RecursionError) as e:
+                if self._ended or isinstance(e, RecursionError):
+                    raise _not_json(f"{self._file}:{self._number}", e) from e
+            if len(self._text) - self._at > MOST_RECORD_BYTES:
+                raise self.error(f"no whole JSON value within {MOST_RECORD_BYTES:,} characters")
+            self._read()
+
+    def _read(self) -> None:
+        """At least as much again as is held: no value is parsed once for every chunk."""
+        parts = [self._text[self._at :]]
+        held = size = len(parts[0])
+        while not self._ended and size <= 2 * held:
+            chunk = next(self._source, None)
+            self._ended = chunk is None
+            parts.append(chunk or "")
+            size += len(parts[-1])
+        self._text, self._at = "".join(parts), 0
+
+
+def _decoded(file: str, most: int) -> Iterator[str]:
+    utf8, offset = codecs.getincrementaldecoder("utf-8")(), 0
+    for chunk in itertools.chain(files.chunks(file, most), [b""]):
+        held = utf8.getstate()[0]
+        try:
+            yield utf8.decode(chunk, final=not chunk)
+        except UnicodeDecodeError:
+            files.decode(held + chunk, file, offset - len(held))  # raises
+        offset += len(chunk)
+
+
+def _read_parquet(file: str, field: str) -> Iterator[Document | DataError]:
     try:
-        with pq.ParquetFile(file) as table:
-            schema = table.schema_arrow
-            if field not in schema.names:
-                raise DataError(
-                    f"{file}: no column data.text_field={field!r}; its columns are "
-                    + ", ".join(map(repr, schema.names))
-                )
-            kind = schema.field(field).type
-            if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
-                raise DataError(f"{file}: column data.text_field={field!r} is {kind}, not text")
+        # Buffered: by default a whole column of a row group is read at once.
+        with pq.ParquetFile(file, buffer_size=CHUNK) as table:
+            _check_column(table, file, field)
             number = 0
-            for batch in table.iter_batches(batch_size=1024, columns=[field]):
-                for text in batch.column(0).to_pylist():
+            for batch in table.iter_batches(batch_size=_ROWS, columns=[field]):
+                for value in batch.column(field):
                     number += 1
-                    yield _record_document(file, number, {field: text}, field)
-    except (pa.ArrowException, OSError) as e:
+                    try:
+                        yield _record_document(file, number, {field: value.as_py()}, field)
+                    except UnicodeDecodeError:
+                        yield DataError(f"{file}:{number}: not UTF-8, though the column is text")
+                    except DataError as e:
+                        yield e
+    except (pa.ArrowException, OSError, MemoryError) as e:
         raise DataError(f"{file}: not a readable Parquet file ({e})") from e
 
 
-def _read_hugging_face(target: str, field: str) -> Iterator[Document]:
+def _check_column(table: pq.ParquetFile, file: str, field: str) -> None:
+    schema = table.schema_arrow
+    if schema.names.count(field) != 1:
+        what = "no column" if field not in schema.names else "more than one column"
+        raise DataError(
+            f"{file}: {what} data.text_field={field!r}; its columns are {_names(schema.names)}"
+        )
+    kind = schema.field(field).type
+    kind = kind.value_type if pa.types.is_dictionary(kind) else kind
+    is_text = (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view)
+    if not any(is_kind(kind) for is_kind in is_text):
+        advice = "; cast it to string if it is UTF-8" if "binary" in str(kind) else ""
+        raise DataError(f"{file}: column data.text_field={field!r} is {kind}, not text{advice}")
+    paths = [table.schema.column(i).path for i in range(len(table.schema))]
+    for group in range(table.num_row_groups):
+        column = table.metadata.row_group(group).column(paths.index(field))
+        size = column.total_uncompressed_size
+        if size > max(_SMALL, _MOST_EXPANSION * column.total_compressed_size):
+            raise DataError(
+                f"{file}: {column.total_compressed_size:,} bytes of row group {group} become {size:,}, "
+                f"more than {_MOST_EXPANSION} times as much: no text does that"
+            )
+
+
+def _read_hugging_face(target: str, field: str) -> Iterator[Document | DataError]:
     # At most three parts: a split may hold colons itself, as in 'train[:10%]'.
     path, *rest = target.removeprefix("hf:").split(":", 2)
     if not path:
@@ -199,5 +356,4 @@ def _read_hugging_face(target: str, field: str) -> Iterator[Document]:
         records = datasets.load_dataset(path, config, split=split)
     except (OSError, ValueError) as e:  # no such data set, configuration or split; no network
         raise DataError(f"data.sources: {target!r} cannot be loaded: {e}") from e
-    for number, record in enumerate(records, 1):
-        yield _record_document(target, number, record, field)  # pyright: ignore[reportArgumentType]
+    yield from _documents(target, enumerate(records, 1), field)

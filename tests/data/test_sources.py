@@ -16,8 +16,13 @@ RECORDS = [{"text": "first\nlines", "id": 1}, {"text": "zwei äöü", "id": 2}]
 JSONL = "".join(json.dumps(r) + "\n" for r in RECORDS).encode()
 
 
-def read(target, field="text"):
-    return [(d.id, d.text) for d in read_documents(str(target), field)]
+def read(target, field="text", max_bytes=0):
+    found = []
+    for d in read_documents(str(target), field, max_bytes):
+        if isinstance(d, DataError):
+            raise d
+        found.append((d.id, d.text))
+    return found
 
 
 def error(target, field="text") -> str:
@@ -132,9 +137,10 @@ def test_bad_jsonl_lines(tmp_path, line, message):
         ("x.jsonl.gz", gzip.compress(JSONL)[:-9]),  # truncated
         ("x.jsonl.zst", zstandard.compress(JSONL)[:-1]),
         ("x.jsonl.zst", b""),
+        ("x.jsonl.gz", b""),
         ("x.txt.gz", gzip.compress(JSONL)[:15] + b"\0\0\0\0" + gzip.compress(JSONL)[19:]),
     ],
-    ids=["plain-gz", "plain-zst", "cut-gz", "cut-zst", "empty-zst", "damaged-gz"],
+    ids=["plain-gz", "plain-zst", "cut-gz", "cut-zst", "empty-zst", "empty-gz", "damaged-gz"],
 )
 def test_broken_compression_names_the_file(tmp_path, name, data):
     (tmp_path / name).write_bytes(data)
