@@ -12,7 +12,7 @@ from moejax.text import render
 
 USAGE = """\
 usage: moejax evaluate --workdir=RUN                              the run's own held-out documents
-       moejax evaluate --workdir=RUN --sources=wiki=FILES,..      text, .jsonl[.gz|.zst] or .parquet"""
+       moejax evaluate --workdir=RUN --sources=wiki=FILES,..      text, JSON lines or Parquet"""
 
 
 def main(argv: list[str]) -> int:

@@ -118,7 +118,12 @@ def layouts(records):
     st.integers(1, 9),
     st.sampled_from(["", "\ufeff"]),
 )
-@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=60,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
 def test_json_of_any_layout(tmp_path, monkeypatch, items, chunk, mark):
     """Also when records, characters and numbers are cut by the ends of what is read at once."""
     records = [{**record, "text": text} for record, text in items]
@@ -145,7 +150,12 @@ def pieces(file, size):
 
 
 @given(st.binary(max_size=60), st.integers(1, 7))
-@settings(max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=200,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
 def test_lines_are_what_split_gives(tmp_path, monkeypatch, data, size):
     """'\\n' alone ends a line, and places are exact."""
     data = data.replace(b"\x01", b"\n").replace(b"\x02", b" ")
