@@ -17,10 +17,17 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from moejax.config_checks import experiment_problems, model_problems
+from moejax.text import MOST_MESSAGE, cut, plain
 
 
 class ConfigError(ValueError):
-    """A config that cannot work; the message names the keys and what would work."""
+    """A config that cannot work; the message names the keys and what would work.
+
+    A message may quote files and flags: it is made safe to print, and short.
+    """
+
+    def __init__(self, message: str):
+        super().__init__(plain(cut(message, MOST_MESSAGE)))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,12 +1,20 @@
-"""Numbers as people read them, and tables as terminal text, Markdown and CSV."""
+"""Numbers as people read them, tables as terminal text, Markdown and CSV, and foreign text in messages."""
 
 import csv
 import dataclasses
 import io
+import re
+import reprlib
 from collections.abc import Sequence
 
 FORMATS = ("table", "markdown", "csv")
 UNKNOWN = "unknown"
+# What a terminal acts on, or shows in another place: control characters but tab and newline, marks that turn
+# the direction of writing, halves of surrogate pairs.
+_UNPRINTABLE = re.compile(
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]"
+)
+MOST_SHOWN, MOST_MESSAGE = 120, 8000  # characters of a value in a message, and of a message
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,3 +119,31 @@ def _scaled(n, units) -> str:
             text = f"{value:.0f}" if value >= 1000 else f"{value:.4g}"
             return text + unit
     return f"{n:.4g}"
+
+
+class _Short(reprlib.Repr):
+    """`repr` of a bounded part of a value."""
+
+    def __init__(self):
+        super().__init__()
+        self.maxlevel, self.maxstring, self.maxother = 3, MOST_SHOWN, MOST_SHOWN
+        self.maxdict = self.maxlist = self.maxtuple = self.maxset = 6
+
+    def repr_int(self, x, level):
+        return f"{x:#x}"[:20] + "..." if x.bit_length() > 4 * MOST_SHOWN else repr(x)
+
+
+def shown(value) -> str:
+    """A value from a file, for a message: its `repr` without what a terminal acts on, in bounded length."""
+    return cut(plain(_Short().repr(value)), MOST_SHOWN)
+
+
+def plain(text: str) -> str:
+    """The text with every character that a terminal would act on written out: `\\x1b`."""
+    return _UNPRINTABLE.sub(lambda m: m[0].encode("unicode_escape").decode(), text)
+
+
+def cut(text: str, most: int) -> str:
+    """At most `most` characters: what is too long loses its middle."""
+    half = most // 2 - 3
+    return text if len(text) <= most else f"{text[:half]} ... {text[-half:]}"

@@ -42,7 +42,8 @@ def _v32(hf: dict, name: str) -> Architecture:
     n = fields.sizes(
         hf, "deepseek_v32", "index_n_heads", "index_head_dim", "index_topk", "q_lora_rank"
     )
-    v3 = of_model(zoo.config_from_hf({**hf, "model_type": "deepseek_v3"}), name)
+    rest = {k: v for k, v in hf.items() if not k.startswith("index_")}
+    v3 = of_model(zoo.config_from_hf({**rest, "model_type": "deepseek_v3"}), name)
     assert v3.attention is not None
     heads, width = n["index_n_heads"], n["index_head_dim"]
     d, q = v3.d_model, n["q_lora_rank"]

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import pathlib
+from collections.abc import Collection
 
 import jax
 
@@ -54,8 +55,12 @@ KEPT = (
 )
 
 
-def import_run(hf_dir: pathlib.Path, workdir: pathlib.Path) -> None:
+def import_run(
+    hf_dir: pathlib.Path, workdir: pathlib.Path, ignore_keys: Collection[str] = ()
+) -> None:
     """Make `workdir` a run: config.json, tokenizer.json, hf/, and a checkpoint of step 0.
+
+    The files are read, and kept, without `ignore_keys`.
 
     It appears whole, when everything is written, or not at all. Nothing outside of it and of a
     temporary folder beside it is written.
@@ -63,11 +68,13 @@ def import_run(hf_dir: pathlib.Path, workdir: pathlib.Path) -> None:
     Raises:
       ConfigError: see `load_model`; no tokenizer.json, or one that does not fit; workdir is taken.
     """
-    opened = open_folder(hf_dir)
+    opened = open_folder(hf_dir, ignore_keys)
     text = _tokenizer_text(hf_dir)
     tokenizer = JsonTokenizer(text, str(hf_dir / FILE_NAME))
     read_prompt_files(hf_dir)  # for its errors
     kept = {name: read_bytes(hf_dir, name) for name in KEPT if exists(hf_dir, name)}
+    if ignore_keys:
+        kept[CONFIG] = (json.dumps(opened.hf, indent=2) + "\n").encode()
     with whole_folder(workdir) as folder:
         tensors = opened.tensors.values()
         need_space(folder, sum(math.prod(t.shape) * t.dtype.itemsize for t in tensors))

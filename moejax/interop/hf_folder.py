@@ -2,6 +2,7 @@
 
 import dataclasses
 import pathlib
+from collections.abc import Collection
 
 from moejax.interop.files import InteropError, checked_file, exists, read_json
 from moejax.interop.quantized import Tensor, unpack
@@ -28,13 +29,14 @@ class HfFolder:
     tensors: dict[str, Tensor]
 
 
-def open_folder(folder: pathlib.Path) -> HfFolder:
-    """Read config.json, the index and every header; InteropError for whatever is not as it must be."""
+def open_folder(folder: pathlib.Path, ignore_keys: Collection[str] = ()) -> HfFolder:
+    """Read config.json without `ignore_keys`, the index and every header; InteropError for whatever is
+    not as it must be."""
     if not folder.is_dir():
         raise InteropError(
             f"{folder} is not a folder; expected one with {CONFIG} and *.safetensors"
         )
-    hf = read_json(folder, CONFIG)
+    hf = {k: v for k, v in read_json(folder, CONFIG).items() if k not in ignore_keys}
     block = _quantization(hf, folder)
     if exists(folder, SINGLE):  # first, as `transformers` does
         tensors = read_header(checked_file(folder, SINGLE))

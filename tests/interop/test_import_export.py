@@ -286,3 +286,15 @@ def test_bad_arguments():
         import_.main(["--hf_dir=x"])
     with pytest.raises(ConfigError, match="Unknown command line flag 'nonsense'"):
         export.main(["--nonsense"])
+
+
+def test_a_key_that_is_not_known_is_left_out_when_asked(tmp_path):
+    """It stops the import; without it the run exports a config.json that says what moejax computes."""
+    hf = checkpoint(tmp_path / "hf", "olmoe", clip_qkv=8.0, router_noise=0.5)
+    arguments = ["import", f"--hf_dir={hf}", f"--workdir={tmp_path / 'run'}"]
+    assert main([*arguments, "--ignore_keys=router_noise"]) == 2
+    assert main([*arguments, "--ignore_keys=clip_qkv"]) == 2
+    assert main([*arguments, "--ignore_keys=clip_qkv,router_noise"]) == 0
+    convert.export_run(tmp_path / "run", tmp_path / "out")
+    before, after = (json.loads((d / "config.json").read_text()) for d in (hf, tmp_path / "out"))
+    assert after == {k: v for k, v in before.items() if k not in ("clip_qkv", "router_noise")}

@@ -133,7 +133,7 @@ BAD = {
     ),
     "softmax scale": (
         "llama-2-7b",
-        {"rope_scaling": {"type": "yarn", "factor": 2.0, "mscale_all_dim": 1.0}},
+        {"rope_scaling": {"type": "yarn", "factor": 2.0, "mscale": 1.0, "mscale_all_dim": 1.0}},
         "mscale_all_dim",
     ),
     "rope not an object": ("llama-2-7b", {"rope_scaling": "yarn"}, "must be an object"),

@@ -20,6 +20,7 @@ from moejax.models.zoo import (
     deepseek_v3,
     gpt2,
     gpt_oss,
+    keys,
     llama,
     mixtral,
     olmoe,
@@ -27,6 +28,7 @@ from moejax.models.zoo import (
     qwen3_moe,
 )
 from moejax.models.zoo.architecture import architecture
+from moejax.text import plain, shown
 
 # Hugging Face model_type -> the module that reads and writes it.
 FAMILIES: dict[str, ModuleType] = {
@@ -128,7 +130,7 @@ def config_from_hf(hf: dict) -> ModelConfig:
     """The ModelConfig of a parsed config.json, by its `model_type`.
 
     Raises ConfigError, naming what would work, for a model type we do not know, a missing or absurd
-    field, or an option that ModelConfig cannot express.
+    field, an option that ModelConfig cannot express, or a key that the family does not know.
     """
     kind = hf.get("model_type") if isinstance(hf, dict) else None
     if not isinstance(kind, str):
@@ -136,7 +138,14 @@ def config_from_hf(hf: dict) -> ModelConfig:
     if kind in COUNTED_ONLY:
         raise ConfigError(f"model_type {kind!r} can be counted (plan, compare) but not run")
     if kind not in FAMILIES:
-        raise ConfigError(f"unknown model_type {kind!r}; known: {', '.join(FAMILIES)}")
+        raise ConfigError(f"unknown model_type {shown(kind)}; known: {', '.join(FAMILIES)}")
+    unknown = keys.unknown(hf, FAMILIES[kind])
+    if unknown:
+        raise ConfigError(
+            f"{kind} config: {', '.join(f'{plain(k)}={shown(hf[k])}' for k in unknown[:6])}: "
+            f"{len(unknown)} keys that moejax does not know, and so may not ignore. If they change nothing, "
+            f"go on without them: moejax import --ignore_keys={','.join(unknown[:6])}"
+        )
     cfg = FAMILIES[kind].config_from_hf(hf)
     problems = model_problems(cfg, "")
     if problems:

@@ -4,6 +4,14 @@ from moejax.config import AttentionConfig, ModelConfig, MoEConfig
 from moejax.models.zoo import fields, names
 
 MODEL_TYPE = "deepseek"
+# What the readers below take, of this family and the later ones.
+MOE = fields.DECODER | {
+    *("intermediate_size", "first_k_dense_replace", "n_routed_experts", "num_experts_per_tok"),
+    *("moe_intermediate_size", "moe_layer_freq", "n_shared_experts", "scoring_func"),
+    *("norm_topk_prob", "aux_loss_alpha", "seq_aux", "attention_bias", "num_key_value_heads"),
+}
+READ = MOE | {"head_dim"}
+HARMLESS = frozenset()
 # The blocks' FFNs: dense, or a router, routed experts, and the shared experts as one wide FFN.
 FFNS = names.DENSE_FFN + names.ROUTER + names.EXPERTS + names.SHARED_EXPERTS
 NAMES = names.Table(

@@ -4,6 +4,14 @@ from moejax.config import AttentionConfig, ConfigError, ModelConfig, MoEConfig
 from moejax.models.zoo import deepseek, fields, names
 
 MODEL_TYPE = "deepseek_v2"
+# What this family and the next read. Widths of heads that follow from others are repeated by newer files.
+MLA = deepseek.MOE | {
+    *("q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"),
+    *("rope_interleave", "topk_method", "n_group", "topk_group", "routed_scaling_factor"),
+    "mlp_bias",
+}
+READ = MLA
+HARMLESS = frozenset({"ep_size", "head_dim", "qk_head_dim"})
 NAMES = names.Table(
     rows=(
         *names.DECODER,
@@ -20,9 +28,11 @@ def latent_attention(hf: dict, family: str) -> AttentionConfig:
         hf, family, "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"
     )
     fields.only(hf, family, "attention_bias", False)
+    fields.only(hf, family, "mlp_bias", False, None)
     fields.only(hf, family, "rope_interleave", True)
     fields.given(hf, family, "q_lora_rank")
     heads = fields.size(hf, family, "num_attention_heads")
+    fields.only(hf, family, "num_key_value_heads", heads, None)
     return AttentionConfig(
         kind="mla",
         num_heads=heads,

@@ -2,9 +2,11 @@
 
 from moejax.config import ModelConfig, MoEConfig
 from moejax.models.zoo import deepseek, fields, names
-from moejax.models.zoo.deepseek_v2 import latent_attention, latent_attention_to_hf
+from moejax.models.zoo.deepseek_v2 import MLA, latent_attention, latent_attention_to_hf
 
 MODEL_TYPE = "deepseek_v3"
+READ = MLA | {"num_nextn_predict_layers", "num_mtp_layers", "num_local_experts"}
+HARMLESS = frozenset({"ep_size", "head_dim", "qk_head_dim"})
 _BIAS = names.BLOCK + "mlp.gate.e_score_correction_bias"
 _BLOCKS = ("dense_blocks", "moe_blocks", "mtp/block")
 # Multi-token prediction is saved as layers after the last, each with its own copy of the embedding
@@ -41,6 +43,9 @@ def config_from_hf(hf: dict) -> ModelConfig:
     The file does not say how the selection bias was learned, so it is 'frozen'; the presets say
     how ('sign', 'sign_centered').
     """
+    # Names of transformers 5.
+    hf = fields.same(hf, MODEL_TYPE, "n_routed_experts", "num_local_experts")
+    hf = fields.same(hf, MODEL_TYPE, "num_nextn_predict_layers", "num_mtp_layers")
     common = fields.decoder_from_hf(hf, MODEL_TYPE)
     fields.only(hf, MODEL_TYPE, "scoring_func", "sigmoid")
     fields.only(hf, MODEL_TYPE, "topk_method", "noaux_tc")

@@ -1,12 +1,26 @@
 """Reading the fields of a Hugging Face `config.json`: present, sane, supported."""
 
-import math
 from typing import Any
 
 from moejax.config import ConfigError, RopeConfig
+from moejax.models.zoo.keys import words
+from moejax.text import shown
 
 # No published model comes near; a larger value is a typing error or a hostile file.
 MAX_SIZE = 2**24
+# What `decoder_from_hf` and `rope_from_hf` read, and the parts of rope_scaling.
+DECODER = words(
+    """
+    vocab_size hidden_size num_hidden_layers num_attention_heads max_position_embeddings rms_norm_eps
+    hidden_act initializer_range tie_word_embeddings rope_theta rope_scaling rope_parameters
+    """
+)
+ROPE = words(
+    """
+    rope_type type rope_theta factor original_max_position_embeddings beta_fast beta_slow mscale
+    mscale_all_dim truncate attention_factor
+    """
+)
 
 
 def sizes(hf: dict, family: str, *names: str) -> dict[str, int]:
@@ -29,7 +43,7 @@ def size(hf: dict, family: str, name: str, default: int | None = None, least: in
         return default
     if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= MAX_SIZE:
         raise ConfigError(
-            f"{family} config: {name}={value!r} must be an integer between {least} and {MAX_SIZE}"
+            f"{family} config: {name}={shown(value)} must be an integer between {least} and {MAX_SIZE}"
         )
     return value
 
@@ -39,10 +53,11 @@ def number(hf: dict, family: str, name: str, default: float, least: float = 0.0)
     value = hf.get(name)
     if value is None:
         return default
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise ConfigError(f"{family} config: {name}={value!r} must be a number")
+    # Compared, not converted: an integer may be too large for a float.
+    if isinstance(value, bool) or not isinstance(value, int | float) or not -1e300 < value < 1e300:
+        raise ConfigError(f"{family} config: {name}={shown(value)} must be a number")
     if value < least:
-        raise ConfigError(f"{family} config: {name}={value!r} must be at least {least}")
+        raise ConfigError(f"{family} config: {name}={shown(value)} must be at least {least}")
     return float(value)
 
 
@@ -51,7 +66,7 @@ def only(hf: dict, family: str, name: str, *allowed: Any) -> Any:
     value = hf.get(name, allowed[0])
     if value not in allowed:
         raise ConfigError(
-            f"{family} config: {name}={value!r} is not supported; "
+            f"{family} config: {name}={shown(value)} is not supported; "
             f"{' or '.join(repr(a) for a in allowed)} would work"
         )
     return value
@@ -62,7 +77,7 @@ def flag(hf: dict, family: str, name: str, default: bool = False) -> bool:
     if value is None:
         return default
     if not isinstance(value, bool):
-        raise ConfigError(f"{family} config: {name}={value!r} must be true or false")
+        raise ConfigError(f"{family} config: {name}={shown(value)} must be true or false")
     return value
 
 
@@ -82,7 +97,7 @@ def items(hf: dict, family: str, name: str) -> list:
     if value is None:
         return []
     if not isinstance(value, list):
-        raise ConfigError(f"{family} config: {name}={value!r} must be a list or null")
+        raise ConfigError(f"{family} config: {name}={shown(value)} must be a list or null")
     return value
 
 
@@ -94,6 +109,17 @@ def head_dim(hf: dict, family: str) -> int:
     return size(hf, family, "head_dim", d // n)
 
 
+def same(hf: dict, family: str, name: str, other: str) -> dict:
+    """`hf` with what it calls by another name under `name`; ConfigError where both are given and differ."""
+    value, alias = hf.get(name), hf.get(other)
+    if value is not None and alias is not None and value != alias:
+        raise ConfigError(
+            f"{family} config: {name}={shown(value)} and {other}={shown(alias)} name the same thing; "
+            "leave one out"
+        )
+    return hf if alias is None else {**hf, name: alias}
+
+
 def rope_from_hf(
     hf: dict,
     family: str,
@@ -101,48 +127,84 @@ def rope_from_hf(
     interleaved: bool = False,
     mla: bool = False,
     default_theta: float | None = 10_000.0,
+    default_scaling: dict | None = None,
 ) -> RopeConfig:
     """RoPE and YaRN from `rope_theta` + `rope_scaling`, or from the newer `rope_parameters`.
 
-    Without a `default_theta` the base must be given.
+    `rope_scaling` wins where a file has both: it was added by hand to a newer file. Without a
+    `default_theta` the base must be given.
     """
-    scaling = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
+    scaling = hf.get("rope_scaling") or hf.get("rope_parameters")
+    scaling = (default_scaling or {}) if scaling is None else scaling
     if not isinstance(scaling, dict):
-        raise ConfigError(f"{family} config: rope_scaling={scaling!r} must be an object or null")
+        raise ConfigError(
+            f"{family} config: rope_scaling={shown(scaling)} must be an object or null"
+        )
+    if any(c.get("rope_theta", 1.0) is None for c in (hf, scaling)):
+        raise ConfigError(f"{family} config: rope_theta=null has no meaning; give a number")
     if default_theta is None:
         given(hf | scaling, family, "rope_theta")
     theta = number(hf | scaling, family, "rope_theta", default_theta or 10_000.0, least=1.0)
     kind = scaling.get("rope_type", scaling.get("type", "default"))
+    if kind not in ("default", "yarn"):
+        raise ConfigError(
+            f"{family} config: rope_scaling type {shown(kind)} is not supported; 'yarn' or null would"
+        )
+    neutral = {"attention_factor": None, "partial_rotary_factor": 1.0}
+    odd = [k for k, v in scaling.items() if k not in ROPE and v not in (None, neutral.get(k))]
+    if odd:
+        raise ConfigError(
+            f"{family} config: rope_scaling has {odd[0]}={shown(scaling[odd[0]])}, which is not known; "
+            f"{', '.join(sorted(ROPE))} are"
+        )
     if kind == "default":
         return RopeConfig(theta=theta, interleaved=interleaved)
-    if kind != "yarn":
-        raise ConfigError(
-            f"{family} config: rope_scaling type {kind!r} is not supported; 'yarn' or null would"
-        )
     if scaling.get("attention_factor") is not None:
         raise ConfigError(
             f"{family} config: rope_scaling.attention_factor is not supported; "
             "leave it out (it follows from factor and mscale)"
         )
-    mscale_all_dim = number(scaling, family, "mscale_all_dim", 0.0)
-    if mscale_all_dim and not mla:
+    mscale, mscale_all_dim = _mscale(scaling, family, mla)
+    longest = hf["max_position_embeddings"]
+    original = longest
+    if "original_max_position_embeddings" in scaling:
+        original = size(scaling, family, "original_max_position_embeddings")
+    if "factor" not in scaling:
         raise ConfigError(
-            f"{family} config: rope_scaling.mscale_all_dim={mscale_all_dim} changes the softmax "
-            "scale, which only multi-head latent attention defines; 0 would work"
+            f"{family} config: rope_scaling.factor is required; null means max_position_embeddings / "
+            "original_max_position_embeddings"
         )
     return RopeConfig(
         theta=theta,
         interleaved=interleaved,
-        yarn_factor=number(scaling, family, "factor", 1.0, least=1.0),
-        yarn_original_len=size(
-            scaling, family, "original_max_position_embeddings", hf["max_position_embeddings"]
-        ),
+        yarn_factor=number(scaling, family, "factor", longest / original, least=1.0),
+        yarn_original_len=original,
         yarn_beta_fast=number(scaling, family, "beta_fast", 32.0),
         yarn_beta_slow=number(scaling, family, "beta_slow", 1.0),
-        yarn_mscale=number(scaling, family, "mscale", 1.0),
+        yarn_mscale=mscale,
         yarn_mscale_all_dim=mscale_all_dim,
         yarn_truncate=flag(scaling, family, "truncate", True),
     )
+
+
+def _mscale(scaling: dict, family: str, mla: bool) -> tuple[float, float]:
+    """mscale and mscale_all_dim, which count only together."""
+    mscale = number(scaling, family, "mscale", 0.0)
+    all_dim = number(scaling, family, "mscale_all_dim", 0.0)
+    if mscale and all_dim and mla:
+        return mscale, all_dim
+    if mscale and all_dim:
+        raise ConfigError(
+            f"{family} config: rope_scaling.mscale_all_dim={all_dim} beside mscale changes the scale of "
+            "queries and keys as only multi-head latent attention defines it; leave both out"
+        )
+    if mla and (all_dim or scaling.get("mscale") not in (None, 1.0)):
+        # DeepSeek's own code applies one without the other, `transformers` neither.
+        raise ConfigError(
+            f"{family} config: rope_scaling has mscale or mscale_all_dim without the other, which has two "
+            "meanings in published code; give both or none"
+        )
+    return 1.0, 0.0
 
 
 def rope_to_hf(rope: RopeConfig, *, mla: bool = False) -> dict:

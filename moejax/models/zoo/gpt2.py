@@ -1,9 +1,22 @@
 """GPT-2: dense, LayerNorm, learned positions, tied head, biases (Radford et al. 2019)."""
 
 from moejax.config import AttentionConfig, ConfigError, ModelConfig
-from moejax.models.zoo import fields, names
+from moejax.models.zoo import fields, keys, names
 
 MODEL_TYPE = "gpt2"
+READ = keys.words(
+    """
+    vocab_size n_embd n_head n_layer n_positions n_inner activation_function layer_norm_epsilon
+    initializer_range scale_attn_weights scale_attn_by_inverse_layer_idx tie_word_embeddings
+    """
+)
+HARMLESS = keys.words(
+    """
+    n_ctx n_special output_past predict_special_tokens reorder_and_upcast_attn resid_pdrop embd_pdrop
+    attn_pdrop summary_activation summary_first_dropout summary_proj_to_labels summary_type
+    summary_use_proj
+    """
+)
 _BLOCK = "transformer.h.{layer}."
 # Conv1D: weights are [in, out] already. The published files leave out "transformer."; the masks
 # that old versions of `transformers` saved as buffers are ignored.

@@ -2,9 +2,24 @@
 
 from moejax.config import ConfigError, ModelConfig, MoEConfig
 from moejax.models.zoo import fields, names
-from moejax.models.zoo.mixtral import grouped_attention
+from moejax.models.zoo.mixtral import GROUPED, grouped_attention
+from moejax.text import shown
 
 MODEL_TYPE = "gpt_oss"
+READ = GROUPED | {
+    *("num_local_experts", "num_experts_per_tok", "intermediate_size", "attention_bias"),
+    *("swiglu_limit", "layer_types", "sliding_window"),
+}
+HARMLESS = frozenset({"experts_per_token", "initial_context_length", "router_aux_loss_coef"})
+# Where the file is silent. The same in the class of `transformers`.
+SCALING = {
+    "rope_type": "yarn",
+    "factor": 32.0,
+    "beta_fast": 32.0,
+    "beta_slow": 1.0,
+    "truncate": False,
+    "original_max_position_embeddings": 4096,
+}
 # Experts are one tensor with the input axis first, as the parameters; MXFP4 files are unpacked to it.
 _FUSED = "mlp.experts.gate_up_proj"
 NAMES = names.Table(
@@ -39,7 +54,7 @@ def windows_from_hf(hf: dict) -> tuple[int, ...]:
     if len(kinds) != num_layers or not all(k in (SLIDING, FULL) for k in kinds):
         raise ConfigError(
             f"gpt_oss config: layer_types must hold {num_layers} times {SLIDING!r} or {FULL!r}, "
-            f"not {kinds}"
+            f"not {shown(kinds)}"
         )
     window = fields.size(hf, MODEL_TYPE, "sliding_window") if SLIDING in kinds else 0
     every = tuple(window if k == SLIDING else 0 for k in kinds)
@@ -68,7 +83,13 @@ def config_from_hf(hf: dict) -> ModelConfig:
         num_dense_layers=0,
         d_ff=0,
         attention=grouped_attention(
-            hf, MODEL_TYPE, qkv_bias=bias, out_bias=bias, sinks=True, windows=windows_from_hf(hf)
+            hf,
+            MODEL_TYPE,
+            SCALING,
+            qkv_bias=bias,
+            out_bias=bias,
+            sinks=True,
+            windows=windows_from_hf(hf),
         ),
         moe=MoEConfig(
             num_experts=n["num_local_experts"],
@@ -88,7 +109,7 @@ def config_to_hf(cfg: ModelConfig) -> dict:
     """The config.json that `transformers` loads as GptOssForCausalLM (with BF16 experts)."""
     a, m = cfg.attention, cfg.moe
     rope = fields.rope_to_hf(a.rope)
-    # Where the file is silent, transformers takes gpt-oss's own YaRN.
+    # Silence would mean SCALING.
     rope["rope_scaling"] = rope["rope_scaling"] or {"rope_type": "default"}
     return fields.decoder_to_hf(
         cfg,

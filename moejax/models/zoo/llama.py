@@ -4,6 +4,10 @@ from moejax.config import AttentionConfig, ModelConfig
 from moejax.models.zoo import fields, names
 
 MODEL_TYPE = "llama"
+READ = fields.DECODER | {
+    *("intermediate_size", "num_key_value_heads", "head_dim", "attention_bias", "mlp_bias"),
+}
+HARMLESS = frozenset({"max_sequence_length"})  # LLaMA 1
 NAMES = names.Table(
     rows=(
         *names.DECODER,

@@ -4,6 +4,13 @@ from moejax.config import AttentionConfig, ModelConfig, MoEConfig
 from moejax.models.zoo import fields, names
 
 MODEL_TYPE = "mixtral"
+# What `grouped_attention` reads.
+GROUPED = fields.DECODER | {"num_key_value_heads", "head_dim"}
+READ = GROUPED | {
+    *("num_local_experts", "num_experts_per_tok", "intermediate_size", "sliding_window"),
+    "router_aux_loss_coef",
+}
+HARMLESS = frozenset()
 _MOE = "block_sparse_moe."
 NAMES = names.Table(
     rows=(
@@ -28,22 +35,23 @@ NAMES = names.Table(
 )
 
 
-def switch_loss(hf: dict, family: str, experts_per_token: int) -> dict:
+def switch_loss(hf: dict, family: str, experts_per_token: int, default: float = 0.001) -> dict:
     """The coefficient of the load-balancing loss of `transformers` as one of ours.
 
     Its loss is E sum_i c_i P_i with c_i the routes to expert i per token, K times DeepSeekMoE's
     (2401.06066 eq. 12-14), whose f_i are per token and chosen expert.
     """
-    return {
-        "expert_loss": experts_per_token * fields.number(hf, family, "router_aux_loss_coef", 0.0)
-    }
+    coefficient = fields.number(hf, family, "router_aux_loss_coef", default)
+    return {"expert_loss": experts_per_token * coefficient}
 
 
 def switch_loss_to_hf(cfg: ModelConfig) -> dict:
     return {"router_aux_loss_coef": cfg.moe.expert_loss / cfg.moe.experts_per_token}
 
 
-def grouped_attention(hf: dict, family: str, **kwargs) -> AttentionConfig:
+def grouped_attention(
+    hf: dict, family: str, default_scaling: dict | None = None, **kwargs
+) -> AttentionConfig:
     """Grouped-query attention with half-split RoPE."""
     fields.given(hf, family, "num_key_value_heads")
     heads = fields.size(hf, family, "num_attention_heads")
@@ -51,7 +59,7 @@ def grouped_attention(hf: dict, family: str, **kwargs) -> AttentionConfig:
         num_heads=heads,
         num_kv_heads=fields.size(hf, family, "num_key_value_heads", heads),
         head_dim=fields.head_dim(hf, family),
-        rope=fields.rope_from_hf(hf, family, default_theta=None),
+        rope=fields.rope_from_hf(hf, family, default_theta=None, default_scaling=default_scaling),
         **kwargs,
     )
 

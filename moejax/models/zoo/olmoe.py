@@ -2,9 +2,19 @@
 
 from moejax.config import ModelConfig, MoEConfig
 from moejax.models.zoo import fields, names
-from moejax.models.zoo.mixtral import grouped_attention, switch_loss, switch_loss_to_hf
+from moejax.models.zoo.mixtral import (
+    GROUPED,
+    grouped_attention,
+    switch_loss,
+    switch_loss_to_hf,
+)
 
 MODEL_TYPE = "olmoe"
+READ = GROUPED | {
+    *("num_experts", "num_experts_per_tok", "intermediate_size", "norm_topk_prob"),
+    *("attention_bias", "clip_qkv", "router_aux_loss_coef"),
+}
+HARMLESS = frozenset()
 NAMES = names.Table(
     rows=(
         *names.DECODER,
@@ -31,7 +41,7 @@ def config_from_hf(hf: dict) -> ModelConfig:
             experts_per_token=n["num_experts_per_tok"],
             d_expert=n["intermediate_size"],
             normalize_weights=fields.flag(hf, MODEL_TYPE, "norm_topk_prob"),
-            **switch_loss(hf, MODEL_TYPE, n["num_experts_per_tok"]),
+            **switch_loss(hf, MODEL_TYPE, n["num_experts_per_tok"], default=0.01),
         ),
     )
 

@@ -2,9 +2,23 @@
 
 from moejax.config import ConfigError, ModelConfig, MoEConfig
 from moejax.models.zoo import fields, names
-from moejax.models.zoo.mixtral import grouped_attention, switch_loss, switch_loss_to_hf
+from moejax.models.zoo.mixtral import (
+    GROUPED,
+    grouped_attention,
+    switch_loss,
+    switch_loss_to_hf,
+)
+from moejax.text import shown
 
 MODEL_TYPE = "qwen2_moe"
+# What versions 2 and 3 read. The windows count only with use_sliding_window, which must be false.
+MOE = GROUPED | {
+    *("intermediate_size", "mlp_only_layers", "decoder_sparse_step", "use_sliding_window"),
+    *("layer_types", "num_experts", "num_local_experts", "num_experts_per_tok"),
+    *("moe_intermediate_size", "norm_topk_prob", "router_aux_loss_coef"),
+}
+READ = MOE | {"qkv_bias", "shared_expert_intermediate_size"}
+HARMLESS = frozenset({"sliding_window", "max_window_layers"})
 # The dense layers and the experts of Qwen's MoE models, versions 2 and 3.
 FFNS = names.DENSE_FFN + names.ROUTER + names.EXPERTS
 NAMES = names.Table(
@@ -29,10 +43,15 @@ def leading_dense_layers(hf: dict, family: str) -> int:
     """Number of dense layers, which must be the first ones (`mlp_only_layers`)."""
     fields.only(hf, family, "decoder_sparse_step", 1)
     fields.only(hf, family, "use_sliding_window", False)
+    if any(kind != "full_attention" for kind in fields.items(hf, family, "layer_types")):
+        raise ConfigError(
+            f"{family} config: layer_types={shown(hf['layer_types'])} is not supported; "
+            "'full_attention' in every layer would work"
+        )
     layers = fields.items(hf, family, "mlp_only_layers")
     if layers != list(range(len(layers))):
         raise ConfigError(
-            f"{family} config: mlp_only_layers={layers} is not supported; the first layers, "
+            f"{family} config: mlp_only_layers={shown(layers)} is not supported; the first layers, "
             "such as [0, 1], would work"
         )
     return len(layers)
@@ -57,7 +76,7 @@ def moe_to_hf(cfg: ModelConfig) -> dict:
 
 def moe_from_hf(hf: dict, family: str, **kwargs) -> MoEConfig:
     # transformers 5 saves Qwen3's number of experts under Mixtral's name.
-    hf = {"num_experts": hf.get("num_local_experts"), **hf}
+    hf = fields.same(hf, family, "num_experts", "num_local_experts")
     n = fields.sizes(hf, family, "num_experts", "num_experts_per_tok", "moe_intermediate_size")
     return MoEConfig(
         num_experts=n["num_experts"],

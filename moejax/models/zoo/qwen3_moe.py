@@ -3,9 +3,11 @@
 from moejax.config import ModelConfig
 from moejax.models.zoo import fields, names
 from moejax.models.zoo.mixtral import grouped_attention
-from moejax.models.zoo.qwen2_moe import FFNS, leading_dense_layers, moe_from_hf, moe_to_hf
+from moejax.models.zoo.qwen2_moe import FFNS, MOE, leading_dense_layers, moe_from_hf, moe_to_hf
 
 MODEL_TYPE = "qwen3_moe"
+READ = MOE | {"attention_bias"}
+HARMLESS = frozenset({"sliding_window", "max_window_layers"})
 NAMES = names.Table(
     rows=(*names.DECODER, *names.in_blocks(names.NORMS + names.ATTENTION + FFNS)),
     duplicates=(names.TIED_HEAD,),
