@@ -147,7 +147,7 @@ def lines(file: str, most: int = 0) -> Iterator[tuple[int, int, bytes | None]]:
     """
     number, offset, parts, size = 1, 0, [], 0
     for chunk in chunks(file, most):
-        if not size and not chunk.strip(b" \t\r\n"):  # blank lines by the megabyte, at once
+        if not size and chunk[-1:] == b"\n" and not chunk.strip(b" \t\r\n"):  # a megabyte of them
             number, offset = number + chunk.count(b"\n"), offset + len(chunk)
             continue
         *ends, rest = chunk.split(b"\n")
