@@ -9,10 +9,10 @@ from tqdm import tqdm
 from moejax import axes
 from moejax.config import ConfigError, DataConfig
 from moejax.data import Corpus, load_corpus, validation_batches
+from moejax.evals.validation import compile_eval, evaluate
 from moejax.evals.writer import mesh_layout
 from moejax.runs.open import load_run, read_config
 from moejax.text import Table
-from moejax.train.validation import compile_eval, evaluate
 
 
 def held_out(data: DataConfig, sources: tuple[str, ...]) -> tuple[DataConfig, Corpus]:
@@ -44,7 +44,7 @@ def evaluate_run(
       mesh: 'data=2,tensor=4', None for one device.
 
     Returns:
-      See `moejax.train.validation.evaluate`. Raises ConfigError (DataError for the text) for bad input.
+      See `moejax.evals.validation.evaluate`. Raises ConfigError (DataError for the text) for bad input.
     """
     cfg = read_config(workdir)
     data = dataclasses.replace(

@@ -17,6 +17,7 @@ from moejax.data import (
     train_iterator,
     validation_batches,
 )
+from moejax.evals.validation import compile_eval, evaluate
 from moejax.mesh import check_layout, mesh_sizes
 from moejax.params import count
 from moejax.runs import folder
@@ -33,7 +34,6 @@ from moejax.train.state import (
     state_shardings,
 )
 from moejax.train.step import compile_step
-from moejax.train.validation import compile_eval, evaluate
 
 
 class Diverged(RuntimeError):

@@ -8,6 +8,7 @@ import optax
 
 from moejax import axes
 from moejax.config import ExperimentConfig
+from moejax.evals.validation import domain_sums
 from moejax.models import transformer
 from moejax.models.loss import LossParts, StepTotals, batch_totals, loss_fn
 from moejax.moe import stats
@@ -107,16 +108,6 @@ def _join(parts: LossParts, shape) -> LossParts:
     return total._replace(nll_BS=nll_BS, aux=aux)
 
 
-def domain_sums(nll_BS, batch: dict, num_domains: int) -> dict[str, jax.Array]:
-    """Sum of nll and number of counted targets of each domain."""
-    hot = jax.nn.one_hot(batch["domain"], num_domains, dtype=nll_BS.dtype)
-    mask = (batch["loss_mask"] > 0).astype(nll_BS.dtype)
-    return {
-        "domain_nll": jnp.einsum("BS,BSd->d", nll_BS, hot),
-        "domain_targets": jnp.einsum("BS,BSd->d", mask, hot),
-    }
-
-
 def train_step(
     state: TrainState,
     batch: dict,
@@ -183,23 +174,6 @@ def train_step(
         metrics |= stats.summarize(a.load_E, a.dropped)
         metrics["score_entropy"] = a.score_entropy.mean()
     return new_state, metrics
-
-
-def eval_step(params, router_state, batch, cfg: ExperimentConfig, *, num_domains=1, layout=None):
-    """Sums over a validation batch: nll and targets of each domain, and `domain_load` [domain, L, E], the
-    routes of each domain to each expert of each MoE layer."""
-    _, parts = loss_fn(params, router_state, batch, cfg.model.without_drops, layout=layout)
-    sums = domain_sums(parts.nll_BS, batch, num_domains)
-    if "moe_blocks" in parts.aux:
-        domain_T = batch["domain"].reshape(-1)
-        load = functools.partial(
-            stats.load_by_label,
-            label_T=domain_T,
-            num_labels=num_domains,
-            num_experts=cfg.model.moe.num_experts,
-        )
-        sums["domain_load"] = jax.vmap(load, out_axes=1)(parts.aux["moe_blocks"].routing)
-    return sums
 
 
 def compile_step(

@@ -18,7 +18,7 @@ from moejax.config import (
 )
 from moejax.data import synthetic_batch
 from moejax.train.state import create_state
-from moejax.train.step import eval_step, train_step
+from moejax.train.step import train_step
 
 MODEL = ModelConfig(
     vocab_size=32,
@@ -58,19 +58,6 @@ def test_learns_a_batch_and_moves_the_bias_by_its_rate(step):
         moves = np.asarray(state.router_state[name]["expert_bias"]) / MODEL.moe.bias_rate
         np.testing.assert_allclose(moves, np.round(moves), atol=1e-3)
         assert 0 < np.abs(moves).max() <= 30.001
-
-
-def test_evaluation_drops_nothing():
-    """Under a capacity a token's loss would depend on later tokens; the model that generates has none."""
-    moe = dataclasses.replace(MODEL.moe, dispatcher="capacity", capacity_factor=0.25)
-    tight = dataclasses.replace(CFG, model=dataclasses.replace(MODEL, moe=moe, mtp_depth=0))
-    loose = dataclasses.replace(CFG, model=dataclasses.replace(MODEL, mtp_depth=0))
-    state = create_state(loose, jax.random.key(0), None)
-    batch = synthetic_batch(8, 4, 32)
-    chex.assert_trees_all_equal(
-        *(eval_step(state.params, state.router_state, batch, cfg) for cfg in (tight, loose))
-    )
-    assert loose.model.without_drops is loose.model
 
 
 def test_a_step_that_is_not_finite_is_skipped_and_counted(step):

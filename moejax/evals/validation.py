@@ -1,14 +1,44 @@
 """Validation: the loss over held-out batches, and which domain goes to which expert."""
 
+import functools
 from collections.abc import Callable, Iterable, Sequence
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from moejax.config import ExperimentConfig
 from moejax.data import Tokenizer
+from moejax.models.loss import loss_fn
+from moejax.moe import stats
 from moejax.sharding import Layout, place_whole
-from moejax.train.step import eval_step
+
+
+def domain_sums(nll_BS, batch: dict, num_domains: int) -> dict[str, jax.Array]:
+    """Sum of nll and number of counted targets of each domain."""
+    hot = jax.nn.one_hot(batch["domain"], num_domains, dtype=nll_BS.dtype)
+    mask = (batch["loss_mask"] > 0).astype(nll_BS.dtype)
+    return {
+        "domain_nll": jnp.einsum("BS,BSd->d", nll_BS, hot),
+        "domain_targets": jnp.einsum("BS,BSd->d", mask, hot),
+    }
+
+
+def eval_step(params, router_state, batch, cfg: ExperimentConfig, *, num_domains=1, layout=None):
+    """Sums over a validation batch: nll and targets of each domain, and `domain_load` [domain, L, E], the
+    routes of each domain to each expert of each MoE layer."""
+    _, parts = loss_fn(params, router_state, batch, cfg.model.without_drops, layout=layout)
+    sums = domain_sums(parts.nll_BS, batch, num_domains)
+    if "moe_blocks" in parts.aux:
+        domain_T = batch["domain"].reshape(-1)
+        load = functools.partial(
+            stats.load_by_label,
+            label_T=domain_T,
+            num_labels=num_domains,
+            num_experts=cfg.model.moe.num_experts,
+        )
+        sums["domain_load"] = jax.vmap(load, out_axes=1)(parts.aux["moe_blocks"].routing)
+    return sums
 
 
 def compile_eval(cfg: ExperimentConfig, *, num_domains: int, layout: Layout | None = None):
