@@ -9,13 +9,13 @@ import dataclasses
 from collections.abc import Iterator
 
 from moejax.axes import BATCH
-from moejax.config import ModelConfig
+from moejax.config import DataConfig, ExperimentConfig, ModelConfig
 from moejax.cost import memory
 from moejax.cost.architecture import Architecture, of_model
 from moejax.cost.flops import flops_per_token
 from moejax.cost.hardware import Device
 from moejax.cost.memory import BYTES
-from moejax.mesh import MeshSizes
+from moejax.mesh import MeshSizes, layout_problems
 from moejax.moe.routers import ROUTERS
 
 # DeepSeek-V3's pre-training reached 39% of the H800's dense BF16 peak: 250.4 GFLOPs per token,
@@ -223,24 +223,20 @@ class Fit:
 
 def meshes(cfg: ModelConfig, devices: int) -> Iterator[MeshSizes]:
     """Meshes of so many devices that divide the model, from plain data parallelism on."""
-    m = cfg.moe if cfg.num_moe_layers else None
-    heads = cfg.attention.num_heads
     for tensor in (1, 2, 4, 8):
-        if devices % tensor or heads % tensor or cfg.vocab_size % tensor:
-            continue
-        if cfg.attention.kind == "mha" and cfg.attention.num_kv_heads % tensor:
-            continue
-        widths = [m.d_expert, m.shared_width] if m else []
-        if any(w % tensor for w in [*widths, cfg.d_ff if cfg.num_dense_layers or not m else 0]):
-            continue
-        rest = devices // tensor
-        for expert in (e for e in range(1, rest + 1) if rest % e == 0):
-            if expert > 1 and (m is None or m.num_experts % expert):
-                continue
-            left = rest // expert
-            for fsdp in (f for f in range(1, left + 1) if left % f == 0):
-                if cfg.d_model % fsdp == 0:
-                    yield MeshSizes(left // fsdp, fsdp, expert, tensor)
+        for expert in _divisors(devices // tensor):
+            for fsdp in _divisors(devices // (tensor * expert)):
+                mesh = MeshSizes(devices // (tensor * expert * fsdp), fsdp, expert, tensor)
+                experiment = ExperimentConfig(
+                    model=cfg, data=DataConfig(batch_size=mesh.size(BATCH))
+                )
+                wasted = mesh.devices < devices or (expert > 1 and not cfg.num_moe_layers)
+                if not wasted and not layout_problems(experiment, mesh, "gpu"):
+                    yield mesh
+
+
+def _divisors(n: int) -> list[int]:
+    return [i for i in range(1, n + 1) if n % i == 0]
 
 
 def nearest_fit(
