@@ -15,7 +15,7 @@ from moejax.cost.memory import checkpoint_bytes
 from moejax.cost.plan import plan
 from moejax.cost.published import facts_of, published, sizes_text
 from moejax.cost.roofline import EFFICIENCY
-from moejax.cost.run import Run, of_experiment
+from moejax.cost.setup import Setup, of_experiment
 from moejax.mesh import parse_mesh
 from moejax.models import zoo
 from moejax.text import FORMATS, bytes_text, render
@@ -69,16 +69,16 @@ def main(argv: list[str]) -> int:
     device = load_device(fv.device, fv.price)
     if fv.config is not None:
         experiment = experiment_of(fv)
-        arch, run = of_experiment(experiment, device, fv.devices)
+        arch, setup = of_experiment(experiment, device, fv.devices)
         cfg: ModelConfig | None = experiment.model
         note = ""
     else:
         experiment = ExperimentConfig()
         arch, cfg, note = _load(wanted[0] if wanted else None, fv.hf_config)
-        run = Run(device, context=min(4096, arch.max_seq_len))
-    run = _override(run, fv, arch.max_seq_len)
+        setup = Setup(device, context=min(4096, arch.max_seq_len))
+    setup = _override(setup, fv, arch.max_seq_len)
     cfg = _computed(cfg, fv, published=fv.config is None)
-    print(render(plan(arch, cfg, run, note), fv.format))
+    print(render(plan(arch, cfg, setup, note), fv.format))
     if fv.verify:
         if fv.config is None:
             raise ConfigError(
@@ -120,7 +120,7 @@ def _released(arch, hf: dict) -> str:
     return f"Released in {method}: {bytes_text(checkpoint_bytes(arch, hf))}."
 
 
-def _override(run: Run, fv, max_seq_len: int) -> Run:
+def _override(setup: Setup, fv, max_seq_len: int) -> Setup:
     """The run with what the flags say in place of its defaults."""
     changes = {"efficiency": fv.efficiency}
     for key in ("batch", "context", "tokens"):
@@ -128,13 +128,13 @@ def _override(run: Run, fv, max_seq_len: int) -> Run:
             changes[key] = fv[key].value
     if fv.mesh is not None:
         changes["mesh"] = parse_mesh(fv.mesh)
-    run = dataclasses.replace(run, **changes)
-    if run.context > max_seq_len:
-        raise ConfigError(f"context={run.context} is beyond the model's maximum of {max_seq_len}")
+    setup = dataclasses.replace(setup, **changes)
+    if setup.context > max_seq_len:
+        raise ConfigError(f"context={setup.context} is beyond the model's maximum of {max_seq_len}")
     if fv.batch is None and fv.config is None:
-        run = dataclasses.replace(run, batch=run.mesh.size(BATCH))
-    micro = fv.micro_batch or (run.micro_batch if fv.config is not None else run.batch)
-    return dataclasses.replace(run, micro_batch=min(micro, run.batch))
+        setup = dataclasses.replace(setup, batch=setup.mesh.size(BATCH))
+    micro = fv.micro_batch or (setup.micro_batch if fv.config is not None else setup.batch)
+    return dataclasses.replace(setup, micro_batch=min(micro, setup.batch))
 
 
 def _computed(cfg: ModelConfig | None, fv, published: bool) -> ModelConfig | None:

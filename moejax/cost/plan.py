@@ -8,7 +8,7 @@ from moejax.cost import memory, roofline
 from moejax.cost.architecture import Architecture, counts
 from moejax.cost.flops import flops_per_token, paper_flops
 from moejax.cost.hardware import Device
-from moejax.cost.run import Run, check_counted, check_run, run_memory, run_step
+from moejax.cost.setup import Setup, check_counted, check_setup
 from moejax.mesh import MeshSizes
 from moejax.text import (
     Table,
@@ -20,20 +20,22 @@ from moejax.text import (
 )
 
 
-def plan(arch: Architecture, cfg: ModelConfig | None, run: Run, published: str = "") -> list[Table]:
+def plan(
+    arch: Architecture, cfg: ModelConfig | None, setup: Setup, published: str = ""
+) -> list[Table]:
     """All tables: the model (with a note on what was published), and (for a model that can run)
     training, and inference."""
-    check_run(cfg, run)
+    check_setup(cfg, setup)
     if cfg is None:
-        check_counted(arch, run.mesh)
+        check_counted(arch, setup.mesh)
     out = [
         parameters_table(arch, published),
-        flops_table(arch, cfg, run.context),
-        cache_table(arch, run),
+        flops_table(arch, cfg, setup.context),
+        cache_table(arch, setup),
     ]
     if cfg is not None:
-        out.append(training_table(cfg, run))
-    out.append(inference_table(arch, run))
+        out.append(training_table(cfg, setup))
+    out.append(inference_table(arch, setup))
     return out
 
 
@@ -76,9 +78,9 @@ def flops_table(arch: Architecture, cfg: ModelConfig | None, context: int) -> Ta
     return Table(title, ["phase", "matmuls", "attention", "total"], rows, note)
 
 
-def cache_table(arch: Architecture, run: Run) -> Table:
+def cache_table(arch: Architecture, setup: Setup) -> Table:
     rows = []
-    for length in dict.fromkeys((1, run.context, arch.max_seq_len)):
+    for length in dict.fromkeys((1, setup.context, arch.max_seq_len)):
         rows.append([f"{length:,}", bytes_text(memory.cache_bytes(arch, length))])
     quantised = any(a.key_bytes for a in arch.attention or ())
     return Table(
@@ -88,10 +90,10 @@ def cache_table(arch: Architecture, run: Run) -> Table:
     )
 
 
-def training_table(cfg: ModelConfig, run: Run) -> Table:
+def training_table(cfg: ModelConfig, setup: Setup) -> Table:
     """Memory and time of training, and what would fit if it does not."""
-    d, mesh = run.device, run.mesh
-    held = run_memory(cfg, run)
+    d, mesh = setup.device, setup.mesh
+    held = setup.memory(cfg)
     rows = [
         [f.name.replace("_", " "), bytes_text(getattr(held, f.name))]
         for f in dataclasses.fields(held)
@@ -103,26 +105,26 @@ def training_table(cfg: ModelConfig, run: Run) -> Table:
     if mesh.peers > 1 and cfg.num_moe_layers and not cfg.moe.buffer_factor:
         # Dropless buffers hold every route that peers might send.
         moe = dataclasses.replace(cfg.moe, buffer_factor=2.0)
-        bounded = run_memory(dataclasses.replace(cfg, moe=moe), run)
+        bounded = setup.memory(dataclasses.replace(cfg, moe=moe))
         rows.append(["  with moe.buffer_factor=2", bytes_text(bounded.total)])
     if not fits:
-        rows += nearest_rows(cfg, run)
-    e = run_step(cfg, run)
+        rows += nearest_rows(cfg, setup)
+    e = setup.step(cfg)
     rows += step_rows(e, d, cfg.dtype)
-    if run.tokens is not None:
-        hours = roofline.gpu_hours(run.tokens, e.tokens_per_second, mesh.devices)
+    if setup.tokens is not None:
+        hours = roofline.gpu_hours(setup.tokens, e.tokens_per_second, mesh.devices)
         rows.append(
-            [f"{count_text(run.tokens)} tokens take", seconds_text(hours / mesh.devices * 3600)]
+            [f"{count_text(setup.tokens)} tokens take", seconds_text(hours / mesh.devices * 3600)]
         )
         rows.append(["device hours", f"{hours:,.0f}" if hours >= 100 else f"{hours:.3g}"])
         rows.append(["money", _money(roofline.money(hours, d.price), d)])
     title = (
         f"Training on {mesh.devices} x {d.name} ({mesh})\n"
-        f"{run.batch} x {run.context} tokens a step, {_some(run.micro_batch, 'sequence')} at a "
+        f"{setup.batch} x {setup.context} tokens a step, {_some(setup.micro_batch, 'sequence')} at a "
         f"time, {cfg.dtype}, remat {cfg.remat}"
     )
     note = (
-        f"Estimate: arithmetic at {run.efficiency:.0%} of peak (--efficiency), memory and network at "
+        f"Estimate: arithmetic at {setup.efficiency:.0%} of peak (--efficiency), memory and network at "
         "peak, all\ndevices as near as neighbours."
     )
     return Table(title, ["per device", "value"], rows, note)
@@ -141,8 +143,8 @@ def step_rows(e: roofline.Estimate, d: Device, dtype: str) -> list[list[str]]:
     ]
 
 
-def nearest_rows(cfg: ModelConfig, run: Run) -> list[list[str]]:
-    fit = roofline.nearest_fit(cfg, run.device, run.mesh, run.batch, run.context)
+def nearest_rows(cfg: ModelConfig, setup: Setup) -> list[list[str]]:
+    fit = roofline.nearest_fit(cfg, setup.device, setup.mesh, setup.batch, setup.context)
     label = "does not fit; nearest that does"
     if fit is None:
         return [[label, "none up to 4096 devices: shorten the context, or take larger devices"]]
@@ -157,35 +159,35 @@ def _some(n: int, noun: str) -> str:
     return f"{n} {noun}{'s' * (n != 1)}"
 
 
-def inference_table(arch: Architecture, run: Run) -> Table:
-    d, mesh = run.device, run.mesh
-    held = memory.inference(arch, mesh, run.batch, run.context)
+def inference_table(arch: Architecture, setup: Setup) -> Table:
+    d, mesh = setup.device, setup.mesh
+    held = memory.inference(arch, mesh, setup.batch, setup.context)
     rows = [[name, bytes_text(value)] for name, value in held.items()]
     known = [v for v in held.values() if v is not None]
     total, room = sum(known), d.memory * roofline.USABLE
     least = "" if len(known) == len(held) else "at least "
     rows.append(["= memory per device", f"{least}{bytes_text(total)} of {bytes_text(room)} usable"])
     if total > room:
-        rows.append(["does not fit", _inference_advice(arch, run, room)])
-    e = roofline.decode_step(arch, d, mesh, run.batch, run.context)
+        rows.append(["does not fit", _inference_advice(arch, setup, room)])
+    e = roofline.decode_step(arch, d, mesh, setup.batch, setup.context)
     if e is None:
         rows.append(["decoding", "unknown: attention is not published well enough"])
     else:
         rows += [["decoding: " + name, value] for name, value in step_rows(e, d, "bfloat16")]
-        prompt = roofline.prefill_seconds(arch, d, mesh, run.context, efficiency=run.efficiency)
-        rows.append([f"prefill of {run.context} tokens", seconds_text(prompt)])
+        prompt = roofline.prefill_seconds(arch, d, mesh, setup.context, efficiency=setup.efficiency)
+        rows.append([f"prefill of {setup.context} tokens", seconds_text(prompt)])
     title = (
-        f"Inference on {mesh.devices} x {d.name}, BF16, {_some(run.batch, 'sequence')} of "
-        f"{run.context} tokens"
+        f"Inference on {mesh.devices} x {d.name}, BF16, {_some(setup.batch, 'sequence')} of "
+        f"{setup.context} tokens"
     )
     return Table(title, ["per device", "value"], rows)
 
 
-def _inference_advice(arch: Architecture, run: Run, room: float) -> str:
+def _inference_advice(arch: Architecture, setup: Setup, room: float) -> str:
     """The fewest devices that hold the model, its weights split evenly."""
     for n in (2**i for i in range(1, 13)):
         # Served sequences spread like the weights.
-        whole = memory.inference(arch, MeshSizes(), max(1, -(-run.batch // n)), run.context)
+        whole = memory.inference(arch, MeshSizes(), max(1, -(-setup.batch // n)), setup.context)
         weights, cache, work = (whole[k] or 0.0 for k in ("weights", "cache", "working set"))
         if weights / n + cache + work <= room:
             return f"{n} devices would hold it, with the weights split over them"

@@ -16,7 +16,7 @@ from moejax.cost import memory, roofline
 from moejax.cost.architecture import Architecture, counts, of_model
 from moejax.cost.flops import flops_per_token
 from moejax.cost.hardware import this_device, total_peak
-from moejax.cost.run import Run, of_experiment, run_memory, run_step
+from moejax.cost.setup import Setup, of_experiment
 from moejax.text import (
     Table,
     bytes_text,
@@ -32,14 +32,14 @@ class RunPlan:
     """What a run is planned to need on the devices it runs on.
 
     Attributes:
-      cfg, arch, run: the experiment, its architecture, and where it runs.
+      cfg, arch, setup: the experiment, its architecture, and what it runs on.
       step: the estimate of one optimiser step.
       memory: bytes on each device.
     """
 
     cfg: ExperimentConfig
     arch: Architecture
-    run: Run
+    setup: Setup
     step: roofline.Estimate
     memory: memory.TrainingMemory
 
@@ -50,18 +50,18 @@ class RunPlan:
 
     def headline(self) -> str:
         """Two lines for the head of a log."""
-        c, device, tokens = counts(self.arch)["with embeddings"], self.run.device, self.run.tokens
-        rate = self.step.tokens_per_second
+        c, rate = counts(self.arch)["with embeddings"], self.step.tokens_per_second
+        device, tokens = self.setup.device, self.setup.tokens
         return (
             f"plan: {count_text(c.total)} parameters ({count_text(c.active)} active), "
             f"{bytes_text(self.memory.total)} per device of {bytes_text(device.memory)}\n"
-            f"plan: about {rate:,.0f} tokens/s on {self.run.mesh.devices} x {device.name}, bound by "
+            f"plan: about {rate:,.0f} tokens/s on {self.setup.mesh.devices} x {device.name}, bound by "
             f"{self.step.limit}; {count_text(tokens)} tokens in {seconds_text((tokens or 0) / rate)}"
         )
 
     def receipt(self, tokens_per_second: float) -> str:
         """What was measured beside what was planned, as a table of a few lines."""
-        peak = total_peak(self.cfg.model.dtype, self.run.mesh.devices)
+        peak = total_peak(self.cfg.model.dtype, self.setup.mesh.devices)
         table = receipt(self.cfg, tokens_per_second, peak, self.step.tokens_per_second)
         stats = jax.local_devices()[0].memory_stats() or {}
         used = stats.get("peak_bytes_in_use")  # accelerators say; the CPU does not
@@ -74,8 +74,8 @@ class RunPlan:
 def plan_run(cfg: ExperimentConfig, layout: Any) -> RunPlan:
     """The plan of `cfg` on this process's kind of devices; `layout` None: one device."""
     devices = layout.mesh.size if layout else 1
-    arch, run = of_experiment(cfg, this_device(cfg.model.dtype), devices)
-    return RunPlan(cfg, arch, run, run_step(cfg.model, run), run_memory(cfg.model, run))
+    arch, setup = of_experiment(cfg, this_device(cfg.model.dtype), devices)
+    return RunPlan(cfg, arch, setup, setup.step(cfg.model), setup.memory(cfg.model))
 
 
 def model_flops_per_token(cfg: ExperimentConfig) -> float:

@@ -1,4 +1,4 @@
-"""Where and how a model runs: devices, mesh, batch; of an experiment, and checked."""
+"""What a model runs on, and how much of it at once: of an experiment, and checked."""
 
 import dataclasses
 
@@ -11,8 +11,8 @@ from moejax.mesh import MeshSizes, layout_problems, mesh_sizes
 
 
 @dataclasses.dataclass(frozen=True)
-class Run:
-    """Where and how a model runs.
+class Setup:
+    """What a model runs on, and how much of it at once.
 
     Attributes:
       device, mesh: the hardware.
@@ -31,22 +31,43 @@ class Run:
     tokens: float | None = None
     efficiency: float = roofline.EFFICIENCY
 
+    def step(self, cfg: ModelConfig) -> roofline.Estimate:
+        """The estimate of one optimiser step."""
+        return roofline.training_step(
+            cfg,
+            self.device,
+            self.mesh,
+            self.batch,
+            self.context,
+            accumulation=self.batch // self.micro_batch,
+            efficiency=self.efficiency,
+        )
 
-def check_run(cfg: ModelConfig | None, run: Run) -> None:
-    """Raises ConfigError for a run that cannot be: sizes that do not divide, an empty batch."""
+    def memory(self, cfg: ModelConfig) -> memory.TrainingMemory:
+        """Bytes on each device in training."""
+        accumulate = self.micro_batch < self.batch
+        return memory.training(
+            cfg, self.mesh, self.micro_batch, self.context, accumulate=accumulate
+        )
+
+
+def check_setup(cfg: ModelConfig | None, setup: Setup) -> None:
+    """Raises ConfigError for a setup that cannot be: sizes that do not divide, an empty batch."""
     problems = []
     for key in ("batch", "micro_batch", "context"):
-        if getattr(run, key) < 1:
-            problems.append(f"{key}={getattr(run, key)} must be at least 1")
-    if not 0 < run.efficiency <= 1:
-        problems.append(f"efficiency={run.efficiency} must lie in (0, 1]")
-    if run.tokens is not None and not run.tokens > 0:
-        problems.append(f"tokens={run.tokens} must be positive")
-    if not problems and run.batch % run.micro_batch:
-        problems.append(f"batch={run.batch} must be a multiple of micro_batch={run.micro_batch}")
-    if not problems and cfg is not None and run.mesh.devices > 1:
-        experiment = ExperimentConfig(model=cfg, data=DataConfig(batch_size=run.micro_batch))
-        found = layout_problems(experiment, run.mesh, run.device.platform)
+        if getattr(setup, key) < 1:
+            problems.append(f"{key}={getattr(setup, key)} must be at least 1")
+    if not 0 < setup.efficiency <= 1:
+        problems.append(f"efficiency={setup.efficiency} must lie in (0, 1]")
+    if setup.tokens is not None and not setup.tokens > 0:
+        problems.append(f"tokens={setup.tokens} must be positive")
+    if not problems and setup.batch % setup.micro_batch:
+        problems.append(
+            f"batch={setup.batch} must be a multiple of micro_batch={setup.micro_batch}"
+        )
+    if not problems and cfg is not None and setup.mesh.devices > 1:
+        experiment = ExperimentConfig(model=cfg, data=DataConfig(batch_size=setup.micro_batch))
+        found = layout_problems(experiment, setup.mesh, setup.device.platform)
         key = "data.batch_size / train.accumulation"
         problems += [p.replace(key, "micro_batch") for p in found]
     if problems:
@@ -54,7 +75,7 @@ def check_run(cfg: ModelConfig | None, run: Run) -> None:
 
 
 def check_counted(arch: Architecture, mesh: MeshSizes) -> None:
-    """What `check_run` checks of a mesh, as far as it is known of a model that is only counted."""
+    """What `check_setup` checks of a mesh, as far as it is known of a model that is only counted."""
     sizes = {"fsdp": arch.d_model, "tensor": arch.vocab_size}
     sizes |= {"expert": arch.experts[0]} if arch.experts else {}
     for axis, size in sizes.items():
@@ -65,10 +86,12 @@ def check_counted(arch: Architecture, mesh: MeshSizes) -> None:
             )
 
 
-def of_experiment(cfg: ExperimentConfig, device: Device, devices: int) -> tuple[Architecture, Run]:
-    """The architecture and run of an experiment; ConfigError if its mesh does not fit `devices`."""
+def of_experiment(
+    cfg: ExperimentConfig, device: Device, devices: int
+) -> tuple[Architecture, Setup]:
+    """The architecture and setup of an experiment; ConfigError if its mesh does not fit `devices`."""
     steps = cfg.train.steps * cfg.data.batch_size * cfg.data.seq_len
-    return of_model(cfg.model, cfg.name), Run(
+    return of_model(cfg.model, cfg.name), Setup(
         device=device,
         mesh=mesh_sizes(cfg.mesh, devices),
         batch=cfg.data.batch_size,
@@ -76,22 +99,3 @@ def of_experiment(cfg: ExperimentConfig, device: Device, devices: int) -> tuple[
         context=cfg.data.seq_len,
         tokens=float(steps),
     )
-
-
-def run_step(cfg: ModelConfig, run: Run) -> roofline.Estimate:
-    """The estimate of one optimiser step."""
-    return roofline.training_step(
-        cfg,
-        run.device,
-        run.mesh,
-        run.batch,
-        run.context,
-        accumulation=run.batch // run.micro_batch,
-        efficiency=run.efficiency,
-    )
-
-
-def run_memory(cfg: ModelConfig, run: Run) -> memory.TrainingMemory:
-    """Bytes on each device."""
-    accumulate = run.micro_batch < run.batch
-    return memory.training(cfg, run.mesh, run.micro_batch, run.context, accumulate=accumulate)

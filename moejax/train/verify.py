@@ -35,7 +35,7 @@ def verify(cfg: ExperimentConfig, *, steps: int = 3) -> list[Table]:
     memory_rows = compare_memory(plan.memory, compiled.memory_analysis())
     seconds = measure(cfg, compiled, layout, steps)
     tokens = cfg.data.batch_size * cfg.data.seq_len
-    peak = total_peak(cfg.model.dtype, plan.run.mesh.devices)
+    peak = total_peak(cfg.model.dtype, plan.setup.mesh.devices)
     return [
         Table("XLA's FLOPs of loss and gradient", ["", "plan", "XLA", "error"], flops_rows),
         Table("XLA's bytes per device", ["", "plan", "XLA", "error"], memory_rows),

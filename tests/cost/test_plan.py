@@ -19,7 +19,7 @@ from moejax.cost.architecture import of_model
 from moejax.cost.flops import flops_per_token
 from moejax.cost.plan import plan
 from moejax.cost.published import published
-from moejax.cost.run import Run, check_run, of_experiment
+from moejax.cost.setup import Setup, check_setup, of_experiment
 from moejax.mesh import MeshSizes, parse_mesh
 from moejax.models import zoo
 from moejax.text import (
@@ -169,12 +169,12 @@ def test_mesh_rules_move_the_experts():
     experts, attention = (of_model(MOE).part(n) for n in ("routed experts", "attention"))
     assert experts and attention
     cfg = ExperimentConfig(model=MOE, mesh=MeshConfig(data=4, rules=("expert=data",)))
-    _, run = of_experiment(cfg, H100, 4)
-    assert (experts.shards(run.mesh), attention.shards(run.mesh), run.mesh.peers) == (4, 1, 4)
-    moved, plain = (memory.training(MOE, m, 8, 32) for m in (run.mesh, MeshSizes(data=4)))
+    _, setup = of_experiment(cfg, H100, 4)
+    assert (experts.shards(setup.mesh), attention.shards(setup.mesh), setup.mesh.peers) == (4, 1, 4)
+    moved, plain = (memory.training(MOE, m, 8, 32) for m in (setup.mesh, MeshSizes(data=4)))
     assert plain.weights - moved.weights == 4 * experts.total * 3 / 4
     with pytest.raises(ConfigError, match="num_experts=8 does not divide over 3"):
-        check_run(MOE, Run(H100, dataclasses.replace(run.mesh, data=3), 3, 3))
+        check_setup(MOE, Setup(H100, dataclasses.replace(setup.mesh, data=3), 3, 3))
 
 
 def test_deepseek_moe_16b_fits_a_40gb_device():
@@ -251,7 +251,7 @@ def test_nearest_fit_changes_as_little_as_it_can():
         dataclasses.replace(cfg, remat=fit.remat), fit.mesh, fit.micro_batch, 4096, accumulate=True
     )
     assert held.total == fit.bytes
-    check_run(cfg, Run(H100, fit.mesh, 64, fit.micro_batch))  # the mesh it names is a legal one
+    check_setup(cfg, Setup(H100, fit.mesh, 64, fit.micro_batch))  # the mesh it names is a legal one
     assert (
         roofline.nearest_fit(cfg, dataclasses.replace(H100, memory=1e6), MeshSizes(), 64, 4096)
         is None
@@ -260,7 +260,7 @@ def test_nearest_fit_changes_as_little_as_it_can():
 
 def test_meshes_are_legal():
     for mesh in roofline.meshes(MOE, 8):
-        check_run(MOE, Run(H100, mesh, batch=8, micro_batch=8, context=32))
+        check_setup(MOE, Setup(H100, mesh, batch=8, micro_batch=8, context=32))
         assert mesh.devices == 8
 
 
@@ -275,10 +275,15 @@ def test_of_experiment():
         train=TrainConfig(steps=10, accumulation=2),
         mesh=MeshConfig(data=-1, expert=4),
     )
-    arch, run = of_experiment(cfg, H100, 8)
-    assert run.mesh == MeshSizes(data=2, expert=4)
-    assert (run.batch, run.micro_batch, run.context, run.tokens) == (16, 8, 32, 10 * 16 * 32)
-    assert plan(arch, MOE, run)
+    arch, setup = of_experiment(cfg, H100, 8)
+    assert setup.mesh == MeshSizes(data=2, expert=4)
+    assert (setup.batch, setup.micro_batch, setup.context, setup.tokens) == (
+        16,
+        8,
+        32,
+        10 * 16 * 32,
+    )
+    assert plan(arch, MOE, setup)
     with pytest.raises(ConfigError, match="multiple of 4"):
         of_experiment(cfg, H100, 6)
 
@@ -294,9 +299,9 @@ def test_of_experiment():
         ({"mesh": MeshSizes(fsdp=2)}, "micro_batch=1 does not divide"),
     ],
 )
-def test_impossible_runs(change, text):
+def test_impossible_setups(change, text):
     with pytest.raises(ConfigError) as e:
-        check_run(MOE, Run(H100, **change))
+        check_setup(MOE, Setup(H100, **change))
     assert text in str(e.value)
 
 

@@ -154,8 +154,8 @@ def test_plan_of_a_run():
     cfg = experiment(MODEL, mesh=MeshConfig(data=2, expert=4))
     layout = make_layout(cfg, jax.devices()[:8])
     plan = receipt.plan_run(cfg, layout)
-    assert plan.run.mesh == MeshSizes(data=2, expert=4)
-    assert plan.run.device.memory < hardware.physical_memory() / 4
+    assert plan.setup.mesh == MeshSizes(data=2, expert=4)
+    assert plan.setup.device.memory < hardware.physical_memory() / 4
     first, second = plan.headline().split("\n")
     assert first.startswith("plan: ") and "active" in first and "on 8 x cpu" in second
     assert "error of the plan" in plan.receipt(plan.step.tokens_per_second)
