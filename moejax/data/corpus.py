@@ -166,7 +166,8 @@ def _encoded(
             )
 
 
-def _digest(document: Document) -> bytes:
+def digest(document: Document) -> bytes:
+    """The hash of a document's content, by which it is held out and in whose order it is evaluated."""
     return hashlib.sha256(document.text.encode()).digest()
 
 
@@ -177,7 +178,7 @@ def _split(
     below `fraction`; of a domain with none, the one with the smallest hash."""
     pairs = {name: _cut(d[0], fraction) for name, d in domains.items() if len(d) == 1}
     digests = {
-        name: [_digest(document) for document in documents]
+        name: [digest(document) for document in documents]
         for name, documents in domains.items()
         if name not in pairs
     }
@@ -226,7 +227,7 @@ def _manifest(cfg, train, validation, weights, skipped) -> dict:
     content = {name: hashlib.sha256() for name in train}
     files: dict[tuple[str, str], dict] = {}
     for domain, document in _all_documents(train, validation):
-        content[domain].update(_digest(document))
+        content[domain].update(digest(document))
         entry = files.setdefault(
             (domain, document.file),
             {"domain": domain, "file": document.file, "documents": 0, "bytes": 0},

@@ -12,8 +12,15 @@ earlier piece, so no target is lost. Targets never cross documents.
 Rows come in a new random order in each epoch of their domain. Which row is at position i is a
 function of (seed, corpus, i), so an iterator's state is one number and any position can be
 restored.
+
+The held-out documents know no seed: they come in the order of their hashes, and so do their rows.
+Their batches have one field more, `num_bytes`: the bytes of text that each target stands for (see
+`Counted`), 0 for padding. A document cut by the end of a row, or by the end of what is evaluated,
+counts the bytes up to the end of its last predicted token there, so that whatever is evaluated, loss
+and bytes are those of the same text.
 """
 
+import warnings
 import zlib
 from collections.abc import Iterable
 
@@ -22,7 +29,7 @@ import numpy as np
 from tqdm import tqdm
 
 from moejax.config import DataConfig
-from moejax.data.corpus import Corpus, Documents
+from moejax.data.corpus import Corpus, Documents, digest
 from moejax.data.sources import DataError
 from moejax.data.tokenizer import Tokenizer
 
@@ -41,10 +48,16 @@ class PackedRows:
       domain: number of the domain.
       tokenizer: for the separators, padding and the vocabulary's size.
       seq_len: row length S.
+      byte_lists: the bytes of each token of a document and of its end; rows then have `num_bytes`.
     """
 
     def __init__(
-        self, token_lists: list[np.ndarray], domain: int, tokenizer: Tokenizer, seq_len: int
+        self,
+        token_lists: list[np.ndarray],
+        domain: int,
+        tokenizer: Tokenizer,
+        seq_len: int,
+        byte_lists: list[np.ndarray] | None = None,
     ):
         self._seq_len, self._domain = seq_len, domain
         self._eos_id, self._pad_id = tokenizer.eos_id, tokenizer.pad_id
@@ -53,6 +66,7 @@ class PackedRows:
         self._starts = self._ends - lengths
         bos = np.array([tokenizer.bos_id], token_lists[0].dtype)
         self._tokens = np.concatenate([part for ids in token_lists for part in (bos, ids)])
+        self._bytes = None if byte_lists is None else np.concatenate(byte_lists)
 
     def __len__(self) -> int:
         return -(-len(self._tokens) // self._seq_len)
@@ -78,6 +92,9 @@ class PackedRows:
         out["segment_ids"][:n] = np.cumsum(is_start)
         out["positions"][:n] = np.arange(n) - segment_starts[out["segment_ids"][:n] - 1]
         out["loss_mask"][:n] = 1
+        if self._bytes is not None:
+            out["num_bytes"] = np.zeros(self._seq_len, np.int32)
+            out["num_bytes"][:n] = self._bytes[begin:end]
         return out
 
 
@@ -89,16 +106,39 @@ def _empty_rows(shape: tuple[int, ...], pad_id: int, domain: int) -> Batch:
     }
 
 
-def tokenize(documents: Documents, tokenizer: Tokenizer, name: str = "") -> list[np.ndarray]:
-    """Ids of every document, as uint16 or uint32; a progress bar appears if it takes over 2 s."""
+def tokenize(
+    documents: Documents, tokenizer: Tokenizer, name: str = "", *, count_bytes: bool = False
+) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """Ids of every document, as uint16 or uint32, and if asked the bytes of each (`Counted.num_bytes`).
+
+    A progress bar appears if it takes over 2 s. Bytes that the vocabulary cannot express are said in a
+    warning.
+    """
     dtype = np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32
-    out: list[np.ndarray] = []
+    ids: list[np.ndarray] = []
+    num_bytes: list[np.ndarray] = []
+    unknown = 0
     total = sum(len(d.text) for d in documents)
     with tqdm(total=total, unit="char", unit_scale=True, desc=f"tokenise {name}", delay=2) as bar:
         for chunk in _chunked(documents):
-            out += [np.array(ids, dtype) for ids in tokenizer.encode_batch(chunk)]
+            if count_bytes or not tokenizer.lossless:
+                for counted in tokenizer.encode_counted(chunk):
+                    ids.append(np.array(counted.ids, dtype))
+                    unknown += counted.unknown
+                    if count_bytes:
+                        num_bytes.append(counted.num_bytes)
+            else:
+                ids += [np.array(i, dtype) for i in tokenizer.encode_batch(chunk)]
             bar.update(sum(map(len, chunk)))
-    return out
+    if unknown:
+        size = sum(len(d.text.encode()) for d in documents)
+        warnings.warn(
+            f"the tokenizer has no tokens for {unknown:,} of the {size:,} bytes ({unknown / size:.2%}) of "
+            f"{'the held-out' if count_bytes else 'the training'} documents of domain {name!r}: they are "
+            "its unknown token, or dropped; data.tokenizer='bpe' or 'byte' knows every byte",
+            stacklevel=3,
+        )
+    return ids, num_bytes
 
 
 def _chunked(documents: Documents) -> Iterable[list[str]]:
@@ -136,7 +176,7 @@ def train_iterator(
     for index, (name, weight) in enumerate(zip(corpus.domains, corpus.weights)):
         if not weight:
             continue
-        token_lists = tokenize(corpus.train[name], tokenizer, name)
+        token_lists, _ = tokenize(corpus.train[name], tokenizer, name)
         seed = zlib.crc32(f"{cfg.seed}/{name}".encode())
         order = np.random.default_rng(seed).permutation(len(token_lists))
         rows = PackedRows([token_lists[i] for i in order], index, tokenizer, cfg.seq_len)
@@ -167,9 +207,11 @@ class _ValidationRows:
     holds the domains in proportion, and the first rows are one of each domain.
     """
 
-    def __init__(self, domains: list[PackedRows], batch_size: int, padding: Batch):
+    def __init__(
+        self, domains: list[PackedRows], num_rows: int | None, batch_size: int, padding: Batch
+    ):
         where = [(r / len(rows), d, r) for d, rows in enumerate(domains) for r in range(len(rows))]
-        self._index = [(d, r) for _, d, r in sorted(where)]
+        self._index = [(d, r) for _, d, r in sorted(where)][:num_rows]
         self._domains, self._padding = domains, padding
         self._length = -(-len(self._index) // batch_size) * batch_size
 
@@ -187,27 +229,28 @@ def validation_batches(
     corpus: Corpus,
     tokenizer: Tokenizer,
     cfg: DataConfig,
-    num_batches: int | None = None,
+    num_rows: int | None = None,
     *,
     process_index: int = 0,
     process_count: int = 1,
 ) -> grain.MapDataset:
-    """The first `num_batches` (None: all) batches of the validation documents, as a sequence.
+    """The first `num_rows` (None: all) rows of the validation documents, as a sequence of batches.
 
-    `len`, `[i]` and iteration work, any number of times; tokenise once, keep it. The order is fixed
-    and mixes the domains by size; documents come in an order fixed by the seed. The last batch is
-    filled up with padding (`loss_mask` 0). Shapes and processes as for `train_iterator`.
+    `len`, `[i]` and iteration work, any number of times; tokenise once, keep it. The order depends on the
+    documents' content alone, not on a seed, the order of files or the batch size, and mixes the domains
+    by size. The last batch is filled up with padding (`loss_mask` 0). Shapes and processes as for
+    `train_iterator`; one field more, `num_bytes`.
     """
     local = _local_batch_size(cfg, process_count)
     domains = []
     for index, name in enumerate(corpus.domains):
-        token_lists = tokenize(corpus.validation[name], tokenizer, name)
-        order = np.random.default_rng(cfg.seed).permutation(len(token_lists))
-        domains.append(PackedRows([token_lists[i] for i in order], index, tokenizer, cfg.seq_len))
+        documents = tuple(sorted(corpus.validation[name], key=digest))
+        ids, num_bytes = tokenize(documents, tokenizer, name, count_bytes=True)
+        domains.append(PackedRows(ids, index, tokenizer, cfg.seq_len, num_bytes))
     padding = _empty_rows((cfg.seq_len,), tokenizer.pad_id, 0)
-    rows = _ValidationRows(domains, cfg.batch_size, padding)
-    batches = grain.MapDataset.source(rows).batch(local)[process_index::process_count]
-    return batches if num_batches is None else batches[:num_batches]
+    padding["num_bytes"] = np.zeros(cfg.seq_len, np.int32)
+    rows = _ValidationRows(domains, num_rows, cfg.batch_size, padding)
+    return grain.MapDataset.source(rows).batch(local)[process_index::process_count]
 
 
 def synthetic_batch(seq_len: int, batch_size: int, vocab_size: int, seed: int = 0) -> Batch:

@@ -4,11 +4,11 @@ Every tokenizer has a separator that opens a document (`bos_id`) and is the targ
 token (`eos_id`); it never comes out of `encode`, also when a text spells a special token's name.
 """
 
-import codecs
+import collections
 import json
 import pathlib
 from collections.abc import Iterable, Iterator
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import tokenizers
@@ -16,6 +16,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from moejax.config import DataConfig
 from moejax.data.corpus import Corpus
+from moejax.data.decoding import BYTE_TOKEN, Decoding, find_decoding, join_bytes
 from moejax.data.sources import DataError
 
 FILE_NAME = "tokenizer.json"
@@ -39,16 +40,32 @@ _EOS_NAMES = (
 _PAD_NAMES = (PADDING, "<pad>", "[PAD]", "<|padding|>", "<|PAD_TOKEN|>", "<｜▁pad▁｜>")
 
 
+class Counted(NamedTuple):
+    """The n tokens of a text and its bytes in UTF-8.
+
+    Attributes:
+      ids: of the tokens.
+      num_bytes: n + 1 numbers, int32: the bytes of the text from the end of the token before to the end
+        of this one; the last is what follows the last token (a space that a normaliser took away) and
+        belongs to the end of the document. Their sum is the text's, whatever the normaliser does.
+      unknown: bytes that the vocabulary cannot express: those of the unknown token, and dropped ones.
+    """
+
+    ids: list[int]
+    num_bytes: np.ndarray
+    unknown: int
+
+
 class Tokenizer(Protocol):
     """What the rest of moejax knows of a tokenizer.
 
     Attributes:
       vocab_size: ids are in [0, vocab_size).
       bos_id, eos_id, pad_id: separators and padding; bos and eos may be the same id.
-      pieces: the bytes each id stands for, V entries; b"" for special tokens.
-      token_bytes_V: their lengths, int32. The sum over a document's ids is its number of UTF-8
-        bytes, exactly for 'byte' and byte-level BPE, up to a leading space for SentencePiece
-        models.
+      pieces: the bytes each id stands for, V entries; b"" for special tokens. Exact for 'byte' and
+        byte-level BPE; of other tokenizers, whose text depends on what stands beside, to look at.
+      decoding: how `StreamDecoder` finds the text of ids as they come.
+      lossless: every text can be expressed in tokens, so that nothing is unknown.
     """
 
     vocab_size: int
@@ -56,7 +73,8 @@ class Tokenizer(Protocol):
     eos_id: int
     pad_id: int
     pieces: list[bytes]
-    token_bytes_V: np.ndarray
+    decoding: Decoding
+    lossless: bool
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text, without separators."""
@@ -64,6 +82,10 @@ class Tokenizer(Protocol):
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
         """`encode` of many texts, in parallel where the tokenizer can."""
+        ...
+
+    def encode_counted(self, texts: list[str]) -> list["Counted"]:
+        """`encode_batch`, and what of each text its tokens stand for; slower."""
         ...
 
     def decode(self, ids: Iterable[int]) -> str:
@@ -75,10 +97,11 @@ class ByteTokenizer:
     """UTF-8 bytes 0-255, then the separator and padding."""
 
     vocab_size, bos_id, eos_id, pad_id = 258, 256, 256, 257
+    decoding = Decoding("bytes", frozenset((256, 257)))
+    lossless = True
 
     def __init__(self):
         self.pieces = [bytes([b]) for b in range(256)] + [b"", b""]
-        self.token_bytes_V = _lengths(self.pieces)
 
     def encode(self, text: str) -> list[int]:
         return list(text.encode())
@@ -86,8 +109,12 @@ class ByteTokenizer:
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
         return [self.encode(text) for text in texts]
 
+    def encode_counted(self, texts: list[str]) -> list[Counted]:
+        ids = self.encode_batch(texts)
+        return [Counted(i, np.array([1] * len(i) + [0], np.int32), 0) for i in ids]
+
     def decode(self, ids: Iterable[int]) -> str:
-        return _bytes(self.pieces, ids).decode("utf-8", "replace")
+        return join_bytes(self.pieces, ids).decode("utf-8", "replace")
 
 
 class JsonTokenizer:
@@ -111,7 +138,6 @@ class JsonTokenizer:
         self._tokenizer.encode_special_tokens = True
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
-        self._byte_level = "ByteLevel" in json.dumps(described.get("decoder"))
         vocab = self._tokenizer.get_vocab(with_added_tokens=True)
         self.vocab_size = max(vocab.values(), default=-1) + 1
         if not 0 < self.vocab_size <= MOST_TOKENS:
@@ -121,8 +147,16 @@ class JsonTokenizer:
         self.eos_id = self._find(_EOS_NAMES, described, name)
         self.bos_id = self._find(_BOS_NAMES, described, name, self.eos_id)
         self.pad_id = self._find(_PAD_NAMES, described, name, self.eos_id)
-        self.pieces = _pieces(described, vocab, self.vocab_size, self._byte_level)
-        self.token_bytes_V = _lengths(self.pieces)
+        special = {t["id"] for t in _added(described) if t["special"]}
+        self.decoding = find_decoding(described, vocab, special)
+        self.pieces = _pieces(described, vocab, self.vocab_size, self.decoding.kind == "bytes")
+        model = described["model"]
+        unknown = model.get("unk_token")
+        unigram = model.get("unk_id")  # only Unigram gives a number
+        self._unknown_id = unigram if unigram is not None else vocab.get(unknown, -1)
+        self._missing_bytes = _missing_bytes(described, vocab)
+        self.lossless = self._missing_bytes == b""
+        self._inexpressible: dict[str, bool] = {}
 
     def _find(self, names, described, file, default: int | None = None) -> int:
         special = {t["content"]: t["id"] for t in _added(described) if t["special"]}
@@ -154,10 +188,35 @@ class JsonTokenizer:
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
         return [e.ids for e in self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
 
+    def encode_counted(self, texts: list[str]) -> list[Counted]:
+        encoded = self._tokenizer.encode_batch(texts, add_special_tokens=False)
+        return [self._count(text, e) for text, e in zip(texts, encoded)]
+
+    def _count(self, text: str, encoded: tokenizers.Encoding) -> Counted:
+        num_bytes = _bytes_by_end(text, (end for _, end in encoded.offsets))
+        unknown = 0
+        if not self.lossless and self._unknown_id in encoded.ids:
+            spans = zip(encoded.ids, encoded.offsets)
+            unknown = sum(len(text[a:b].encode()) for i, (a, b) in spans if i == self._unknown_id)
+        elif self._missing_bytes:
+            unknown = sum(map(text.encode().count, self._missing_bytes))
+        elif not self.lossless and self._unknown_id < 0:  # what is not in the vocabulary is dropped
+            for character, times in collections.Counter(text).items():
+                unknown += times * len(character.encode()) * self._is_dropped(character)
+        return Counted(encoded.ids, num_bytes, unknown)
+
+    def _is_dropped(self, character: str) -> bool:
+        if character not in self._inexpressible:
+            # Whatever is put before a text, three of a dropped character are encoded as one is.
+            same = self.encode(character * 3) == self.encode(character)
+            self._inexpressible[character] = same and not character.isspace()
+        return self._inexpressible[character]
+
     def decode(self, ids: Iterable[int]) -> str:
-        if self._byte_level:
-            return _bytes(self.pieces, ids).decode("utf-8", "replace")
-        return self._tokenizer.decode(list(ids), skip_special_tokens=True)
+        if self.decoding.kind == "bytes":
+            return join_bytes(self.pieces, ids).decode("utf-8", "replace")
+        ids = [i for i in ids if i < self.vocab_size]
+        return self._tokenizer.decode(ids, skip_special_tokens=True)
 
 
 def load_tokenizer(
@@ -259,13 +318,16 @@ def _read(path: pathlib.Path) -> str:
         raise DataError(f"{path}: not a readable tokenizer.json ({e})") from e
 
 
-def _bytes(pieces: list[bytes], ids: Iterable[int]) -> bytes:
-    """The bytes of ids. A model may be wider than its tokenizer: ids beyond it stand for nothing."""
-    return b"".join(pieces[i] for i in ids if i < len(pieces))
-
-
-def _lengths(pieces: list[bytes]) -> np.ndarray:
-    return np.array([len(piece) for piece in pieces], np.int32)
+def _bytes_by_end(text: str, ends: Iterable[int]) -> np.ndarray:
+    """From where each token ends, in characters of the text: the bytes each adds, and what is left."""
+    widths = np.frombuffer(text.encode("utf-32-le"), np.uint32)
+    widths = 1 + np.sum(
+        [widths >= limit for limit in (0x80, 0x800, 0x10000)], axis=0, dtype=np.int32
+    )
+    at = np.concatenate([[0], np.cumsum(widths, dtype=np.int64)])
+    # A normaliser may reorder characters: an end is never before an earlier one.
+    reached = np.maximum.accumulate(np.array([0, *ends], np.int64))
+    return np.diff([*at[np.minimum(reached, len(text))], at[-1]]).astype(np.int32)
 
 
 def _byte_alphabet() -> dict[str, int]:
@@ -276,6 +338,16 @@ def _byte_alphabet() -> dict[str, int]:
     return {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}
 
 
+def _missing_bytes(described: dict, vocab: dict[str, int]) -> bytes | None:
+    """The bytes that a tokenizer of bytes has no token for; None if it is not one of bytes."""
+    before = json.dumps([described.get("normalizer"), described.get("pre_tokenizer")])
+    if '"ByteLevel"' in before:
+        return bytes(b for c, b in _byte_alphabet().items() if c not in vocab)
+    fallback = described["model"].get("byte_fallback")
+    whole = fallback and all(f"<0x{b:02X}>" in vocab for b in range(256))
+    return b"" if whole else None
+
+
 def _added(described: dict) -> list[dict]:
     """The tokens beside the model's own vocabulary; `tokenizers` has checked their fields."""
     return described.get("added_tokens") or []
@@ -284,34 +356,15 @@ def _added(described: dict) -> list[dict]:
 def _pieces(described: dict, vocab: dict[str, int], size: int, byte_level: bool) -> list[bytes]:
     """The bytes of every id; ids without a token stand for nothing."""
     alphabet = _byte_alphabet()
-    added = {t["content"]: t for t in _added(described)}
+    special = {t["content"] for t in _added(described) if t["special"]}
     pieces = [b""] * size
     for token, i in vocab.items():
-        if token in added:
-            pieces[i] = b"" if added[token]["special"] else token.encode()
-        elif byte_level and alphabet.keys() >= set(token):
+        if token in special:
+            continue
+        if byte_level and alphabet.keys() >= set(token):
             pieces[i] = bytes(alphabet[c] for c in token)
-        elif len(token) == 6 and token.startswith("<0x"):  # SentencePiece's byte fallback
+        elif BYTE_TOKEN.fullmatch(token):  # SentencePiece's byte fallback
             pieces[i] = bytes.fromhex(token[3:5])
         else:
             pieces[i] = token.replace("▁", " ").encode()
     return pieces
-
-
-class StreamDecoder:
-    """Ids in, text out as soon as it is complete UTF-8: for printing while generating.
-
-    The concatenation of all `push` results and `flush()` is the text of all ids.
-    """
-
-    def __init__(self, tokenizer: Tokenizer):
-        self._pieces = tokenizer.pieces
-        self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
-
-    def push(self, ids: Iterable[int]) -> str:
-        """The text that these ids complete; '' while a character is incomplete."""
-        return self._utf8.decode(_bytes(self._pieces, ids))
-
-    def flush(self) -> str:
-        """What is left at the end: U+FFFD for an incomplete character, else ''."""
-        return self._utf8.decode(b"", final=True)

@@ -9,7 +9,7 @@ from tqdm import tqdm
 from moejax import axes
 from moejax.config import ConfigError, DataConfig
 from moejax.data import Corpus, load_corpus, validation_batches
-from moejax.evals.validation import compile_eval, evaluate
+from moejax.evals.validation import compile_eval, evaluate, size_text
 from moejax.evals.writer import mesh_layout
 from moejax.runs.open import load_run, read_config
 from moejax.text import Table
@@ -38,7 +38,8 @@ def evaluate_run(
     Args:
       workdir: the run's folder.
       sources: as `data.sources` of a config; () for the run's own held-out documents.
-      num_batches: at most so many batches; None for all of the text.
+      num_batches: at most so many batches, 0 for all of the text. None: of the run's own documents, the
+        very text that training validates on, whatever `seq_len` and `batch_size`; all of other sources.
       seq_len, batch_size: instead of the run's. Documents longer than seq_len are cut into pieces, and a
         piece does not see the one before: a longer seq_len gives a lower loss.
       mesh: 'data=2,tensor=4', None for one device.
@@ -63,18 +64,24 @@ def evaluate_run(
             f"--batch_size={-(-data.batch_size // ways) * ways} would work"
         )
     run = load_run(workdir, layout)
-    batches = validation_batches(corpus, run.tokenizer, data, num_batches)
+    num_rows = (num_batches or 0) * data.batch_size or None
+    if num_batches is None and not sources:
+        tokens = cfg.train.eval_batches * cfg.data.batch_size * cfg.data.seq_len
+        num_rows = -(-tokens // data.seq_len)
+    batches = validation_batches(corpus, run.tokenizer, data, num_rows)
     eval_fn = compile_eval(run.cfg, num_domains=len(corpus.domains), layout=layout)
     progress = tqdm(batches, desc="evaluate", unit="batch", total=len(batches), leave=False)
-    return evaluate(
-        eval_fn, run.params, run.router_state, progress, corpus.domains, run.tokenizer, layout
-    )[0]
+    return evaluate(eval_fn, run.params, run.router_state, progress, corpus.domains, layout)[0]
 
 
 def results_table(results: dict[str, float], title: str) -> Table:
-    """One row for all text and one per domain."""
+    """One row for all text and one per domain; the title says how much text it was."""
     names = [n.removeprefix("loss/") for n in results if n.startswith("loss/")]
-    rows = [["all", results["loss"], results["bits_per_byte"]]]
-    rows += [[n, results[f"loss/{n}"], results[f"bits_per_byte/{n}"]] for n in names]
-    body = [[n, f"{loss:.4f}", f"{math.exp(loss):,.2f}", f"{bits:.4f}"] for n, loss, bits in rows]
-    return Table(title, ["domain", "nats per token", "perplexity", "bits per byte"], body)
+    body = []
+    for name, end in [("all", ""), *((n, f"/{n}") for n in names)]:
+        loss, bits, tokens = (results[k + end] for k in ("loss", "bits_per_byte", "tokens"))
+        body.append(
+            [name, f"{loss:.4f}", f"{math.exp(loss):,.2f}", f"{bits:.4f}", f"{tokens:,.0f}"]
+        )
+    header = ["domain", "nats per token", "perplexity", "bits per byte", "tokens"]
+    return Table(f"{title}: {size_text(results)}", header, body)

@@ -14,6 +14,7 @@ from moejax.data import load_corpus, validation_batches
 from moejax.evals import charts
 from moejax.evals.generate import generate
 from moejax.evals.token_counts import count_tokens, domain_information, favourite_tokens
+from moejax.evals.validation import size_text
 from moejax.moe.routers import ROUTERS
 from moejax.runs import folder
 from moejax.runs.metrics import read_metrics
@@ -108,7 +109,11 @@ def validation_table(rows) -> Section:
     body = [("all", last["loss"])]
     body += [(n.removeprefix("loss/"), last[n]) for n in _names({step: last}, "loss/")]
     table = [head] + [(n, f"{v:.4f}", f"{np.exp(v):.1f}") for n, v in body]
-    text = f"Held-out documents at step {step}: {last['bits_per_byte']:.3f} bits per byte of text."
+    size = size_text(last)
+    text = (
+        f"Held-out documents at step {step}{size and f' ({size})'}: {last['bits_per_byte']:.3f} bits per byte "
+        "of text."
+    )
     return Section("Validation", text, table=tuple(table))
 
 
@@ -141,7 +146,8 @@ def routing_sections(rows, run: OpenRun, corpus) -> list[Section]:
     last = list(rows["routing"].values())[-1]
     load_dLE, domains = np.array(last["load_dLE"]), last["domains"]
     layers = few_layers(load_dLE.shape[1])
-    batches = validation_batches(corpus, run.tokenizer, run.cfg.data, ROUTED_BATCHES)
+    data = run.cfg.data
+    batches = validation_batches(corpus, run.tokenizer, data, ROUTED_BATCHES * data.batch_size)
     token_EV = count_tokens(run.params, run.router_state, run.cfg.model, batches, layers)
     return [
         domain_section(load_dLE, domains, layers),
@@ -249,9 +255,10 @@ def page(run: OpenRun, rows, sections: list[Section]) -> str:
     cfg, arch = run.cfg, of_model(run.cfg.model)
     step, last_train = list(rows["train"].items())[-1]
     held_out = list(rows["validation"].values())[-1]
+    size = size_text(held_out)
     tokens = step * cfg.data.batch_size * cfg.data.seq_len
     cards = [
-        (f"{held_out['loss']:.3f}", "validation loss"),
+        (f"{held_out['loss']:.3f}", f"validation loss{size and f', {size}'}"),
         (f"{held_out['bits_per_byte']:.3f}", "bits per byte"),
         (count_text(total(arch)), "parameters"),
         (count_text(active(arch)), "of them active per token"),

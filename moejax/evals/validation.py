@@ -1,17 +1,17 @@
 """Validation: the loss over held-out batches, and which domain goes to which expert."""
 
 import functools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from moejax.config import ExperimentConfig
-from moejax.data import Tokenizer
 from moejax.models.loss import loss_fn
 from moejax.moe import stats
 from moejax.sharding import Layout, place_whole
+from moejax.text import count_text
 
 
 def domain_sums(nll_BS, batch: dict, num_domains: int) -> dict[str, jax.Array]:
@@ -57,22 +57,25 @@ def evaluate(
     router_state: dict,
     batches: Iterable[dict[str, np.ndarray]],
     domains: Sequence[str],
-    tokenizer: Tokenizer,
     layout: Layout | None = None,
 ) -> tuple[dict[str, float], np.ndarray | None]:
-    """Over held-out batches, each whole in every process.
+    """Over held-out batches (`moejax.data.validation_batches`), each whole in every process.
 
     Returns:
-      Loss (nats per token), perplexity, bits per byte, `loss/<domain>` and `bits_per_byte/<domain>`; and
-      the routes of each domain to each expert of each MoE layer, int [domain, L, E], None without MoE layers.
+      Loss (nats per token), perplexity, bits per byte of text, `loss/<domain>` and `bits_per_byte/<domain>`,
+      and what they were measured on: `batches`, `tokens` (targets), `bytes` and `tokens/<domain>`. And the
+      routes of each domain to each expert of each MoE layer, int [domain, L, E], None without MoE layers.
     """
-    sums, bytes_d = None, np.zeros(len(domains))
+    sums, bytes_d, num_batches = None, np.zeros(len(domains)), 0
     for batch in batches:
-        out = jax.device_get(eval_fn(params, router_state, place_whole(batch, layout)))
+        num_bytes = batch["num_bytes"]
+        fields = {name: a for name, a in batch.items() if name != "num_bytes"}
+        out = jax.device_get(eval_fn(params, router_state, place_whole(fields, layout)))
+        # Wide: a float32 sum stops counting at 2^24.
+        out |= {k: np.float64(out[k]) for k in ("domain_nll", "domain_targets")}
         sums = out if sums is None else jax.tree.map(np.add, sums, out)
-        np.add.at(
-            bytes_d, batch["domain"], tokenizer.token_bytes_V[batch["targets"]] * batch["loss_mask"]
-        )
+        np.add.at(bytes_d, batch["domain"], num_bytes)
+        num_batches += 1
     assert sums is not None, "no batch to evaluate"
     nll, targets = sums["domain_nll"], sums["domain_targets"]
     loss = float(nll.sum() / targets.sum())
@@ -82,7 +85,19 @@ def evaluate(
         "loss": loss,
         "perplexity": float(np.exp(loss)),
         "bits_per_byte": float(nll.sum() / np.log(2) / max(bytes_d.sum(), 1)),
+        "batches": num_batches,
+        "tokens": int(targets.sum()),
+        "bytes": int(bytes_d.sum()),
         **{f"loss/{d}": float(nll[i] / targets[i]) for i, d in seen},
         **{f"bits_per_byte/{d}": float(bits_d[i]) for i, d in seen},
+        **{f"tokens/{d}": int(targets[i]) for i, d in seen},
     }
     return results, sums.get("domain_load")
+
+
+def size_text(results: Mapping[str, float]) -> str:
+    """What a loss was measured on: '8 batches, 33k tokens'; '' for a run that did not record it."""
+    if "tokens" not in results:
+        return ""
+    batches = int(results["batches"])
+    return f"{batches:,} batch{'es' * (batches != 1)}, {count_text(results['tokens'])} tokens"

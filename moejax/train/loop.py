@@ -11,13 +11,12 @@ from tqdm import tqdm
 from moejax.config import ConfigError, ExperimentConfig
 from moejax.cost.receipt import RunPlan, model_flops_per_token, plan_run
 from moejax.data import (
-    Tokenizer,
     load_corpus,
     load_tokenizer,
     train_iterator,
     validation_batches,
 )
-from moejax.evals.validation import compile_eval, evaluate
+from moejax.evals.validation import compile_eval, evaluate, size_text
 from moejax.mesh import check_layout, mesh_sizes
 from moejax.params import count
 from moejax.runs import folder
@@ -46,7 +45,6 @@ class Session:
 
     cfg: ExperimentConfig
     layout: Layout | None
-    tokenizer: Tokenizer
     domains: tuple[str, ...]
     data: Any  # grain's iterator over this process's rows
     held_out: list[dict]
@@ -87,10 +85,13 @@ def train(cfg: ExperimentConfig, workdir: pathlib.Path) -> dict:
     session = Session(
         cfg=cfg,
         layout=layout,
-        tokenizer=tokenizer,
         domains=corpus.domains,
         data=train_iterator(corpus, tokenizer, cfg.data, process_index=index, process_count=parts),
-        held_out=list(validation_batches(corpus, tokenizer, cfg.data, cfg.train.eval_batches)),
+        held_out=list(
+            validation_batches(
+                corpus, tokenizer, cfg.data, cfg.train.eval_batches * cfg.data.batch_size
+            )
+        ),
         checkpoints=Checkpoints(workdir, cfg),
         log=Log(workdir, write=processes.is_first()),
         plan=plan_run(cfg, layout) if processes.is_first() else None,
@@ -209,7 +210,7 @@ def _log_evaluation(s: Session, done: int, eval_fn, state: TrainState, bar: tqdm
     if load_dLE is not None:
         s.log.append(done, "routing", {"domains": list(s.domains), "load_dLE": load_dLE.tolist()})
     if not bar.disable:
-        bar.write(f"step {done}: validation loss {results['loss']:.4f}")
+        bar.write(f"step {done}: validation loss {results['loss']:.4f} ({size_text(results)})")
     return results
 
 
@@ -220,7 +221,6 @@ def _evaluate(s: Session, eval_fn, state: TrainState):
         state.router_state,
         s.held_out,
         s.domains,
-        s.tokenizer,
         s.layout,
     )
 

@@ -4,6 +4,7 @@ import collections
 import dataclasses
 import itertools
 import json
+import zlib
 
 import numpy as np
 import pytest
@@ -49,7 +50,7 @@ def rows_of(batches):
 def check_row(row):
     """Everything that holds of a single row of a valid batch (DESIGN.md, Batch)."""
     segments, mask = row["segment_ids"], row["loss_mask"]
-    assert set(row) == KEYS and all(v.dtype == np.int32 for v in row.values())
+    assert set(row) - {"num_bytes"} == KEYS and all(v.dtype == np.int32 for v in row.values())
     np.testing.assert_array_equal(mask, segments > 0)
     used = int(mask.sum())
     assert mask[:used].all()  # padding comes last
@@ -194,7 +195,7 @@ def test_validation_is_one_pass_over_everything():
         check_row(row)
         targets = row["targets"][row["loss_mask"] == 1]
         got.update((int(d), int(t)) for d, t in zip(row["domain"], targets))
-        num_bytes += TOKENIZER.token_bytes_V[targets].sum()
+        num_bytes += row["num_bytes"].sum()
     want = collections.Counter()
     for i, domain in enumerate(corpus.domains):
         for document in corpus.validation[domain]:
@@ -213,10 +214,38 @@ def test_validation_is_a_fixed_sequence():
     assert len(first) == len(batches) == 3
     for a, b in zip(first, second):
         np.testing.assert_array_equal(a["tokens"], b["tokens"])
-    some = validation_batches(make_corpus(), TOKENIZER, CFG, 2)
+    some = validation_batches(make_corpus(), TOKENIZER, CFG, 8)
     assert len(some) == 2
     np.testing.assert_array_equal(some[1]["tokens"], first[1]["tokens"])
-    assert len(validation_batches(make_corpus(), TOKENIZER, CFG, 100)) == 3
+    assert len(validation_batches(make_corpus(), TOKENIZER, CFG, 400)) == 3
+
+
+def concatenated(batches):
+    rows = [row for row in rows_of(batches) if row["loss_mask"].any()]
+    return {k: np.stack([row[k] for row in rows]) for k in (*KEYS, "num_bytes")}
+
+
+def test_validation_knows_no_seed_no_order_of_files_and_no_batch_size():
+    corpus = make_corpus()
+    want = concatenated(validation_batches(corpus, TOKENIZER, CFG))
+    turned = {name: documents[::-1] for name, documents in corpus.validation.items()}
+    for other, changes, num_rows in [
+        (corpus, {"seed": 99}, None),
+        (dataclasses.replace(corpus, validation=turned), {}, None),
+        (corpus, {"batch_size": 3}, None),
+        (corpus, {"batch_size": 2, "seed": 1}, 3),
+    ]:
+        cfg = dataclasses.replace(CFG, **changes)
+        got = concatenated(validation_batches(other, TOKENIZER, cfg, num_rows))
+        for key, value in got.items():
+            np.testing.assert_array_equal(value, want[key][:num_rows])
+
+
+def test_training_order_is_that_of_0_1_0():
+    """A resumed run of 0.1.0 sees the batches it would have seen: sums of the first five, from 0.1.0."""
+    iterator = train_iterator(make_corpus(), TOKENIZER, CFG)
+    sums = [zlib.crc32(next(iterator)["tokens"].tobytes()) for _ in range(5)]
+    assert sums == [3632337636, 3716194620, 3512557134, 3927195776, 2001738455]
 
 
 def test_validation_processes_share_the_batch():

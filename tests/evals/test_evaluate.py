@@ -11,13 +11,14 @@ from moejax.config import ConfigError
 from moejax.data import load_corpus, validation_batches
 from moejax.evals.evaluate import evaluate_run
 from moejax.models import transformer
+from moejax.runs.metrics import read_metrics
 from moejax.runs.open import load_run
 
 
 def test_loss_is_that_of_the_definition(trained):
     got = evaluate_run(trained, num_batches=2)
     run = load_run(trained)
-    batches = list(validation_batches(load_corpus(run.cfg.data), run.tokenizer, run.cfg.data, 2))
+    batches = list(validation_batches(load_corpus(run.cfg.data), run.tokenizer, run.cfg.data, 8))
     nll, count, num_bytes = np.zeros(2), np.zeros(2), np.zeros(2)
     for b in batches:
         out = transformer.forward(
@@ -50,6 +51,24 @@ def test_loss_is_that_of_the_definition(trained):
     assert got["bits_per_byte"] == pytest.approx(
         nll.sum() / math.log(2) / num_bytes.sum(), rel=1e-5
     )
+
+
+def test_evaluate_says_what_training_said(trained, capsys):
+    """The same text for both commands, whatever the batch; the seed of the order of training is none of it."""
+    logged = list(read_metrics(trained)["validation"].values())[-1]
+    for batch_size in (None, 3):
+        got = evaluate_run(trained, batch_size=batch_size)
+        assert got["loss"] == pytest.approx(
+            logged["loss"], rel=1e-6
+        )  # another order of float32 sums
+        assert [got[k] for k in ("tokens", "bytes")] == [logged[k] for k in ("tokens", "bytes")]
+    assert (logged["batches"], logged["tokens"]) == (2, 2 * 4 * 32)
+    everything = evaluate_run(trained, num_batches=0)
+    held_out = load_corpus(load_run(trained).cfg.data).validation.values()
+    assert everything["bytes"] == sum(len(d.text.encode()) for group in held_out for d in group)
+    assert everything["tokens"] > got["tokens"]
+    assert evaluate.main([f"--workdir={trained}"]) == 0
+    assert f"{trained} on held-out documents: 2 batches, 256 tokens" in capsys.readouterr().out
 
 
 def test_other_text_and_the_command(trained, tmp_path, capsys):

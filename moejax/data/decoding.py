@@ -1,0 +1,119 @@
+"""Ids to text as they come: piece by piece the same text as `Tokenizer.decode` gives at once.
+
+Three kinds of decoder, told apart by the description in a tokenizer.json:
+
+    bytes     each id is some bytes, whatever stands beside it: bytes, byte-level BPE
+    context   what an id adds depends on a few ids before it: words (a space between), WordPiece,
+              Metaspace, SentencePiece with byte fallback and a stripped first space
+    whole     any other (CTC, a right strip, unknown ones): the text comes when all ids are there
+"""
+
+import codecs
+import re
+from collections.abc import Iterable
+from typing import Any, NamedTuple, Protocol
+
+BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>")
+_OF_ONE_TOKEN = ("Replace", "ByteFallback", "Metaspace", "WordPiece", "Strip", "BPEDecoder")
+
+
+class Decoding(NamedTuple):
+    """Attributes:
+    kind: 'bytes', 'context' or 'whole'.
+    silent: ids that `decode` leaves out, those of special tokens.
+    byte_ids: ids that are one byte each; a run of them is decoded together (only for 'context').
+    """
+
+    kind: str
+    silent: frozenset[int] = frozenset()
+    byte_ids: frozenset[int] = frozenset()
+
+
+class _Decoder(Protocol):
+    vocab_size: int
+    decoding: Decoding
+    pieces: list[bytes]
+
+    def decode(self, ids: Iterable[int]) -> str: ...
+
+
+def find_decoding(described: dict[str, Any], vocab: dict[str, int], special: set[int]) -> Decoding:
+    """How the decoder of a tokenizer.json works.
+
+    Args:
+      described: the content of the file.
+      vocab: every token and its id, added ones included.
+      special: ids of special tokens.
+    """
+    steps = _flat(described.get("decoder"))
+    silent = frozenset(special)
+    names = [step.get("type") for step in steps]
+    if names in (["ByteLevel"], ["ByteLevel", "Fuse"]):
+        return Decoding("bytes", silent)
+    fused = False
+    for step, name in zip(steps, names):
+        # Once all is one text, only taking spaces off its start is sure to be a matter of the start.
+        if fused and not (name == "Strip" and not step.get("stop")):
+            return Decoding("whole", silent)
+        fused = fused or name == "Fuse"
+        if not fused and name not in _OF_ONE_TOKEN:
+            return Decoding("whole", silent)
+        if (
+            name == "BPEDecoder"
+        ):  # a suffix within a token is another text at the end than before it
+            end = str(step.get("suffix"))
+            if not end or any(end in token.removesuffix(end) for token in vocab):
+                return Decoding("whole", silent)
+    byte_ids = {i for token, i in vocab.items() if BYTE_TOKEN.fullmatch(token)}
+    return Decoding("context", silent, frozenset(byte_ids if "ByteFallback" in names else ()))
+
+
+def _flat(decoder: dict[str, Any] | None) -> list[dict[str, Any]]:
+    if decoder is None:
+        return []
+    if decoder.get("type") != "Sequence":
+        return [decoder]
+    return [step for inner in decoder.get("decoders", ()) for step in _flat(inner)]
+
+
+def join_bytes(pieces: list[bytes], ids: Iterable[int]) -> bytes:
+    """The bytes of ids. A model may be wider than its tokenizer: ids beyond it stand for nothing."""
+    return b"".join(pieces[i] for i in ids if i < len(pieces))
+
+
+class StreamDecoder:
+    """Ids in, text out as soon as it is complete: for printing while generating.
+
+    The concatenation of all `push` results and `flush()` is `tokenizer.decode` of all ids.
+    """
+
+    def __init__(self, tokenizer: _Decoder):
+        self._tokenizer, self._how = tokenizer, tokenizer.decoding
+        self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+        # Ids whose text is out and which the next ones need beside them; ids whose text is not.
+        self._said: list[int] = []
+        self._held: list[int] = []
+
+    def push(self, ids: Iterable[int]) -> str:
+        """The text that these ids complete; '' while a character is incomplete."""
+        if self._how.kind == "bytes":
+            return self._utf8.decode(join_bytes(self._tokenizer.pieces, ids))
+        self._held += [
+            i for i in ids if i < self._tokenizer.vocab_size and i not in self._how.silent
+        ]
+        unsure = self._how.kind == "whole" or not self._held or self._held[-1] in self._how.byte_ids
+        return "" if unsure else self._say()
+
+    def _say(self) -> str:
+        before = self._tokenizer.decode(self._said)
+        text = self._tokenizer.decode(self._said + self._held)
+        # Without a character to its left, the next text might be taken for the first.
+        context = self._held if self._tokenizer.decode(self._held) else self._said + self._held
+        self._said, self._held = context, []
+        return text[len(before) :]
+
+    def flush(self) -> str:
+        """What is left at the end: U+FFFD for an incomplete character, else ''."""
+        if self._how.kind == "bytes":
+            return self._utf8.decode(b"", final=True)
+        return self._say() if self._held else ""
