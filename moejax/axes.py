@@ -26,6 +26,9 @@ EXPERT = "expert"  # experts E
 EXPERT_EMBED = "expert_embed"  # model width inside an expert's weights
 EXPERT_MLP = "expert_mlp"  # expert FFN width
 
+# What a parameter is. Optimisers and parameter groups go by it; see `moejax.params.ParamSpec`.
+ROLES = ("matrix", "vector", "embedding", "head", "router")
+
 # Logical axes of activations.
 BATCH = "batch"  # batch B or tokens T
 SEQ = "seq"  # sequence S

@@ -17,6 +17,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from moejax.config_checks import experiment_problems, model_problems
+from moejax.param_groups import Treatment, treatments
 from moejax.text import MOST_MESSAGE, cut, plain
 
 
@@ -216,8 +217,11 @@ class DataConfig:
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW. Matrices decay; norms, biases and (always) router state do not."""
+    """How parameters learn. Matrices, embeddings and head decay; norms, biases and sinks do not."""
 
+    # A key of moejax.train.optimizer.OPTIMIZERS: 'adamw', 'muon', 'adafactor', 'lion'. An option that it
+    # does not read must keep its default: docs/optimizers.md.
+    name: str = "adamw"
     learning_rate: float = 1e-3
     # 'multistep' (DeepSeekMoE: x decay_factor at each fraction in decay_at), 'cosine',
     # 'wsd' (warm-up, stable, linear decay from decay_at[0]), 'constant'.
@@ -231,6 +235,26 @@ class OptimizerConfig:
     eps: float = 1e-8
     weight_decay: float = 0.1
     clip_norm: float = 1.0  # of the global gradient; 0 = off
+    # Muon: decay of its momentum; in [0, 1).
+    momentum: float = 0.95
+    # Muon: rows (times, a, b, c) of iterations X -> a X + (b A + c A^2) X, A = X X^T, in this order.
+    newton_schulz: tuple[tuple[float, ...], ...] = ((5, 3.4445, -4.775, 2.0315),)
+    # Muon: root mean square of an update before the learning rate, 0.2 is AdamW's (2502.16982); at least 0.
+    # 0: sqrt(max(1, out / in)) times an orthogonal matrix instead.
+    consistent_rms: float = 0.0
+    # Muon: the roles that it takes, 'matrix' and of 'router', 'embedding', 'head' any; AdamW takes the rest.
+    muon_roles: tuple[str, ...] = ("matrix",)
+    # Rules for some of the parameters, such as 'role=embedding lr=0.1' or 'path=*/router/* frozen': see
+    # moejax.param_groups. The last one that matches wins.
+    groups: tuple[str, ...] = ()
+
+    def treatments(self, roles: dict[str, str]) -> dict[str, Treatment]:
+        """How each parameter is trained (path -> Treatment), of path -> role. ConfigError if a group does not
+        fit them."""
+        try:
+            return treatments(self.groups, roles)
+        except ValueError as e:
+            raise ConfigError(f"optimizer.groups: {e}") from e
 
 
 @dataclasses.dataclass(frozen=True)

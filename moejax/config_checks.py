@@ -7,8 +7,11 @@ import math
 import typing
 from typing import Any
 
+from moejax.axes import ROLES
+from moejax.param_groups import parse_rule
+
 if typing.TYPE_CHECKING:
-    from moejax.config import ExperimentConfig, ModelConfig, MoEConfig
+    from moejax.config import ExperimentConfig, ModelConfig, MoEConfig, OptimizerConfig
 
 CHOICES = {
     "activation": ("swiglu", "swiglu_clamped", "swiglu_oai", "gelu_tanh"),
@@ -46,6 +49,7 @@ RANGES = (
         "moe.sequence_loss", "moe.device_loss", "moe.communication_loss", "moe.z_loss",
         "moe.activation_limit", "moe.buffer_factor", "data.max_bytes", "data.seed",
         "optimizer.warmup_steps", "optimizer.weight_decay", "optimizer.clip_norm",
+        "optimizer.consistent_rms",
         "train.keep_every", "train.seed",
     )),
     ("above 0", lambda x: x > 0, (
@@ -55,7 +59,9 @@ RANGES = (
     )),
     ("above 1", lambda x: x > 1, ("attention.rope.theta",)),
     ("above 0 and below 1", lambda x: 0 < x < 1, ("data.validation_fraction",)),
-    ("at least 0 and below 1", lambda x: 0 <= x < 1, ("optimizer.b1", "optimizer.b2")),
+    ("at least 0 and below 1", lambda x: 0 <= x < 1, (
+        "optimizer.b1", "optimizer.b2", "optimizer.momentum",
+    )),
     ("between 0 and 1", lambda x: 0 <= x <= 1, ("optimizer.min_lr_ratio",)),
 )  # fmt: skip
 
@@ -64,6 +70,16 @@ TOKEN_CHOICE_ONLY = (
     "score", "normalize_weights", "num_groups", "bias_update",
     "expert_loss", "sequence_loss", "device_loss", "communication_loss",
 )  # fmt: skip
+
+# The options that an optimiser reads, besides those that all of them read.
+READS = {
+    "adamw": ("b1", "b2", "eps", "weight_decay"),
+    "muon": (
+        "b1", "b2", "eps", "weight_decay", "momentum", "newton_schulz", "consistent_rms", "muon_roles",
+    ),
+    "adafactor": ("weight_decay",),
+    "lion": ("b1", "b2", "weight_decay"),
+}  # fmt: skip
 
 
 def _get(cfg: Any, dotted: str) -> Any:
@@ -242,6 +258,7 @@ def experiment_problems(cfg: "ExperimentConfig") -> list[str]:
     )
     p = choice_problem("optimizer.schedule", o.schedule, ("multistep", "cosine", "wsd", "constant"))
     problems += [p] if p else []
+    problems += _optimizer_problems(o)
     need(
         all(0 < x <= 1 for x in o.decay_at) and (o.schedule != "wsd" or len(o.decay_at) > 0),
         f"optimizer.decay_at={o.decay_at} must be fractions of the run, in (0, 1]",
@@ -257,6 +274,35 @@ def experiment_problems(cfg: "ExperimentConfig") -> list[str]:
         f"mesh sizes must be positive, at most one of them -1; got data={m.data}, fsdp={m.fsdp}, "
         f"expert={m.expert}, tensor={m.tensor}",
     )
+    return problems
+
+
+def _optimizer_problems(o: "OptimizerConfig") -> list[str]:
+    p = choice_problem("optimizer.name", o.name, READS)
+    if p:
+        return [p]
+    problems = []
+    for key in sorted({key for keys in READS.values() for key in keys} - {*READS[o.name]}):
+        value, default = getattr(o, key), getattr(type(o), key)
+        if value != default:
+            readers = " and ".join(repr(name) for name, keys in READS.items() if key in keys)
+            problems.append(
+                f"optimizer.{key}={value!r} is not read by optimizer.name={o.name!r} but by {readers}: "
+                f"leave it at {default!r}, or name another optimizer"
+            )
+    rows = o.newton_schulz
+    if not rows or any(len(r) != 4 or r[0] < 1 or r[0] % 1 for r in rows):
+        problems.append(
+            f"optimizer.newton_schulz={rows} must be rows (times, a, b, c) with a whole number of times"
+        )
+    roles = tuple(r for r in ROLES if r != "vector")
+    if not o.muon_roles or {*o.muon_roles} - {*roles}:
+        problems.append(f"optimizer.muon_roles={o.muon_roles} must name some of {', '.join(roles)}")
+    for text in o.groups:
+        try:
+            parse_rule(text)
+        except ValueError as e:
+            problems.append(f"optimizer.groups: {e}")
     return problems
 
 

@@ -8,10 +8,13 @@ allocated until `init_params` runs, so a 671B model can be described on a laptop
 import dataclasses
 import math
 import zlib
+from collections.abc import Collection
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+
+from moejax.axes import EXPERT, LAYERS, ROLES, VOCAB
 
 Tree = Any  # a nested dict of arrays or specs
 
@@ -26,6 +29,10 @@ class ParamSpec:
       init: 'normal' (mean 0, deviation `std`), 'zeros' or 'ones'.
       std: standard deviation for 'normal'.
       dtype: storage dtype; master weights are float32.
+      role: what it is, one of `axes.ROLES`. Leading axes of layers and experts count instances; of the
+        dimensions behind them, two are a 'matrix', fewer a 'vector' (norm scales, biases, sinks). A matrix with
+        the vocabulary on its input side is an 'embedding', on its output side the 'head'. What follows from
+        shape and axes need not be given; 'router' (what gives scores or gates) and learned positions are.
     """
 
     shape: tuple[int, ...]
@@ -33,12 +40,38 @@ class ParamSpec:
     init: str = "normal"
     std: float = 0.006
     dtype: Any = jnp.float32
+    role: str = ""
 
     def __post_init__(self):
         if len(self.shape) != len(self.axes):
             raise ValueError(f"shape {self.shape} and axes {self.axes} differ in length")
         if self.init not in ("normal", "zeros", "ones"):
             raise ValueError(f"init {self.init!r}: expected 'normal', 'zeros' or 'ones'")
+        if not self.role:
+            object.__setattr__(self, "role", self._role())
+        if self.role not in ROLES:
+            raise ValueError(f"role {self.role!r}: expected one of {', '.join(ROLES)}")
+
+    def _role(self) -> str:
+        if len(self.shape) - self.batch_dims < 2:
+            return "vector"
+        ends = self.axes[self.batch_dims], self.axes[-1]
+        return "embedding" if ends[0] == VOCAB else "head" if ends[1] == VOCAB else "matrix"
+
+    @property
+    def batch_dims(self) -> int:
+        """Leading axes that count layers and experts: each of them has an array of its own."""
+        return next(
+            (i for i, a in enumerate(self.axes) if a not in (LAYERS, EXPERT)), len(self.axes)
+        )
+
+    @property
+    def matrix_dims(self) -> tuple[int, int]:
+        """(contracted with the input, running over the output) of each instance, from the end. ValueError if
+        it is not a matrix."""
+        if len(self.shape) - self.batch_dims != 2:
+            raise ValueError(f"axes {self.axes} are no matrix behind layers and experts")
+        return -2, -1
 
 
 def is_spec(x) -> bool:
@@ -50,8 +83,45 @@ def path_name(path) -> str:
     return "/".join(str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in path)
 
 
-def map_specs(fn, specs: Tree) -> Tree:
-    return jax.tree.map(fn, specs, is_leaf=is_spec)
+def map_specs(fn, specs: Tree, *trees: Tree) -> Tree:
+    """`fn` of each spec, and of what `trees` have in its place."""
+    return jax.tree.map(fn, specs, *trees, is_leaf=is_spec)
+
+
+def router_specs(specs: Tree) -> Tree:
+    """`specs` of a router: what would be a matrix gets the role 'router'."""
+    return map_specs(
+        lambda s: dataclasses.replace(s, role="router") if s.role == "matrix" else s, specs
+    )
+
+
+def by_path(specs: Tree) -> dict[str, ParamSpec]:
+    leaves = jax.tree_util.tree_flatten_with_path(specs, is_leaf=is_spec)[0]
+    return {path_name(path): spec for path, spec in leaves}
+
+
+def roles(specs: Tree) -> dict[str, str]:
+    """Path -> role of every parameter."""
+    return {path: spec.role for path, spec in by_path(specs).items()}
+
+
+def select(tree: dict, paths: Collection[str], prefix: str = "") -> dict:
+    """The part of a nested dict that lies at `paths`; dicts left empty are dropped."""
+    out = {}
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            value = select(value, paths, f"{prefix}{key}/")
+            if value:
+                out[key] = value
+        elif prefix + key in paths:
+            out[key] = value
+    return out
+
+
+def merge(one: dict, other: dict) -> dict:
+    """The nested dict of which `one` and `other` are parts (see `select`)."""
+    both = one.keys() & other.keys()
+    return {**one, **other, **{key: merge(one[key], other[key]) for key in both}}
 
 
 def stack(specs: Tree, num_layers: int, axis_name: str = "layers") -> Tree:

@@ -93,15 +93,18 @@ RANGE_ROWS = {
     (-1e-9, "=-1e-09 must be at least 0", 0):
         "mtp_loss_weight attention.rope.yarn_mscale attention.rope.yarn_mscale_all_dim moe.bias_rate "
         "moe.expert_loss moe.sequence_loss moe.device_loss moe.communication_loss moe.z_loss "
-        "moe.activation_limit moe.buffer_factor optimizer.weight_decay optimizer.clip_norm",
+        "moe.activation_limit moe.buffer_factor optimizer.weight_decay optimizer.clip_norm "
+        "optimizer.consistent_rms",
     (0, "=0.0 must be above 0", 1e-20):
         "norm_eps init_std moe.routed_scaling moe.capacity_factor attention.rope.yarn_beta_slow "
         "attention.rope.yarn_beta_fast optimizer.learning_rate optimizer.decay_factor optimizer.eps",
     (1, "=1.0 must be above 1", 1.5): "attention.rope.theta",
     (0, "=0.0 must be above 0 and below 1", 0.01): "data.validation_fraction",
     (1, "=1.0 must be above 0 and below 1", 0.99): "data.validation_fraction",
-    (-0.1, "=-0.1 must be at least 0 and below 1", 0): "optimizer.b1 optimizer.b2",
-    (1, "=1.0 must be at least 0 and below 1", 0.999): "optimizer.b1 optimizer.b2",
+    (-0.1, "=-0.1 must be at least 0 and below 1", 0):
+        "optimizer.b1 optimizer.b2 optimizer.momentum",
+    (1, "=1.0 must be at least 0 and below 1", 0.999):
+        "optimizer.b1 optimizer.b2 optimizer.momentum",
     (-0.1, "=-0.1 must be between 0 and 1", 0): "optimizer.min_lr_ratio",
     (1.1, "=1.1 must be between 0 and 1", 1): "optimizer.min_lr_ratio",
 }  # fmt: skip

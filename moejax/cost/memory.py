@@ -7,14 +7,19 @@ float32. `plan --verify` compares.
 """
 
 import dataclasses
+import functools
 import math
+from typing import NamedTuple
 
 from moejax.axes import BATCH, EXPERT
-from moejax.config import ModelConfig
+from moejax.config import ModelConfig, OptimizerConfig
 from moejax.cost.architecture import Architecture, Part, of_model
 from moejax.mesh import MeshSizes
+from moejax.models import transformer
 from moejax.moe.experts import ACTIVATIONS
+from moejax.params import ParamSpec, by_path, roles
 
+ADAMW = OptimizerConfig()
 BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2, "fp8": 1}
 
 
@@ -86,8 +91,8 @@ class TrainingMemory:
     """Bytes on each device, at the fullest moment of a step."""
 
     weights: float  # float32 master weights
-    gradients: float  # float32
-    optimizer: float  # Adam's two float32 moments
+    gradients: float  # float32, of what is trained
+    optimizer: float  # the optimiser's float32 moments
     cast: float  # weights in the compute dtype, where it is not float32; unsharded layer with fsdp
     activations: float  # kept of every layer for the backward pass
     in_flight: float  # of the layer, or the chunk of logits, being worked on
@@ -98,8 +103,55 @@ class TrainingMemory:
         return sum(getattr(self, f.name) for f in dataclasses.fields(self))
 
 
+class Kept(NamedTuple):
+    """What training keeps of the experts, or of all other parameters, per parameter.
+
+    Attributes:
+      trained: the share that is not frozen.
+      moments: float32 numbers of optimiser state.
+    """
+
+    trained: float
+    moments: float
+
+
+@functools.cache
+def kept(cfg: ModelConfig, optimizer: OptimizerConfig) -> dict[bool, Kept]:
+    """`Kept` of the experts (True) and of everything else (False)."""
+    specs = by_path(transformer.param_specs(cfg))
+    treated = optimizer.treatments(roles(specs))
+
+    def one(experts: bool) -> Kept:
+        mine = {p: s for p, s in specs.items() if (EXPERT in s.axes) == experts}
+        trained = {p: s for p, s in mine.items() if not treated[p].frozen}
+        everything = max(1, sum(math.prod(s.shape) for s in mine.values()))
+        return Kept(
+            sum(math.prod(s.shape) for s in trained.values()) / everything,
+            sum(moments_of(optimizer, s) for s in trained.values()) / everything,
+        )
+
+    return {experts: one(experts) for experts in (False, True)}
+
+
+def moments_of(optimizer: OptimizerConfig, spec: ParamSpec) -> int:
+    """Numbers that the optimiser keeps for a parameter (a test compares with its own state)."""
+    size, own = math.prod(spec.shape), spec.shape[spec.batch_dims :]
+    if optimizer.name == "muon":
+        return size if spec.role in optimizer.muon_roles else 2 * size
+    if optimizer.name == "adafactor":
+        factored = len(own) == 2 and min(own) >= 128
+        return size // math.prod(own) * sum(own) if factored else size
+    return {"adamw": 2, "lion": 1}[optimizer.name] * size
+
+
 def training(
-    cfg: ModelConfig, mesh: MeshSizes, micro_batch: int, seq_len: int, *, accumulate: bool = False
+    cfg: ModelConfig,
+    mesh: MeshSizes,
+    micro_batch: int,
+    seq_len: int,
+    *,
+    accumulate: bool = False,
+    optimizer: OptimizerConfig = ADAMW,
 ) -> TrainingMemory:
     """Training memory of one device.
 
@@ -109,10 +161,14 @@ def training(
       micro_batch: sequences in one forward and backward pass, over all devices.
       seq_len: tokens in a sequence.
       accumulate: gradients are summed over micro-batches (a second copy of them).
+      optimizer: how many moments there are, and of which parameters.
     """
     arch = of_model(cfg)
-    parts = (*arch.parts, *arch.mtp)
-    local = sum(p.total / p.shards(mesh) for p in parts if p.name != "balance bias")
+    parts = [p for p in (*arch.parts, *arch.mtp) if p.name != "balance bias"]
+    local = sum(p.total / p.shards(mesh) for p in parts)
+    keeps = kept(cfg, optimizer)
+    trained = sum(keeps[p.experts].trained * p.total / p.shards(mesh) for p in parts)
+    moments = sum(keeps[p.experts].moments * p.total / p.shards(mesh) for p in parts)
     wide, b = 4, BYTES[cfg.dtype]
     cast = b * local if cfg.dtype != "float32" else 0.0
     # One layer at a time is gathered whole, its weights and their gradients.
@@ -122,16 +178,16 @@ def training(
     if cfg.remat == "none":  # the backward pass keeps the gathered experts of every layer
         cast += sum(b * p.total / p.shards(mesh) * p.gathers(mesh) for p in gathered if p.experts)
     tokens = micro_batch * seq_len / mesh.size(BATCH)
-    kept = _activations(cfg, tokens, seq_len, mesh)
+    saved = _activations(cfg, tokens, seq_len, mesh)
     # All that the backward pass needs and the optimiser does not.
-    passing = kept + cast + (wide * local if accumulate else 0.0)
+    passing = saved + cast + (wide * trained if accumulate else 0.0)
     return TrainingMemory(
         weights=wide * local,
-        gradients=wide * local * (2 if accumulate else 1),
-        optimizer=2 * wide * local,
+        gradients=wide * trained * (2 if accumulate else 1),
+        optimizer=wide * moments,
         cast=cast,
-        activations=kept,
-        in_flight=_in_flight(cfg, tokens, seq_len, mesh, passing),
+        activations=saved,
+        in_flight=_in_flight(cfg, tokens, seq_len, mesh, passing, trained),
         buffers=_buffers(cfg, tokens, mesh),
     )
 
@@ -196,14 +252,15 @@ def _activations(cfg: ModelConfig, tokens: float, seq_len: int, mesh: MeshSizes)
 
 
 def _in_flight(
-    cfg: ModelConfig, tokens: float, seq_len: int, mesh: MeshSizes, passing: float
+    cfg: ModelConfig, tokens: float, seq_len: int, mesh: MeshSizes, passing: float, trained: float
 ) -> float:
     """The fullest of three moments, beside weights, gradients and activations.
 
     In a layer's backward pass: what that layer keeps, the gradient of its rows, and the gradients of its
     experts (several times: they are summed up, and copied into their stack). In the loss: one chunk's logits,
     probabilities and gradient, in float32. In the optimiser: new weights and moments beside the
-    old, while the `passing` bytes (activations and what else it has no use for) are gone.
+    old of the `trained` parameters, while the `passing` bytes (activations and what else it has no use for)
+    are gone.
     """
     arch = of_model(cfg)
     parts = (*arch.parts, *arch.mtp)
@@ -213,7 +270,7 @@ def _in_flight(
     layer = tokens * layer_bytes(cfg, seq_len, mesh) + rows + 3 * one + 0.4 * experts
     at_once = min(tokens, max(1.0, cfg.tokens_of_logits / mesh.size(BATCH)))
     logits = 3 * 4 * at_once * cfg.vocab_size / mesh.tensor
-    update = 1.4 * 4 * sum(p.total / p.shards(mesh) for p in parts) - passing
+    update = 1.4 * 4 * trained - passing
     return max(layer, logits, update)
 
 

@@ -144,7 +144,9 @@ def step_rows(e: roofline.Estimate, d: Device, dtype: str) -> list[list[str]]:
 
 
 def nearest_rows(cfg: ModelConfig, setup: Setup) -> list[list[str]]:
-    fit = roofline.nearest_fit(cfg, setup.device, setup.mesh, setup.batch, setup.context)
+    fit = roofline.nearest_fit(
+        cfg, setup.device, setup.mesh, setup.batch, setup.context, optimizer=setup.optimizer
+    )
     label = "does not fit; nearest that does"
     if fit is None:
         return [[label, "none up to 4096 devices: shorten the context, or take larger devices"]]

@@ -9,7 +9,7 @@ import dataclasses
 from collections.abc import Iterator
 
 from moejax.axes import BATCH
-from moejax.config import DataConfig, ExperimentConfig, ModelConfig
+from moejax.config import DataConfig, ExperimentConfig, ModelConfig, OptimizerConfig
 from moejax.cost import memory
 from moejax.cost.architecture import Architecture, of_model
 from moejax.cost.flops import flops_per_token
@@ -247,6 +247,7 @@ def nearest_fit(
     seq_len: int,
     *,
     max_devices: int = 4096,
+    optimizer: OptimizerConfig = memory.ADAMW,
 ) -> Fit | None:
     """The nearest way that fits, changing as little as possible, or None.
 
@@ -264,7 +265,12 @@ def nearest_fit(
                 changed = dataclasses.replace(cfg, remat=remat)
                 for micro in _micro_batches(batch, option.size(BATCH)):
                     held = memory.training(
-                        changed, option, micro, seq_len, accumulate=micro < batch
+                        changed,
+                        option,
+                        micro,
+                        seq_len,
+                        accumulate=micro < batch,
+                        optimizer=optimizer,
                     )
                     if held.total <= limit:
                         return Fit(option, micro, remat, held.total)

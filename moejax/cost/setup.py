@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from moejax.config import ConfigError, DataConfig, ExperimentConfig, ModelConfig
+from moejax.config import ConfigError, DataConfig, ExperimentConfig, ModelConfig, OptimizerConfig
 from moejax.config_checks import divisors_text
 from moejax.cost import memory, roofline
 from moejax.cost.architecture import Architecture, of_model
@@ -21,6 +21,7 @@ class Setup:
       context: tokens in a sequence, or in the cache when decoding.
       tokens: training budget; None: no total is given.
       efficiency: part of the arithmetic peak that is reached.
+      optimizer: of training.
     """
 
     device: Device
@@ -30,6 +31,7 @@ class Setup:
     context: int = 4096
     tokens: float | None = None
     efficiency: float = roofline.EFFICIENCY
+    optimizer: OptimizerConfig = memory.ADAMW
 
     def step(self, cfg: ModelConfig) -> roofline.Estimate:
         """The estimate of one optimiser step."""
@@ -47,7 +49,12 @@ class Setup:
         """Bytes on each device in training."""
         accumulate = self.micro_batch < self.batch
         return memory.training(
-            cfg, self.mesh, self.micro_batch, self.context, accumulate=accumulate
+            cfg,
+            self.mesh,
+            self.micro_batch,
+            self.context,
+            accumulate=accumulate,
+            optimizer=self.optimizer,
         )
 
 
@@ -98,4 +105,5 @@ def of_experiment(
         micro_batch=cfg.data.batch_size // cfg.train.accumulation,
         context=cfg.data.seq_len,
         tokens=float(steps),
+        optimizer=cfg.optimizer,
     )

@@ -56,7 +56,9 @@ def param_specs(cfg: ModelConfig) -> dict:
     v, d, std = cfg.vocab_size, cfg.d_model, cfg.init_std
     specs: dict = {"embed": {"tokens": ParamSpec((v, d), (axes.VOCAB, axes.EMBED), std=std)}}
     if cfg.positions == "learned":
-        specs["embed"]["positions"] = ParamSpec((cfg.max_seq_len, d), (None, axes.EMBED), std=std)
+        specs["embed"]["positions"] = ParamSpec(
+            (cfg.max_seq_len, d), (None, axes.EMBED), std=std, role="embedding"
+        )
     dense = cfg.num_layers - cfg.num_moe_layers
     if dense:
         specs["dense_blocks"] = stack(block_specs(cfg, False), dense)

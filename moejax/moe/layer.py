@@ -16,7 +16,7 @@ from moejax.moe.dispatch.expert_parallel import expert_parallel
 from moejax.moe.experts import expert_param_specs, ffn, ffn_param_specs
 from moejax.moe.routers import ROUTERS
 from moejax.moe.routing import BatchTotals
-from moejax.params import ParamSpec
+from moejax.params import ParamSpec, router_specs
 from moejax.sharding import Layout
 
 
@@ -44,13 +44,13 @@ class MoEAux(NamedTuple):
 def param_specs(cfg: ModelConfig) -> dict:
     moe, d, std = cfg.moe, cfg.d_model, cfg.init_std
     specs = {
-        "router": ROUTERS[moe.router].param_specs(moe, d, std),
+        "router": router_specs(ROUTERS[moe.router].param_specs(moe, d, std)),
         "experts": expert_param_specs(moe, d, std),
     }
     if moe.shared_width:
         specs["shared"] = ffn_param_specs(d, moe.shared_width, moe.activation, moe.ffn_bias, std)
         if moe.shared_gate:
-            specs["shared_gate"] = ParamSpec((d, 1), (axes.EMBED, None), std=std)
+            specs["shared_gate"] = ParamSpec((d, 1), (axes.EMBED, None), std=std, role="router")
     return specs
 
 

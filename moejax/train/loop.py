@@ -24,6 +24,7 @@ from moejax.runs.checkpoint import Checkpoints
 from moejax.sharding import Layout, make_layout, place_rows, rows_here
 from moejax.train import processes
 from moejax.train.metrics import Log, Meter, scalars
+from moejax.train.optimizer import optimizer_of, split_trained
 from moejax.train.signals import StopRequest
 from moejax.train.state import (
     TrainState,
@@ -69,6 +70,7 @@ def train(cfg: ExperimentConfig, workdir: pathlib.Path) -> dict:
     """
     devices = processes.ordered_devices()
     _check_devices(cfg, devices)
+    optimizer_of(cfg)  # whether its groups fit the model
     folder.check_writable(workdir)
     corpus = load_corpus(cfg.data)
     with processes.first_goes_first():
@@ -124,8 +126,10 @@ def _train(s: Session) -> dict:
             s.data.set_state(data_state)
         s.say(f"resuming {s.checkpoints.workdir} at step {int(state.step)}")
     mesh = "" if s.layout is None else f", mesh {_mesh_text(s.layout)}"
+    frozen = count(split_trained(state.params, s.cfg)[1])
+    left = f" ({frozen:,} frozen)" if frozen else ""
     s.say(
-        f"{s.cfg.name}: {count(state.params):,} parameters, domains {', '.join(s.domains)}, "
+        f"{s.cfg.name}: {count(state.params):,} parameters{left}, domains {', '.join(s.domains)}, "
         f"{s.tokens_per_step:,} tokens per step{mesh}"
     )
     if s.plan is not None:

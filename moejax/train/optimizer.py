@@ -1,11 +1,16 @@
-"""AdamW with a decay mask, clipping and the schedules of the papers, from optax."""
+"""Optimisers as a table, what each parameter's role and group make of them, and the schedules of the papers."""
+
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import optax
+from optax.contrib import MuonDimensionNumbers, muon
 
-from moejax.config import OptimizerConfig
-from moejax.params import path_name
+from moejax.config import ExperimentConfig, OptimizerConfig
+from moejax.models import transformer
+from moejax.param_groups import Treatment
+from moejax.params import ParamSpec, Tree, is_spec, map_specs, path_name, roles, select
 
 
 def schedule(cfg: OptimizerConfig, steps: int) -> optax.Schedule:
@@ -35,30 +40,149 @@ def schedule(cfg: OptimizerConfig, steps: int) -> optax.Schedule:
     return optax.join_schedules([ramp, after], [warmup])
 
 
-STACKED = ("dense_blocks", "moe_blocks", "mtp")  # parameters with a leading axis of layers
+# ---------------------------------------------------------------------------------------------------
+# The optimisers: (options, learning rate, specs of what is trained, where decay applies) -> optax.
+# `config_checks.READS` says which options each of them reads.
 
 
-def decay_mask(params) -> dict:
-    """True where weight decay applies: matrices and embeddings, not vectors (norms, biases, sinks)."""
-
-    def one(path, a):
-        names = path_name(path).split("/")
-        vector = a.ndim - (names[0] in STACKED) < 2
-        return not (vector or names[-1].startswith("b_"))  # experts' biases are (E, F)
-
-    return jax.tree_util.tree_map_with_path(one, params)
-
-
-def make_optimizer(cfg: OptimizerConfig, steps: int) -> optax.GradientTransformation:
-    return optax.chain(
-        optax.clip_by_global_norm(cfg.clip_norm) if cfg.clip_norm else optax.identity(),
-        optax.adamw(
-            schedule(cfg, steps),
-            b1=cfg.b1,
-            b2=cfg.b2,
-            eps=cfg.eps,
-            weight_decay=cfg.weight_decay,
-            mask=decay_mask,
-            mu_dtype=jnp.float32,
-        ),
+def _adamw(cfg: OptimizerConfig, rate: optax.Schedule, specs: Tree, decay: Tree):
+    """AdamW (1711.05101)."""
+    del specs
+    return optax.adamw(
+        rate,
+        b1=cfg.b1,
+        b2=cfg.b2,
+        eps=cfg.eps,
+        weight_decay=cfg.weight_decay,
+        mask=decay,
+        mu_dtype=jnp.float32,
     )
+
+
+def _muon(cfg: OptimizerConfig, rate: optax.Schedule, specs: Tree, decay: Tree):
+    """Muon (Jordan 2024; 2502.16982) for the roles in `muon_roles`, AdamW for the rest.
+
+    Each layer's and each expert's matrix is orthogonalised by itself. Left to itself, optax's muon takes the
+    leaves with two axes: stacked norms (L, D) and the embedding, but no stacked matrix.
+    """
+    coefficients = tuple(row[1:] for row in cfg.newton_schulz for _ in range(int(row[0])))
+    same = len(cfg.newton_schulz) == 1  # optax then unrolls instead of scanning
+    labels = map_specs(lambda s: "muon" if s.role in cfg.muon_roles else "adamw", specs)
+
+    def dimensions(params):  # which have holes where AdamW's are
+        return map_specs(_muon_dimensions, specs, params)
+
+    orthogonal = muon(
+        rate,
+        ns_coeffs=coefficients[0] if same else coefficients,
+        ns_steps=len(coefficients),
+        beta=cfg.momentum,
+        weight_decay=cfg.weight_decay,
+        weight_decay_mask=decay,
+        mu_dtype=jnp.float32,
+        muon_weight_dimension_numbers=dimensions,
+        consistent_rms=cfg.consistent_rms or None,
+    )
+    return optax.partition({"muon": orthogonal, "adamw": _adamw(cfg, rate, specs, decay)}, labels)
+
+
+def _muon_dimensions(spec: ParamSpec, param) -> MuonDimensionNumbers | optax.MaskedNode:
+    return param if isinstance(param, optax.MaskedNode) else MuonDimensionNumbers(*spec.matrix_dims)
+
+
+def _lion(cfg: OptimizerConfig, rate: optax.Schedule, specs: Tree, decay: Tree):
+    """Lion (2302.06675): the sign of a momentum; one moment."""
+    del specs
+    return optax.lion(
+        rate, cfg.b1, cfg.b2, mu_dtype=jnp.float32, weight_decay=cfg.weight_decay, mask=decay
+    )
+
+
+def _adafactor(cfg: OptimizerConfig, rate: optax.Schedule, specs: Tree, decay: Tree):
+    """Adafactor (1804.04235) without momentum, its learning rate absolute as that of the others: second
+    moments as a row and a column of each matrix of at least 128 x 128, updates clipped to an RMS of 1."""
+    scale = optax.chain(optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0))
+    return optax.chain(
+        _each_instance(scale, specs),
+        optax.add_decayed_weights(cfg.weight_decay, decay),
+        optax.scale_by_learning_rate(rate),
+    )
+
+
+def _each_instance(
+    inner: optax.GradientTransformation, specs: Tree
+) -> optax.GradientTransformation:
+    """`inner` on every layer's and every expert's array by itself. optax would factor a stack (L, E, D, F)
+    over its two longest axes, whichever they are, and clip all experts together."""
+
+    def mapped(f: Callable, spec: ParamSpec) -> Callable:
+        for _ in range(spec.batch_dims):
+            f = jax.vmap(f)
+        return f
+
+    def init(params):
+        return map_specs(lambda s, p: mapped(inner.init, s)(p), specs, params)
+
+    def update(updates, state, params=None):
+        pairs = map_specs(
+            lambda s, *args: mapped(inner.update, s)(*args), specs, updates, state, params
+        )
+        first, second = (map_specs(lambda _, p, i=i: p[i], specs, pairs) for i in (0, 1))
+        return first, second
+
+    return optax.GradientTransformation(init, update)
+
+
+OPTIMIZERS: dict[str, Callable[..., optax.GradientTransformation]] = {
+    "adamw": _adamw,
+    "muon": _muon,
+    "adafactor": _adafactor,
+    "lion": _lion,
+}
+
+
+# ---------------------------------------------------------------------------------------------------
+# Of an experiment.
+
+
+def make_optimizer(cfg: OptimizerConfig, specs: dict, steps: int) -> optax.GradientTransformation:
+    """The optimiser of the trained part of the parameters that `specs` describe (all of them, without
+    `groups`): see `split_trained`. ConfigError for a group that does not fit them."""
+    treated = cfg.treatments(roles(specs))
+    trained = select(specs, _trained(treated))
+
+    def tree(f: Callable[[Treatment], object]) -> Tree:
+        return jax.tree_util.tree_map_with_path(
+            lambda path, _: f(treated[path_name(path)]), trained, is_leaf=is_spec
+        )
+
+    parts = [
+        optax.clip_by_global_norm(cfg.clip_norm) if cfg.clip_norm else optax.identity(),
+        OPTIMIZERS[cfg.name](cfg, schedule(cfg, steps), trained, tree(lambda t: t.decay)),
+    ]
+    if any(t.lr != 1 for t in treated.values()):
+        factors = tree(lambda t: t.lr)
+        parts.append(optax.stateless(lambda updates, _: jax.tree.map(_times, factors, updates)))
+    return optax.chain(*parts)
+
+
+def _times(factor: float, a: jax.Array) -> jax.Array:
+    return a if factor == 1 else factor * a
+
+
+def optimizer_of(cfg: ExperimentConfig) -> optax.GradientTransformation:
+    """`make_optimizer` for the experiment's model."""
+    return make_optimizer(cfg.optimizer, transformer.param_specs(cfg.model), cfg.train.steps)
+
+
+def split_trained(params: dict, cfg: ExperimentConfig) -> tuple[dict, dict]:
+    """(trained, frozen) parts of `params`; `params.merge` puts them together again."""
+    if not cfg.optimizer.groups:
+        return params, {}
+    treated = cfg.optimizer.treatments(roles(transformer.param_specs(cfg.model)))
+    trained = _trained(treated)
+    return select(params, trained), select(params, treated.keys() - trained)
+
+
+def _trained(treated: dict[str, Treatment]) -> set[str]:
+    return {path for path, t in treated.items() if not t.frozen}

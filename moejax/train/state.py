@@ -1,5 +1,6 @@
 """The training state: everything that a run is, as one pytree, created sharded."""
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -8,17 +9,17 @@ from jax.sharding import SingleDeviceSharding
 
 from moejax.config import ExperimentConfig
 from moejax.models import transformer
-from moejax.params import init_params, path_name
+from moejax.params import by_path, init_params, path_name
 from moejax.runs.checkpoint import Checkpoints, placed
 from moejax.sharding import Layout
-from moejax.train.optimizer import make_optimizer
+from moejax.train.optimizer import optimizer_of, split_trained
 
 
 class TrainState(NamedTuple):
     """Attributes:
     step: optimiser steps begun, int32 (skipped ones included: it is the position in the data).
     params: float32 master weights.
-    opt_state: optax's.
+    opt_state: optax's, of the trained parameters.
     router_state: what rules learn; no gradient, no decay.
     skipped: steps whose update was not finite and left out.
     bad_in_a_row: of those, how many came last without a good one between.
@@ -35,8 +36,11 @@ class TrainState(NamedTuple):
 def init_state(cfg: ExperimentConfig, key: jax.Array) -> TrainState:
     """A fresh state. Pure: jit it with `state_shardings` as out_shardings to create it sharded."""
     params = init_params(transformer.param_specs(cfg.model), key)
-    opt_state = make_optimizer(cfg.optimizer, cfg.train.steps).init(params)
-    router_state = transformer.init_router_state(cfg.model)
+    return _fresh(cfg, params, transformer.init_router_state(cfg.model))
+
+
+def _fresh(cfg: ExperimentConfig, params: dict, router_state: dict) -> TrainState:
+    opt_state = optimizer_of(cfg).init(split_trained(params, cfg)[0])
     return TrainState(_zero(), params, opt_state, router_state, _zero(), _zero())
 
 
@@ -50,21 +54,23 @@ def abstract_state(cfg: ExperimentConfig) -> TrainState:
 
 def state_shardings(cfg: ExperimentConfig, layout: Layout | None) -> TrainState:
     """A sharding for every array of the state: parameters by their logical axes, the optimiser's moments
-    like the parameter they belong to (their paths end the same), everything else replicated.
+    like the parameter whose path theirs contains, everything else replicated. A moment of another shape (a
+    row or column of each matrix) is split as its parameter is over layers and experts.
     Without a layout, all on the first device."""
     abstract = abstract_state(cfg)
     if layout is None:
         return jax.tree.map(lambda _: SingleDeviceSharding(jax.devices()[0]), abstract)
-    of_params = layout.of_specs(transformer.param_specs(cfg.model))
-    by_path = {path_name(p): s for p, s in jax.tree_util.tree_flatten_with_path(of_params)[0]}
+    specs = by_path(transformer.param_specs(cfg.model))
 
     def one(path, leaf):
-        name = path_name(path)
-        while name:
-            if name in by_path:
-                return by_path[name]
-            name = name.partition("/")[2]
-        return layout.replicated
+        name = f"/{path_name(path)}/"
+        owner = max((p for p in specs if f"/{p}/" in name), key=len, default=None)
+        if owner is None:
+            return layout.replicated
+        spec = specs[owner]
+        same = leaf.shape == spec.shape
+        axes = spec.axes if same else spec.axes[: min(spec.batch_dims, leaf.ndim)]
+        return layout.sharding(*axes)
 
     return jax.tree_util.tree_map_with_path(one, abstract)
 
@@ -80,11 +86,7 @@ def state_of_model(
 ) -> TrainState:
     """The state at step 0 of a model that exists already (an import): a fresh optimiser."""
     shardings = None if layout is None else state_shardings(cfg, layout)
-
-    def fresh(params, router_state):
-        opt_state = make_optimizer(cfg.optimizer, cfg.train.steps).init(params)
-        return TrainState(_zero(), params, opt_state, router_state, _zero(), _zero())
-
+    fresh = functools.partial(_fresh, cfg)
     return jax.jit(fresh, out_shardings=shardings)(params, router_state)
 
 

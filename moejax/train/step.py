@@ -1,6 +1,7 @@
 """One training step, pure: (state, batch) -> (state, metrics). The only place where gradients are taken."""
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +14,8 @@ from moejax.models import transformer
 from moejax.models.loss import LossParts, StepTotals, batch_totals, loss_fn
 from moejax.moe import stats
 from moejax.moe.routers import ROUTERS
-from moejax.train.optimizer import make_optimizer, schedule
+from moejax.params import merge
+from moejax.train.optimizer import optimizer_of, schedule, split_trained
 from moejax.train.state import TrainState
 
 
@@ -61,17 +63,23 @@ def _loads_of(params, router_state, batch, cfg, totals, layout, key):
 
 
 def loss_and_grads(params, router_state, batch, cfg: ExperimentConfig, layout=None, key=None):
-    """Loss, LossParts (summed over micro-batches) and gradients of one global batch.
+    """Loss, LossParts (summed over micro-batches) and gradients of one global batch, the latter with respect
+    to what is trained (see `split_trained`).
 
     The result does not depend on `cfg.train.accumulation`: denominators are global, and losses that
     multiply counts with means get the counts of the whole batch from a first pass.
     """
-    grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
+    trained, frozen = split_trained(params, cfg)
+
+    def loss_of(trained, *args, **kwargs):
+        return loss_fn(merge(trained, frozen), *args, **kwargs)
+
+    grad_fn = jax.value_and_grad(loss_of, has_aux=True)
     totals = batch_totals(batch, cfg.model)
     n = cfg.train.accumulation
     if n == 1:
         (loss, parts), grads = grad_fn(
-            params, router_state, batch, cfg.model, totals=totals, layout=layout, key=key
+            trained, router_state, batch, cfg.model, totals=totals, layout=layout, key=key
         )
         return loss, parts, grads
     micro = micro_batches(batch, n, layout), jnp.arange(n)
@@ -82,10 +90,10 @@ def loss_and_grads(params, router_state, batch, cfg: ExperimentConfig, layout=No
     def one(grads, part):
         rows, number = part
         args = dict(totals=totals, layout=layout, key=_fold(key, number))
-        (loss, parts), g = grad_fn(params, router_state, rows, cfg.model, **args)
+        (loss, parts), g = grad_fn(trained, router_state, rows, cfg.model, **args)
         return jax.tree.map(jnp.add, grads, g), (loss, parts)
 
-    zeros = jax.tree.map(jnp.zeros_like, params)
+    zeros = jax.tree.map(jnp.zeros_like, trained)
     grads, (losses, parts) = jax.lax.scan(one, zeros, micro)
     return losses.sum(), _join(parts, batch["tokens"].shape), grads
 
@@ -137,9 +145,9 @@ def train_step(
     loss, parts, grads = loss_and_grads(state.params, state.router_state, batch, cfg, layout, key)
     grad_norm = optax.tree.norm(grads)
     finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
-    optimizer = make_optimizer(cfg.optimizer, cfg.train.steps)
-    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-    params = optax.apply_updates(state.params, updates)
+    trained, frozen = split_trained(state.params, cfg)
+    updates, opt_state = optimizer_of(cfg).update(grads, state.opt_state, trained)
+    learned: Any = optax.apply_updates(trained, updates)
     loads = {name: a.load_E for name, a in parts.aux.items()}
     router_state = transformer.update_router_state(state.router_state, loads, cfg.model)
 
@@ -147,7 +155,7 @@ def train_step(
     bad = (~finite).astype(jnp.int32)
     new_state = TrainState(
         step=state.step + 1,
-        params=keep(params, state.params),
+        params=merge(keep(learned, trained), frozen),
         opt_state=keep(opt_state, state.opt_state),
         router_state=keep(router_state, state.router_state),
         skipped=state.skipped + bad,
