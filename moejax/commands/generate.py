@@ -2,12 +2,15 @@
 
 import json
 import pathlib
+import sys
 
 from absl import flags
 
 from moejax.commands.flags import parse_needed
 from moejax.config import ConfigError
+from moejax.data import DataError, sources
 from moejax.evals import chat
+from moejax.text import shown
 
 USAGE = """\
 usage: moejax generate --workdir=RUN --prompt="def "            continue a text, streaming
@@ -22,7 +25,7 @@ def _generate_flags() -> flags.FlagValues:
     switch = flags.DEFINE_boolean
     text("workdir", None, "Folder of a run, trained or imported.", flag_values=fv)
     text("prompt", None, "Text to continue; with --chat, what the user says.", flag_values=fv)
-    text("prompts_file", None, "Prompts: a line each, or .jsonl with 'prompt'.", flag_values=fv)
+    text("prompts_file", None, "Prompts: a line each, or JSON with 'prompt'.", flag_values=fv)
     switch("chat", False, "Ask a chat model through its own template.", flag_values=fv)
     text("system", None, "With --chat: the system message.", flag_values=fv)
     text("messages", None, "With --chat: a JSON file of role/content messages.", flag_values=fv)
@@ -68,30 +71,53 @@ def main(argv: list[str]) -> int:
     )
     if requests is None:
         return _converse(fv, writer)
-    for start in range(0, len(requests), fv.batch_size):
-        batch = requests[start : start + fv.batch_size]
-        prompts = [writer.encode(r) for r in batch]
-        if len(requests) == 1 and not fv.jsonl:
-            if isinstance(batch[0], str):
-                print(batch[0], end="", flush=True)
-            for piece in writer.write(prompts[0]):
-                print(piece, end="", flush=True)
-            print()
-            continue
-        for request, text in zip(batch, writer.write_all(prompts, first_row=start)):
-            _print_one(fv, request, text)
+    if len(requests) == 1 and not fv.jsonl:
+        [request] = requests
+        if isinstance(request, ConfigError):
+            raise request
+        prompt = writer.encode(request)
+        if isinstance(request, str):
+            print(request, end="", flush=True)
+        for piece in writer.write(prompt):
+            print(piece, end="", flush=True)
+        print()
+        failed = 0
+    else:
+        failed = _write_many(fv, writer, requests)
     if fv.stats:
         print(writer.stats)
-    return 0
+    return 1 if failed else 0
 
 
-def _print_one(fv, request, text: str) -> None:
+def _write_many(fv, writer, requests: list) -> int:
+    """Prints the continuation of each request; how many of them have none."""
+    failed = 0
+    for start in range(0, len(requests), fv.batch_size):
+        batch = requests[start : start + fv.batch_size]
+        texts = writer.write_each(batch, start)
+        for number, (request, text) in enumerate(zip(batch, texts), start + 1):
+            if isinstance(text, ConfigError):
+                failed += 1
+                # What could not be read names its own place.
+                of = "" if text is request else f" {shown(request)}"
+                text = ConfigError(f"prompt {number}{of}: {text}")
+            _print_one(fv, request, text)
+    if failed:
+        print(f"{failed} of {len(requests)} prompts have no continuation", file=sys.stderr)
+    return failed
+
+
+def _print_one(fv, request, text: str | ConfigError) -> None:
     if fv.jsonl:
-        name = "prompt" if isinstance(request, str) else "messages"
-        print(json.dumps({name: request, "text": text}, ensure_ascii=False))
+        name = "prompt" if isinstance(request, str | ConfigError) else "messages"
+        given = None if isinstance(request, ConfigError) else request
+        result = {"error": str(text)} if isinstance(text, ConfigError) else {"text": text}
+        print(json.dumps({name: given, **result}, ensure_ascii=False))
+    elif isinstance(text, ConfigError):
+        print(f"moejax generate: {text}", file=sys.stderr)
     else:
-        shown = request if isinstance(request, str) else f"{request[-1]['content']}\n"
-        print(f"{shown}{text}\n{'-' * 40}")
+        said = request if isinstance(request, str) else f"{request[-1]['content']}\n"
+        print(f"{said}{text}\n{'-' * 40}")
 
 
 def _converse(fv, writer) -> int:
@@ -117,7 +143,8 @@ def _opening(fv) -> list[chat.Message]:
 
 
 def _requests(fv) -> list | None:
-    """Prompts (texts, or with --chat lists of messages); None: talk at the terminal."""
+    """Prompts (texts, or with --chat lists of messages; an error for one that cannot be read); None: talk
+    at the terminal."""
     given = [n for n in ("prompt", "prompts_file", "messages") if fv[n].value is not None]
     if len(given) > 1:
         raise ConfigError(f"--{given[0]} and --{given[1]} exclude each other\n{USAGE}")
@@ -133,7 +160,10 @@ def _requests(fv) -> list | None:
         prompts = [_text("--prompt", fv.prompt or "")]
     if not fv.chat:
         return prompts
-    return [[*_opening(fv), {"role": "user", "content": p}] for p in prompts]
+    return [
+        p if isinstance(p, ConfigError) else [*_opening(fv), {"role": "user", "content": p}]
+        for p in prompts
+    ]
 
 
 def _text(name: str, given: str) -> str:
@@ -146,36 +176,50 @@ def _text(name: str, given: str) -> str:
 
 def _read_messages(path: pathlib.Path) -> list[chat.Message]:
     try:
-        messages = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError) as e:
+        messages = json.loads(path.read_text("utf-8-sig"))
+    except (OSError, ValueError, RecursionError) as e:
         raise ConfigError(f"--messages={path} cannot be read as JSON: {e}") from e
     return chat.check_messages(messages, str(path))
 
 
-def read_prompts(path: pathlib.Path) -> list[str]:
-    """A prompt per line; of a .jsonl file, the field "prompt" (or the line itself if it is a string)."""
+def read_prompts(path: pathlib.Path) -> list[str | ConfigError]:
+    """A prompt per line; of JSON (lines, or one array) the field "prompt", or the value if it is a text.
+
+    Names, compression and lines are those of `moejax.data.sources`; blank lines are no prompts, and the \\r
+    of a file from Windows is no text. For a prompt that is none there is the error, with its place.
+
+    Raises ConfigError for a file that cannot be read, or holds no prompt.
+    """
+    file = str(path)
     try:
-        lines = path.read_text("utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as e:
-        raise ConfigError(f"--prompts_file={path} cannot be read: {e}") from e
-    if path.suffix != ".jsonl":
-        prompts = [line for line in lines if line]
-    else:
-        prompts = [_json_prompt(line, path, i + 1) for i, line in enumerate(lines) if line.strip()]
+        kind = sources.kind_of(file)
+        if kind == "parquet":
+            raise DataError(f"{file}: prompts are text or JSON, not Parquet")
+        if kind == "text":
+            lines = [text for _, text in sources.text_lines(file)]
+            prompts: list[str | ConfigError] = [
+                t if isinstance(t, DataError) else t.removesuffix("\r") for t in lines
+            ]
+        else:
+            values = sources.json_values(file, kind)
+            prompts = [_json_prompt(value, f"{file}:{number}") for number, value in values]
+    except DataError as e:
+        raise ConfigError(f"--prompts_file: {e}") from e
     if not prompts:
         raise ConfigError(f"--prompts_file={path} holds no prompt")
     return prompts
 
 
-def _json_prompt(line: str, path, number: int) -> str:
-    try:
-        value = json.loads(line)
-    except json.JSONDecodeError as e:
-        raise ConfigError(f"{path}, line {number} is not JSON: {e}") from e
+def _json_prompt(value: object, where: str) -> str | ConfigError:
+    if isinstance(value, ConfigError):
+        return value
     prompt = value.get("prompt") if isinstance(value, dict) else value
     if not isinstance(prompt, str):
-        raise ConfigError(f'{path}, line {number}: expected {{"prompt": "text"}} or "text"')
-    return prompt
+        return ConfigError(f'{where}: expected {{"prompt": "text"}} or "text"')
+    try:
+        return _text(where, prompt)
+    except ConfigError as e:
+        return e
 
 
 def _integers(items: list[str]) -> tuple[int, ...]:

@@ -174,6 +174,5 @@ def decode(data: bytes, where: str, offset: int = 0, *, whole: bool = True) -> s
         wide = not offset and data[:2] in (b"\xff\xfe", b"\xfe\xff")
         raise DataError(
             f"{where}: not UTF-8 at byte offset {offset + e.start} (byte 0x{data[e.start]:02x}"
-            f"{', the start of UTF-16' if wide else ''}); convert the file to UTF-8, or leave it out of "
-            "data.sources"
+            f"{', the start of UTF-16' if wide else ''}); convert it to UTF-8, or leave it out"
         ) from e

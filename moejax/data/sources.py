@@ -95,24 +95,23 @@ def read_documents(
     # A file whose text is a hundredth of it, or less, is refused where time is to be bounded.
     most = _SMALL + 100 * max_bytes if max_bytes else 0
     for file in files.find(target):
-        match _kind(file):
+        match kind_of(file):
             case "parquet":
                 yield from _read_parquet(file, text_field)
             case "lines":
-                yield from _read_lines(file, text_field, most)
+                yield from _documents(file, json_values(file, "lines", most), text_field)
             case "values":
-                values = enumerate(_values(_Scanner(file, most)), 1)
-                yield from _documents(file, values, text_field)
+                yield from _documents(file, json_values(file, "values", most), text_field)
             case _:
                 yield _read_text(file, max_bytes)
 
 
-def _kind(file: str) -> str:
+def kind_of(file: str) -> str:
     """'parquet', 'lines' (JSON, one a line), 'values' (JSON, an array or any layout) or 'text'."""
     suffix = files.inner_suffix(file)
     outer = os.path.splitext(file.lower())[1]
     if remedy := _REMEDY.get(suffix):
-        raise DataError(f"{file}: {suffix} is not read; {remedy}, or leave it out of data.sources")
+        raise DataError(f"{file}: {suffix} is not read; {remedy}")
     if suffix == ".parquet" and outer != suffix:
         raise DataError(f"{file}: Parquet is compressed inside; decompress the file itself")
     known = {".parquet": "parquet"} | dict.fromkeys(_LINES, "lines") | dict.fromkeys(_TEXT, "text")
@@ -159,19 +158,31 @@ def _read_text(file: str, max_bytes: int) -> Document | DataError:
         return e
 
 
-def _read_lines(file: str, field: str, most: int) -> Iterator[Document | DataError]:
+def json_values(file: str, kind: str, most: int = 0) -> Iterator[tuple[int, object | DataError]]:
+    """(line, or number from 1; value, or what is wrong with it) of a file of `kind` 'lines' or 'values'."""
+    if kind == "values":
+        yield from enumerate(_values(_Scanner(file, most)), 1)
+        return
+    for number, text in text_lines(file, most):
+        try:
+            yield number, text if isinstance(text, DataError) else _parse(text, f"{file}:{number}")
+        except DataError as e:
+            yield number, e
+
+
+def text_lines(file: str, most: int = 0) -> Iterator[tuple[int, str | DataError]]:
+    """(number, text, or what is wrong with it) of each line that is not blank."""
     for number, offset, line in files.lines(file, most):
         where = f"{file}:{number}"
+        if line is None:
+            long = f"a line of more than {MOST_RECORD_BYTES:,} bytes; a line ends at '\\n'"
+            yield number, DataError(f"{where}: {long}")
+            continue
         try:
-            if line is None:
-                raise DataError(
-                    f"{where}: a line of more than {MOST_RECORD_BYTES:,} bytes; JSON lines end at '\\n'"
-                )
             # Files that were joined may bring their marks along.
-            text = files.decode(line, where, offset).removeprefix("\ufeff")
-            yield _record_document(file, number, _parse(text, where), field)
+            yield number, files.decode(line, where, offset).removeprefix("\ufeff")
         except DataError as e:
-            yield e
+            yield number, e
 
 
 def _parse(text: str, where: str) -> object:
@@ -210,6 +221,8 @@ def _names(fields) -> str:
 def _documents(file: str, records, field: str) -> Iterator[Document | DataError]:
     for number, record in records:
         try:
+            if isinstance(record, DataError):
+                raise record
             yield _record_document(file, number, record, field)
         except DataError as e:
             yield e

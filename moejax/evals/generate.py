@@ -9,7 +9,7 @@ from the seed and its own number, finished rows are routed to no expert, and no 
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -99,13 +99,13 @@ def stream(
     router_state,
     cfg: ModelConfig,
     prompts: list[list[int]],
-    max_new: int,
+    max_new: int | Sequence[int],
     *,
     temperature: float = 0.0,
     top_k: int = 0,
     top_p: float = 1.0,
     seed: int = 0,
-    first_row: int = 0,
+    numbers: Sequence[int] | None = None,
     stop_ids: tuple[int, ...] = (),
     stop: Callable[[int], bool] | None = None,
     speculative_decoding: bool = False,
@@ -119,11 +119,11 @@ def stream(
       router_state: of the model.
       cfg: the model's config.
       prompts: token ids of each row.
-      max_new: tokens per row, at most.
+      max_new: tokens per row, at most; one number for all rows, or one for each.
       temperature, top_k, top_p: see `Sampling`; temperature 0 is greedy.
       seed: the same seed gives the same text.
-      first_row: number of the first row, when the prompts are part of a longer list: a row's draws depend
-        on the seed and its number.
+      numbers: of the rows, when the prompts are part of a longer list; None: 0, 1, 2, .. A row's draws
+        depend on the seed and its number.
       stop_ids: tokens that end a row; the stop token itself is yielded.
       stop: asked for every row (from 0) when its newest tokens have been taken; True ends the row.
       speculative_decoding: guess with the MTP head and verify; greedy only.
@@ -135,14 +135,16 @@ def stream(
         sampling parameter out of range, speculation without an MTP head or with a temperature.
     """
     how = Sampling(temperature, top_k, top_p)
-    _check(cfg, prompts, max_new, how, speculative_decoding)
+    limits = [max_new] * len(prompts) if isinstance(max_new, int) else list(max_new)
+    _check(cfg, prompts, limits, how, speculative_decoding)
     cfg, stats = cfg.without_drops, stats or Stats()
     params = prepare(params, cfg, layout)
     started = time.perf_counter()
-    tokens_BS, lengths_B, max_new_B = _pad(prompts, max_new, cfg, layout)
+    tokens_BS, lengths_B, max_new_B = _pad(prompts, limits, cfg, layout)
     # A guess is read before its row's end is known: one slot more.
-    length = round_up(int(lengths_B.max()) + max_new + int(speculative_decoding))
-    keys_B = row_keys(seed, first_row, len(lengths_B))
+    length = round_up(int((lengths_B + max_new_B).max()) + int(speculative_decoding))
+    numbers = range(len(prompts)) if numbers is None else numbers
+    keys_B = row_keys(seed, [*numbers, *[0] * (len(lengths_B) - len(prompts))])
     stops = jnp.asarray(stop_ids, jnp.int32).reshape(-1)  # traced: other stops compile nothing
     stats.speculative = speculative_decoding
     stats.prompt_tokens += sum(map(len, prompts))
@@ -195,7 +197,12 @@ def _stop_rows(state: State, stop, num_rows: int) -> State:
 
 
 def generate(
-    params, router_state, cfg: ModelConfig, prompts: list[list[int]], max_new: int, **options: Any
+    params,
+    router_state,
+    cfg: ModelConfig,
+    prompts: list[list[int]],
+    max_new: int | Sequence[int],
+    **options: Any,
 ) -> list[list[int]]:
     """The new tokens of every row, its stop token included; `options` as for `stream`."""
     rows: list[list[int]] = [[] for _ in prompts]
@@ -211,7 +218,7 @@ def cache_bytes(cfg: ModelConfig, batch: int, length: int) -> int:
     return sum(math.prod(s) for s in shapes) * jnp.dtype(cfg.dtype).itemsize
 
 
-def _pad(prompts, max_new: int, cfg: ModelConfig, layout: Layout | None):
+def _pad(prompts, limits: list[int], cfg: ModelConfig, layout: Layout | None):
     """Tokens [B,S], lengths and limits [B]; on a mesh, idle rows that say nothing fill the batch up."""
     idle = -len(prompts) % (1 if layout is None else layout.size(axes.BATCH))
     width = min(round_up(max(map(len, prompts))), cfg.max_seq_len)
@@ -219,32 +226,38 @@ def _pad(prompts, max_new: int, cfg: ModelConfig, layout: Layout | None):
     for row, prompt in enumerate(prompts):
         tokens_BS[row, : len(prompt)] = prompt
     lengths_B = np.array([len(p) for p in prompts] + [1] * idle, np.int32)
-    max_new_B = np.array([max_new] * len(prompts) + [0] * idle, np.int32)
+    max_new_B = np.array(limits + [0] * idle, np.int32)
     return tokens_BS, lengths_B, max_new_B
 
 
-def _check(cfg: ModelConfig, prompts, max_new, how: Sampling, speculative_decoding: bool) -> None:
+def check_prompt(cfg: ModelConfig, prompt: list[int], max_new: int) -> None:
+    """ConfigError if a prompt cannot be continued by `max_new` tokens."""
+    if not prompt:
+        raise ConfigError("a prompt needs at least one token: start with the bos token")
+    if not 0 <= min(prompt) <= max(prompt) < cfg.vocab_size:
+        raise ConfigError(
+            f"it holds a token outside the vocabulary of {cfg.vocab_size}: it was made with another tokenizer"
+        )
+    if max_new < 1 or len(prompt) + max_new > cfg.max_seq_len:
+        raise ConfigError(
+            f"{len(prompt)} prompt tokens and max_new={max_new} must fit model.max_seq_len={cfg.max_seq_len}; "
+            f"max_new may be 1 to {max(cfg.max_seq_len - len(prompt), 0)}"
+        )
+
+
+def _check(cfg: ModelConfig, prompts, limits, how: Sampling, speculative_decoding: bool) -> None:
     if cfg.num_moe_layers and not ROUTERS[cfg.moe.router].causal:
         raise ConfigError(
             f"model.moe.router={cfg.moe.router!r} is not causal: a token's route depends on later ones, so the "
             "model cannot generate; train with router='token_choice'"
         )
-    if not prompts or not all(prompts):
-        raise ConfigError(
-            "generate needs at least one token in every prompt: start with the bos token"
-        )
-    for row, prompt in enumerate(prompts):
-        if not 0 <= min(prompt) <= max(prompt) < cfg.vocab_size:
-            raise ConfigError(
-                f"prompt {row} holds a token outside the vocabulary of {cfg.vocab_size}: it was made with "
-                "another tokenizer"
-            )
+    if not prompts:
+        raise ConfigError("generate needs a prompt")
+    for row, (prompt, max_new) in enumerate(zip(prompts, limits, strict=True)):
+        try:
+            check_prompt(cfg, prompt, max_new)
+        except ConfigError as e:
+            raise ConfigError(f"prompt {row}: {e}") from None
     how.check(cfg.vocab_size)
     if speculative_decoding:
         speculative.check(cfg, how.temperature)
-    longest = max(map(len, prompts))
-    if max_new < 1 or longest + max_new > cfg.max_seq_len:
-        raise ConfigError(
-            f"{longest} prompt tokens and max_new={max_new} must fit model.max_seq_len={cfg.max_seq_len}; "
-            f"max_new may be 1 to {max(cfg.max_seq_len - longest, 0)}"
-        )

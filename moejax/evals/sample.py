@@ -1,6 +1,7 @@
 """Choosing the next token from logits: greedy, or a draw among the likeliest."""
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -32,11 +33,11 @@ class Sampling(NamedTuple):
             )
 
 
-def row_keys(seed: int, first_row: int, num_rows: int) -> jax.Array:
+def row_keys(seed: int, numbers: Sequence[int]) -> jax.Array:
     """A key for each row, from the seed and the row's number alone: what a row draws does not depend on
     which rows stand beside it."""
     fold = jax.vmap(jax.random.fold_in, in_axes=(None, 0))
-    return fold(jax.random.key(seed), jnp.arange(first_row, first_row + num_rows))
+    return fold(jax.random.key(seed), jnp.asarray(numbers, jnp.int32))
 
 
 def sample(logits_BV, keys_B, position_B, how: Sampling) -> jax.Array:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import pathlib
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -12,14 +13,16 @@ from moejax.config import ConfigError, ExperimentConfig, MeshConfig
 from moejax.data import StreamDecoder
 from moejax.data.tokenizer import Tokenizer
 from moejax.evals import chat
-from moejax.evals.generate import Stats, prepare, stream
+from moejax.evals.generate import Stats, check_prompt, prepare, stream
 from moejax.interop import prompts as prompt_files
 from moejax.mesh import parse_mesh
 from moejax.runs import folder
 from moejax.runs.open import load_run, read_config
 from moejax.sharding import Layout, make_layout
+from moejax.text import shown
 
 MAX_NEW = 200
+Request = str | list[chat.Message]
 
 
 class StoppingText:
@@ -144,39 +147,74 @@ class Writer:
             stats=self.stats,
         )
 
-    def encode(self, request: str | list[chat.Message]) -> list[int]:
-        """Token ids of a text to continue, or of a conversation to answer."""
+    def encode(self, request: Request) -> list[int]:
+        """Token ids of a text to continue, or of a conversation to answer.
+
+        Raises ConfigError if it has no tokens, or leaves no room for what is to be written; warns of
+        characters that the vocabulary cannot express.
+        """
+        said = [request] if isinstance(request, str) else [m["content"] for m in request]
+        if not self.tokenizer.lossless:
+            unknown = sum(counted.unknown for counted in self.tokenizer.encode_counted(said))
+            if unknown:
+                warnings.warn(
+                    f"the tokenizer has no tokens for {unknown} bytes of {shown(said[-1])}: the model "
+                    "does not see them",
+                    stacklevel=2,
+                )
         if isinstance(request, str):
-            return prompt_files.encode_prompt(self.files, request, self.tokenizer)
-        return chat.encode_chat(self.files, request, self.tokenizer)
+            prompt = prompt_files.encode_prompt(self.files, request, self.tokenizer)
+        else:
+            prompt = chat.encode_chat(self.files, request, self.tokenizer)
+        check_prompt(self.cfg, prompt, self._limit(prompt))
+        return prompt
 
     def write(self, prompt: list[int]) -> Iterator[str]:
         """Pieces of the continuation as they come."""
-        for (piece,) in self._pieces([prompt], 0):
+        for (piece,) in self._pieces([prompt], [0]):
             if piece:
                 yield piece
 
-    def write_all(self, prompts: list[list[int]], first_row: int = 0) -> list[str]:
-        """The whole continuation of each prompt; `first_row` as for `generate.stream`."""
-        texts = [""] * len(prompts)
-        for pieces in self._pieces(prompts, first_row):
-            texts = [text + piece for text, piece in zip(texts, pieces)]
+    def write_each(
+        self, requests: Sequence[Request | ConfigError], first: int = 0
+    ) -> list[str | ConfigError]:
+        """The continuation of each request, as if it were alone; of one that cannot be continued, why.
+
+        Args:
+          requests: an error stands for a request that could not even be read.
+          first: number of the first of them in a longer list: draws depend on the seed and the number.
+        """
+        texts: list[str | ConfigError] = [""] * len(requests)
+        prompts = {}
+        for row, request in enumerate(requests):
+            try:
+                if isinstance(request, ConfigError):
+                    raise request
+                prompts[row] = self.encode(request)
+            except ConfigError as e:
+                texts[row] = e
+        if prompts:
+            good = list(prompts)
+            for pieces in self._pieces(list(prompts.values()), [first + row for row in good]):
+                for row, piece in zip(good, pieces):
+                    texts[row] += piece  # pyright: ignore[reportOperatorIssue]
         return texts
 
-    def _pieces(self, prompts, first_row: int) -> Iterator[list[str]]:
+    def _limit(self, prompt: list[int]) -> int:
+        """Tokens that a prompt may be continued by; 1 if there is no room, so that this is what is said."""
+        if self._max_new is not None:
+            return self._max_new
+        usual = self.files.generation_config.get("max_new_tokens") or MAX_NEW
+        return max(min(usual, self.cfg.max_seq_len - len(prompt)), 1)
+
+    def _pieces(self, prompts: list[list[int]], numbers: list[int]) -> Iterator[list[str]]:
         rows = [StoppingText(self.tokenizer, self._stop_texts) for _ in prompts]
-        max_new = self._max_new
-        if max_new is None:
-            usual = self.files.generation_config.get("max_new_tokens") or MAX_NEW
-            room = self.cfg.max_seq_len - max(map(len, prompts))
-            # Without room, one token more is asked for, so that `stream` says what does not fit.
-            max_new = max(min(usual, room), 1)
         for new in stream(
             *self._model,
             self.cfg,
             prompts,
-            max_new,
-            first_row=first_row,
+            [self._limit(prompt) for prompt in prompts],
+            numbers=numbers,
             stop=lambda row: rows[row].stopped,
             **self._options,
         ):

@@ -57,7 +57,7 @@ def test_same_seed_same_text_whatever_stands_beside_it(model):
     together = generate(*model, CFG, PROMPTS, 8, seed=1, **how)
     assert together == generate(*model, CFG, PROMPTS, 8, seed=1, **how)
     assert together != generate(*model, CFG, PROMPTS, 8, seed=2, **how)
-    assert [together[1]] == generate(*model, CFG, PROMPTS[1:2], 8, seed=1, first_row=1, **how)
+    assert [together[1]] == generate(*model, CFG, PROMPTS[1:2], 8, seed=1, numbers=[1], **how)
     # Equal prompts in different rows draw differently.
     twins = generate(*model, CFG, [[1, 2]] * 3, 8, seed=1, **how)
     assert twins[0] != twins[1]
@@ -75,6 +75,14 @@ def test_stop_ends_a_row_and_not_its_neighbours(model, greedy):
         ended = [old + tokens for old, tokens in zip(ended, new)]
     assert ended[0] == greedy[0] and ended[2] == greedy[2]
     assert ended[1] == greedy[1][: len(ended[1])] and 3 <= len(ended[1]) < 8
+
+
+def test_each_row_has_its_own_limit(model, greedy):
+    rows = generate(*model, CFG, PROMPTS, [3, 8, 1])
+    assert rows == [greedy[0][:3], greedy[1], greedy[2][:1]]
+    # 30 tokens fit beside two, and a neighbour of ten leaves it so.
+    longest = generate(*model, CFG, [[1, 2], [3] * 10], [30, 2])
+    assert len(longest[0]) == 30 and longest[0] == generate(*model, CFG, [[1, 2]], 30)[0]
 
 
 def test_finished_rows_take_no_part(model, greedy):
@@ -121,7 +129,7 @@ def test_few_shapes():
 
 def test_top_k_and_top_p_cut_the_tail():
     logits_BV = jnp.tile(jnp.log(jnp.array([[0.5, 0.3, 0.15, 0.05]])), (200, 1))
-    keys_B, position_B = row_keys(0, 0, 200), jnp.zeros(200, jnp.int32)
+    keys_B, position_B = row_keys(0, range(200)), jnp.zeros(200, jnp.int32)
     draws = lambda *how: set(  # noqa: E731
         np.asarray(sample(logits_BV, keys_B, position_B, Sampling(1.0, *how))).tolist()
     )
@@ -137,7 +145,7 @@ def test_top_k_and_top_p_cut_the_tail():
         ([[1, 2]], 40, {}, "max_new may be 1 to 30"),
         ([[1, 2]], 0, {}, "max_new may be 1 to 30"),
         ([[]], 4, {}, "at least one token"),
-        ([[1], [1, 32]], 4, {}, "prompt 1 holds a token outside the vocabulary of 32"),
+        ([[1], [1, 32]], 4, {}, "prompt 1: it holds a token outside the vocabulary of 32"),
         ([[1]], 4, {"top_p": 0.0}, "top_p=0.0"),
         ([[1]], 4, {"speculative_decoding": True}, "mtp_depth=0"),
     ],

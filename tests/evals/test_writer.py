@@ -1,8 +1,11 @@
 """Text in, text out: the generate command and what it is made of."""
 
+import gzip
 import json
+import shutil
 
 import pytest
+from prompt_case import write
 
 from moejax.__main__ import main
 from moejax.commands.generate import read_prompts
@@ -46,20 +49,35 @@ def test_what_may_begin_a_stop_is_held_back_and_no_more():
 
 def test_prompts_files(tmp_path):
     text, lines = tmp_path / "p.txt", tmp_path / "p.jsonl"
-    text.write_text("one\n\ntwo ü\n")
-    lines.write_text('{"prompt": "one"}\n"two\\nlines"\n')
-    assert read_prompts(text) == ["one", "two ü"]
-    assert read_prompts(lines) == ["one", "two\nlines"]
-    for content, message in (
-        ('{"text": 1}', "line 1: expected"),
-        ('"a"\n{', "line 2 is not JSON"),
-        ("", "holds no prompt"),
+    text.write_bytes("\ufeffone\x0c\u2028more\r\n\n \ntwo \x85ü\n".encode())
+    lines.write_bytes('{"prompt": "a\u2028b"}\n"two\\nlines"\n'.encode())
+    assert read_prompts(text) == ["one\x0c\u2028more", "two \x85ü"]
+    assert read_prompts(lines) == ["a\u2028b", "two\nlines"]
+    (tmp_path / "p.json.gz").write_bytes(gzip.compress(b'[{"prompt": "one"}, "two"]'))
+    assert read_prompts(tmp_path / "p.json.gz") == ["one", "two"]
+    for name, content, message in (
+        ("p.jsonl", b"", "p.jsonl holds no prompt"),
+        ("p.txt", b" \n\t\n", "p.txt holds no prompt"),
+        ("p.json", b'["a"', "the array has no end"),
+        ("p.csv", b"a", ".csv is not read"),
+        ("none", None, "none: cannot be read"),
     ):
-        lines.write_text(content)
+        if content is not None:
+            (tmp_path / name).write_bytes(content)
         with pytest.raises(ConfigError, match=message):
-            read_prompts(lines)
-    with pytest.raises(ConfigError, match="cannot be read"):
-        read_prompts(tmp_path / "none")
+            read_prompts(tmp_path / name)
+
+
+def test_a_bad_line_of_a_prompts_file_costs_only_itself(tmp_path):
+    file = tmp_path / "p.jsonl"
+    file.write_bytes(b'"a"\n{"text": 1}\n{\n"\xff"\n"\\ud800"\n{"prompt": "b"}')
+    first, *bad, last = read_prompts(file)
+    assert (first, last) == ("a", "b")
+    for number, (error, message) in enumerate(
+        zip(bad, ["expected", "not JSON", "not UTF-8", "not text in UTF-8"], strict=True), 2
+    ):
+        assert isinstance(error, ConfigError)
+        assert f"p.jsonl:{number}" in str(error) and message in str(error)
 
 
 def command(capsys, *argv) -> str:
@@ -85,6 +103,37 @@ def test_generate_command(trained, tmp_path, capsys):
     assert rows[0]["text"] == first and len(first) > 2
     cut = command(capsys, *flags, "--prompt=def ", f"--stop={first[2]}")
     assert cut == f"def {first[: first.index(first[2])]}\n"
+
+
+def test_rows_do_not_depend_on_their_neighbours(trained, tmp_path, capsys):
+    """A long prompt shortens no other's text; one that does not fit, or cannot be read, costs only itself."""
+    lines = ["short", "long " * 810, "x" * 5000, 7, "the end"]
+    file = tmp_path / "p.jsonl"
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    flags = ["generate", f"--workdir={trained}", "--temperature=1", "--seed=3", "--jsonl"]
+    write(trained, generation_config__json={"do_sample": True, "max_new_tokens": 60})
+    try:
+        outputs = []
+        for batch_size in (5, 1, 2):
+            assert main([*flags, f"--prompts_file={file}", f"--batch_size={batch_size}"]) == 1
+            out, err = capsys.readouterr()
+            assert "2 of 5 prompts have no continuation" in err
+            outputs.append([json.loads(line) for line in out.split("\n") if line])
+        for row in outputs[0]:
+            assert set(row) in ({"prompt", "text"}, {"prompt", "error"})
+        texts = [[row.get("text") for row in rows] for rows in outputs]
+        assert texts[0] == texts[1] == texts[2] and texts[0][2:4] == [None, None]
+        # 60 tokens fit beside a short prompt, and 45 beside one of 4,051 of the 4,096.
+        tokens = [len(text) for text in texts[0] if text]  # a character is a token or more
+        assert tokens[1] <= 45 < tokens[0]
+        too_long, unread = (outputs[0][i]["error"] for i in (2, 3))
+        assert too_long.startswith("prompt 3 'xxx") and "5001 prompt tokens" in too_long
+        assert unread.startswith(f"prompt 4: {file}:4: expected")
+        assert main([*flags[:-1], f"--prompts_file={file}"]) == 1
+        out, err = capsys.readouterr()
+        assert out.count("-" * 40) == 3 and "prompt 3 'xxx" in err
+    finally:
+        shutil.rmtree(trained / "hf")
 
 
 @pytest.mark.parametrize(
