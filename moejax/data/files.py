@@ -152,15 +152,22 @@ def lines(file: str, most: int = 0) -> Iterator[tuple[int, int, bytes | None]]:
             continue
         *ends, rest = chunk.split(b"\n")
         for end in ends:
-            line = b"".join((*parts, end)) if parts else end
-            size += len(end)
-            if size > MOST_RECORD_BYTES or line.strip(b" \t\r"):
-                yield number, offset, None if size > MOST_RECORD_BYTES else line
-            number, offset, parts, size = number + 1, offset + size + 1, [], 0
+            if size <= MOST_RECORD_BYTES:  # else it has been said
+                yield from _line(number, offset, [*parts, end], size + len(end))
+            number, offset, parts, size = number + 1, offset + size + len(end) + 1, [], 0
+        if size <= MOST_RECORD_BYTES < size + len(rest):  # at once, not after a search for its end
+            yield number, offset, None
         size += len(rest)
         parts = [*parts, rest] if 0 < size <= MOST_RECORD_BYTES else []
-    if size > MOST_RECORD_BYTES or b"".join(parts).strip(b" \t\r"):
-        yield number, offset, None if size > MOST_RECORD_BYTES else b"".join(parts)
+    if size <= MOST_RECORD_BYTES:
+        yield from _line(number, offset, parts, size)
+
+
+def _line(number, offset, parts, size) -> Iterator[tuple[int, int, bytes | None]]:
+    if size > MOST_RECORD_BYTES:
+        yield number, offset, None
+    elif (line := b"".join(parts)).strip(b" \t\r"):
+        yield number, offset, line
 
 
 def decode(data: bytes, where: str, offset: int = 0, *, whole: bool = True) -> str:

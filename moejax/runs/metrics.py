@@ -17,7 +17,7 @@ def read_metrics(workdir: pathlib.Path) -> dict[str, dict[int, dict]]:
     if not path.exists():
         raise ConfigError(f"{workdir} has no {folder.METRICS}: moejax train writes it")
     rows: dict[str, dict[int, dict]] = {}
-    for line in path.read_text().splitlines():
+    for line in path.read_text("utf-8").split("\n"):
         try:
             row = json.loads(line)
         except json.JSONDecodeError:

@@ -393,6 +393,24 @@ def test_a_record_without_end_is_an_error_in_bounded_memory(tmp_path, monkeypatc
     assert peak_megabytes(config(f"x={tmp_path}/{name}")) < 30
 
 
+def test_a_line_without_end_is_said_at_once(tmp_path, monkeypatch):
+    """Not after a search for its end; what follows it is read."""
+    monkeypatch.setattr(files, "MOST_RECORD_BYTES", 9)
+    read_so_far = 0
+
+    def counted(file, most=0):
+        nonlocal read_so_far
+        for chunk in pieces(file, 4):
+            read_so_far += len(chunk)
+            yield chunk
+
+    monkeypatch.setattr(files, "chunks", counted)
+    (tmp_path / "x").write_bytes(b"a\n" + b"x" * 10_000 + b"\nbb\n" + b"y" * 10 + b"\n" + b"z" * 9)
+    stream = files.lines(str(tmp_path / "x"))
+    assert [next(stream), next(stream)] == [(1, 0, b"a"), (2, 2, None)] and read_so_far < 20
+    assert list(stream) == [(3, 10_003, b"bb"), (4, 10_006, None), (5, 10_017, b"z" * 9)]
+
+
 def test_time_is_bounded_where_there_is_no_text(tmp_path, monkeypatch):
     monkeypatch.setattr(sources, "_SMALL", 1 << 20)
     monkeypatch.setattr("moejax.data.corpus._MOST_EMPTY", 1000)
