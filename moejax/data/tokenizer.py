@@ -7,8 +7,8 @@ token (`eos_id`); it never comes out of `encode`, also when a text spells a spec
 import collections
 import json
 import pathlib
-from collections.abc import Iterable, Iterator
-from typing import NamedTuple, Protocol
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import tokenizers
@@ -18,6 +18,8 @@ from moejax.config import DataConfig
 from moejax.data.corpus import Corpus
 from moejax.data.decoding import BYTE_TOKEN, Decoding, find_decoding, join_bytes
 from moejax.data.sources import DataError
+from moejax.data.tokenizer_check import check_tokenizer
+from moejax.text import cut
 
 FILE_NAME = "tokenizer.json"
 MOST_TOKENS = 2**24  # an id beyond this is a mistake: published vocabularies stay below 2^19
@@ -123,16 +125,17 @@ class JsonTokenizer:
     Args:
       text: the content of the file, which is kept.
       name: how error messages call it.
+
+    Attributes:
+      special: the special tokens, text -> id.
+
+    Raises DataError wherever the library fails. A file of strangers is for `check_tokenizer` first.
     """
 
     def __init__(self, text: str, name: str):
-        try:
-            described = json.loads(text)
-            self._tokenizer = tokenizers.Tokenizer.from_str(text)
-        except Exception as e:  # from_str raises nothing more specific
-            raise DataError(
-                f"{name}: not a tokenizer.json of the `tokenizers` library ({e})"
-            ) from e
+        self._name = name
+        self._tokenizer = self._safe(tokenizers.Tokenizer.from_str, text)
+        described = self._safe(json.loads, text)
         self.text = text
         # A text may spell a special token; it is text all the same.
         self._tokenizer.encode_special_tokens = True
@@ -144,11 +147,11 @@ class JsonTokenizer:
             raise DataError(
                 f"{name}: {self.vocab_size:,} token ids; 1 to {MOST_TOKENS:,} are supported"
             )
-        self.eos_id = self._find(_EOS_NAMES, described, name)
-        self.bos_id = self._find(_BOS_NAMES, described, name, self.eos_id)
-        self.pad_id = self._find(_PAD_NAMES, described, name, self.eos_id)
-        special = {t["id"] for t in _added(described) if t["special"]}
-        self.decoding = find_decoding(described, vocab, special)
+        self.special = {t["content"]: t["id"] for t in _added(described) if t["special"]}
+        self.eos_id = self._find(_EOS_NAMES)
+        self.bos_id = self._find(_BOS_NAMES, self.eos_id)
+        self.pad_id = self._find(_PAD_NAMES, self.eos_id)
+        self.decoding = find_decoding(described, vocab, set(self.special.values()))
         self.pieces = _pieces(described, vocab, self.vocab_size, self.decoding.kind == "bytes")
         model = described["model"]
         unknown = model.get("unk_token")
@@ -158,38 +161,54 @@ class JsonTokenizer:
         self.lossless = self._missing_bytes == b""
         self._inexpressible: dict[str, bool] = {}
 
-    def _find(self, names, described, file, default: int | None = None) -> int:
-        special = {t["content"]: t["id"] for t in _added(described) if t["special"]}
+    def _safe(self, call: Callable, *args, **kwargs) -> Any:
+        """A call into the library. A panic of its Rust code is no Exception."""
+        try:
+            return call(*args, **kwargs)
+        except (KeyboardInterrupt, SystemExit, MemoryError):
+            raise
+        except BaseException as e:
+            raise DataError(
+                f"{self._name}: not a tokenizer.json that the `tokenizers` library can use "
+                f"({cut(str(e), 400)})"
+            ) from e
+
+    def _find(self, names, default: int | None = None) -> int:
         for token in names:
-            if token in special:
-                return special[token]
+            if token in self.special:
+                return self.special[token]
         if default is not None:
             return default
         raise DataError(
-            f"{file}: no token that ends a document; its special tokens are "
-            f"{', '.join(special) or 'none'}, known names are {', '.join(names)}"
+            f"{self._name}: no token that ends a document; its special tokens are "
+            f"{cut(', '.join(self.special), 400) or 'none'}, known names are {', '.join(names)}"
         )
 
+    def token_id(self, token: str) -> int | None:
+        """The id of a token by its text, special or not."""
+        return self._tokenizer.token_to_id(token)
+
     def encode(self, text: str) -> list[int]:
-        return self._tokenizer.encode(text, add_special_tokens=False).ids
+        return self._safe(self._tokenizer.encode, text, add_special_tokens=False).ids
 
     def encode_framed(self, text: str) -> list[int]:
         """Ids of a text with what the file itself puts around every text (its post-processor)."""
-        return self._tokenizer.encode(text, add_special_tokens=True).ids
+        return self._safe(self._tokenizer.encode, text, add_special_tokens=True).ids
 
     def encode_marked(self, text: str) -> list[int]:
         """Ids of a text that spells special tokens and means them, as a rendered chat template does."""
         self._tokenizer.encode_special_tokens = False
         try:
-            return self._tokenizer.encode(text, add_special_tokens=False).ids
+            return self.encode(text)
         finally:
             self._tokenizer.encode_special_tokens = True
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
-        return [e.ids for e in self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
+        encode = self._tokenizer.encode_batch_fast
+        return [e.ids for e in self._safe(encode, texts, add_special_tokens=False)]
 
     def encode_counted(self, texts: list[str]) -> list[Counted]:
-        encoded = self._tokenizer.encode_batch(texts, add_special_tokens=False)
+        encoded = self._safe(self._tokenizer.encode_batch, texts, add_special_tokens=False)
         return [self._count(text, e) for text, e in zip(texts, encoded)]
 
     def _count(self, text: str, encoded: tokenizers.Encoding) -> Counted:
@@ -216,7 +235,7 @@ class JsonTokenizer:
         if self.decoding.kind == "bytes":
             return join_bytes(self.pieces, ids).decode("utf-8", "replace")
         ids = [i for i in ids if i < self.vocab_size]
-        return self._tokenizer.decode(ids, skip_special_tokens=True)
+        return self._safe(self._tokenizer.decode, ids, skip_special_tokens=True)
 
 
 def load_tokenizer(
@@ -303,6 +322,8 @@ def _external(path: str, kept: pathlib.Path | None, copy: str | None) -> str:
             f"{FILE_NAME}"
         )
     text = _read(source)
+    if copy is None:
+        check_tokenizer(text, str(source))
     if copy is not None and copy != text:
         raise DataError(
             f"{kept} is not the tokenizer data.tokenizer={path!r}: the workdir belongs to "
@@ -330,7 +351,7 @@ def _bytes_by_end(text: str, ends: Iterable[int]) -> np.ndarray:
     return np.diff([*at[np.minimum(reached, len(text))], at[-1]]).astype(np.int32)
 
 
-def _byte_alphabet() -> dict[str, int]:
+def byte_alphabet() -> dict[str, int]:
     """GPT-2's printable stand-in of each byte: itself if printable in Latin-1, else the next code
     point from 256 on."""
     printable = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
@@ -342,7 +363,7 @@ def _missing_bytes(described: dict, vocab: dict[str, int]) -> bytes | None:
     """The bytes that a tokenizer of bytes has no token for; None if it is not one of bytes."""
     before = json.dumps([described.get("normalizer"), described.get("pre_tokenizer")])
     if '"ByteLevel"' in before:
-        return bytes(b for c, b in _byte_alphabet().items() if c not in vocab)
+        return bytes(b for c, b in byte_alphabet().items() if c not in vocab)
     fallback = described["model"].get("byte_fallback")
     whole = fallback and all(f"<0x{b:02X}>" in vocab for b in range(256))
     return b"" if whole else None
@@ -355,7 +376,7 @@ def _added(described: dict) -> list[dict]:
 
 def _pieces(described: dict, vocab: dict[str, int], size: int, byte_level: bool) -> list[bytes]:
     """The bytes of every id; ids without a token stand for nothing."""
-    alphabet = _byte_alphabet()
+    alphabet = byte_alphabet()
     special = {t["content"] for t in _added(described) if t["special"]}
     pieces = [b""] * size
     for token, i in vocab.items():

@@ -1,43 +1,44 @@
-"""Renders a chat template: a program that `moejax.evals.chat` runs as a process of its own.
+"""Renders a chat template: a program that `moejax.evals.chat` runs as a process of its own, with limits.
 
 A template comes with a checkpoint and is a program by strangers. Jinja's sandbox keeps it from files, imports
-and private attributes, but not from running or growing for ever; only limits on a process do that.
+and private attributes, but not from running or growing for ever.
 
-stdin: {"template": .., "context": {..}} as JSON; stdout: the text. Exit code 1: stderr's last line says why.
+stdin: {"template": .., "context": {..}, "most": characters} as JSON; stdout: the text. Exit code 1: stderr's
+last line says why.
 """
 
-import contextlib
 import datetime
 import json
-import resource
 import sys
 
 import jinja2
+import jinja2.ext
+from jinja2 import nodes
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-CPU_SECONDS = 5
-MEMORY_BYTES = 1 << 30
+
+class Generation(jinja2.ext.Extension):
+    """{% generation %} .. {% endgeneration %} marks what is trained on; its text is text like any other."""
+
+    tags = {"generation"}  # noqa: RUF012 (as declared there)
+
+    def parse(self, parser):
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        # A macro, as in `transformers`: what is set within is not seen outside.
+        return nodes.CallBlock(self.call_method("_text"), [], [], body).set_lineno(line)
+
+    def _text(self, caller):
+        return caller()
 
 
-def limit() -> None:
-    for what, value in (
-        (resource.RLIMIT_CPU, CPU_SECONDS),
-        (resource.RLIMIT_AS, MEMORY_BYTES),
-        (resource.RLIMIT_FSIZE, 0),
-        (resource.RLIMIT_CORE, 0),
-    ):
-        # macOS refuses some of these; the time limit of the parent holds there too.
-        with contextlib.suppress(ValueError, OSError):
-            resource.setrlimit(what, (value, value))
-
-
-def render(template: str, context: dict) -> str:
+def render(template: str, context: dict, most: int) -> str:
     """The template's text, with the functions and filters that published templates expect."""
 
     def refuse(message: str):
         raise jinja2.TemplateError(message)
 
-    def to_json(value, indent=None, ensure_ascii=False, separators=None, sort_keys=False):
+    def to_json(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False):
         # Jinja's own filter escapes for HTML.
         return json.dumps(
             value,
@@ -48,27 +49,32 @@ def render(template: str, context: dict) -> str:
         )
 
     environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", Generation]
     )
     environment.filters["tojson"] = to_json
     environment.globals["raise_exception"] = refuse
     environment.globals["strftime_now"] = lambda f: datetime.datetime.now().strftime(f)
-    return environment.from_string(template).render(**context)
+    pieces, left = [], most
+    for piece in environment.from_string(template).generate(**context):
+        pieces.append(piece)
+        left -= len(piece)
+        if left < 0:
+            raise ValueError(f"it writes more than {most:,} characters")
+    return "".join(pieces)
 
 
 def main() -> int:
-    limit()
     request = json.loads(sys.stdin.buffer.read())
     try:
-        text = render(request["template"], request["context"])
+        text = render(**request).encode()
     # A template can fail in any way that Python code can.
     except (jinja2.TemplateError, ArithmeticError, AttributeError, LookupError) as e:
-        print(f"{type(e).__name__}: {e}", file=sys.stderr)
+        print(f"{type(e).__name__}: {e}"[:1000], file=sys.stderr)
         return 1
-    except (MemoryError, RecursionError, TypeError, ValueError) as e:
-        print(f"{type(e).__name__}: {e}", file=sys.stderr)
+    except (MemoryError, RecursionError, TypeError, ValueError, AssertionError) as e:
+        print(f"{type(e).__name__}: {e}"[:1000], file=sys.stderr)
         return 1
-    sys.stdout.buffer.write(text.encode())
+    sys.stdout.buffer.write(text)
     return 0
 
 

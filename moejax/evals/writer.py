@@ -21,7 +21,6 @@ from moejax.runs.open import load_run, read_config
 from moejax.sharding import Layout, make_layout
 from moejax.text import shown
 
-MAX_NEW = 200
 Request = str | list[chat.Message]
 
 
@@ -104,7 +103,7 @@ class Writer:
       temperature, top_k, top_p: None: what generation_config.json says, or `prompt_files.DEFAULTS`.
       seed: see `generate.stream`.
       stop_texts: a continuation ends before the first of these.
-      stop_ids: token ids that end it, besides the tokenizer's and generation_config.json's.
+      stop_ids: token ids that end it, besides those of the tokenizer and the checkpoint's files.
       speculative_decoding: see `generate.stream`.
 
     Attributes:
@@ -133,13 +132,14 @@ class Writer:
         _check_ids(stop_ids, self.cfg.vocab_size)
         self.stats = Stats()
         self._model = prepare(run.params, self.cfg, layout), run.router_state
-        self._max_new, self._stop_texts = max_new, stop_texts
-        self._ends = (*prompt_files.stop_ids(self.files, self.tokenizer), *stop_ids)
+        published = self.files.generation
+        self._max_new = max_new
+        self._stop_texts = (*stop_texts, *prompt_files.several(published, "stop_strings"))
+        ends = prompt_files.stop_ids(self.files, self.tokenizer, self._stop_texts)
+        self._ends = (*ends, *stop_ids)
         given = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
         self._options: dict[str, Any] = dict(
-            **prompt_files.sampling_options(
-                given, self.files.generation_config, self.cfg.vocab_size
-            ),
+            **prompt_files.sampling_options(given, published, self.cfg.vocab_size),
             seed=seed,
             stop_ids=self._ends,
             speculative_decoding=speculative_decoding,
@@ -204,7 +204,7 @@ class Writer:
         """Tokens that a prompt may be continued by; 1 if there is no room, so that this is what is said."""
         if self._max_new is not None:
             return self._max_new
-        usual = self.files.generation_config.get("max_new_tokens") or MAX_NEW
+        usual = self.files.generation.get("max_new_tokens") or prompt_files.MAX_NEW
         return max(min(usual, self.cfg.max_seq_len - len(prompt)), 1)
 
     def _pieces(self, prompts: list[list[int]], numbers: list[int]) -> Iterator[list[str]]:

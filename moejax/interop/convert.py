@@ -1,12 +1,12 @@
 """Between a Hugging Face folder and the folder of a run, both ways."""
 
 import dataclasses
-import json
 import math
 import pathlib
 from collections.abc import Collection
 
 import jax
+import jax.numpy as jnp
 
 from moejax.config import (
     DataConfig,
@@ -15,22 +15,20 @@ from moejax.config import (
     ModelConfig,
 )
 from moejax.data.tokenizer import FILE_NAME, JsonTokenizer
+from moejax.data.tokenizer_check import check_tokenizer
 from moejax.interop.files import (
     InteropError,
     exists,
     need_space,
     parse_json,
     read_bytes,
+    read_text,
     whole_folder,
 )
 from moejax.interop.hf_folder import CONFIG, open_folder
 from moejax.interop.load import read_model
-from moejax.interop.prompts import (
-    GENERATION_CONFIG,
-    TEMPLATE_FILE,
-    TOKENIZER_CONFIG,
-    read_prompt_files,
-)
+from moejax.interop.own_files import as_json, own_files, token_ids
+from moejax.interop.prompts import FILES, GENERATION_CONFIG, check_tokens, read_prompt_files
 from moejax.interop.save import write_folder
 from moejax.mesh import RULES
 from moejax.models.zoo import FAMILIES, config_from_hf, config_to_hf, lost_fields
@@ -38,21 +36,12 @@ from moejax.models.zoo.architecture import architecture
 from moejax.params import count
 from moejax.runs import folder as run_folder
 from moejax.runs.checkpoint import Checkpoints
-from moejax.runs.open import OpenRun, load_run
+from moejax.runs.open import load_run
 from moejax.sharding import Layout, make_mesh
 
 # Files of a checkpoint that a run keeps in folder.HF, so that `export` can write them again and
 # `generate` can read what it needs.
-KEPT = (
-    CONFIG,
-    TOKENIZER_CONFIG,
-    GENERATION_CONFIG,
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    TEMPLATE_FILE,
-)
+KEPT = (*FILES, "vocab.json", "merges.txt")
 
 
 def import_run(
@@ -70,11 +59,12 @@ def import_run(
     """
     opened = open_folder(hf_dir, ignore_keys)
     text = _tokenizer_text(hf_dir)
+    check_tokenizer(text, str(hf_dir / FILE_NAME))
     tokenizer = JsonTokenizer(text, str(hf_dir / FILE_NAME))
-    read_prompt_files(hf_dir)  # for its errors
-    kept = {name: read_bytes(hf_dir, name) for name in KEPT if exists(hf_dir, name)}
-    if ignore_keys:
-        kept[CONFIG] = (json.dumps(opened.hf, indent=2) + "\n").encode()
+    files = read_prompt_files(hf_dir, ignore_keys)
+    if not {"added_tokens_decoder", "added_tokens"} & set(ignore_keys):
+        check_tokens(files, tokenizer)
+    kept = {name: _kept(hf_dir, name, ignore_keys) for name in KEPT if exists(hf_dir, name)}
     with whole_folder(workdir) as folder:
         tensors = opened.tensors.values()
         need_space(folder, sum(math.prod(t.shape) * t.dtype.itemsize for t in tensors))
@@ -103,6 +93,8 @@ def import_run(
         run_folder.claim_workdir(folder, experiment, tokenizer)
     if config_from_hf(opened.hf).mtp_depth > cfg.mtp_depth:
         print("the files hold no layers for multi-token prediction: imported without them")
+    if files.unused():
+        print(f"{GENERATION_CONFIG}: not used here: {', '.join(files.unused())}")
     print(
         f"{account.table()}\n{workdir}: {opened.hf['model_type']}, {count(params):,} parameters. "
         f'Try moejax generate --workdir={workdir} --prompt="..."'
@@ -115,10 +107,17 @@ def _tokenizer_text(hf_dir: pathlib.Path) -> str:
             f"{hf_dir} has no {FILE_NAME}, without which no text can be encoded. `transformers` makes "
             "one: AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR)"
         )
-    try:
-        return read_bytes(hf_dir, FILE_NAME).decode("utf-8")
-    except UnicodeDecodeError as e:
-        raise InteropError(f"{hf_dir / FILE_NAME}: not UTF-8 ({e})") from e
+    return read_text(hf_dir, FILE_NAME)
+
+
+def _kept(hf_dir: pathlib.Path, name: str, ignore_keys: Collection[str]) -> bytes:
+    """A file as a run keeps it: byte for byte, unless it has keys that are left out."""
+    data = read_bytes(hf_dir, name)
+    if not ignore_keys or name not in FILES or not name.endswith(".json"):
+        return data
+    values = parse_json(data, str(hf_dir / name))
+    rest = {k: v for k, v in values.items() if k not in ignore_keys}
+    return data if rest == values else as_json(rest)
 
 
 def export_run(workdir: pathlib.Path, hf_dir: pathlib.Path, model_type: str | None = None) -> None:
@@ -136,15 +135,18 @@ def export_run(workdir: pathlib.Path, hf_dir: pathlib.Path, model_type: str | No
     model_type = model_type or own.get("model_type") or _only_family(run.cfg.model)
     config = own if own.get("model_type") == model_type else {}
     if not config or not _describes(config, run.cfg.model):
-        config = {**config_to_hf(run.cfg.model, model_type), **_token_ids(run)}
-    dtype = jax.tree.leaves(run.params)[0].dtype.name
-    config = _stored_as(config, dtype)
+        tokens = {k: own[k] for k in token_ids(run.tokenizer) if k in own} or token_ids(
+            run.tokenizer
+        )
+        config = {**config_to_hf(run.cfg.model, model_type), **tokens}
+    config = _stored_as(config, jax.tree.leaves(run.params))
     extra = dict(kept)
     if config != own:
-        extra[CONFIG] = (json.dumps(config, indent=2) + "\n").encode()
-    if exists(workdir, run_folder.TOKENIZER):
+        extra[CONFIG] = as_json(config)
+    if kept:
         extra[FILE_NAME] = read_bytes(workdir, run_folder.TOKENIZER)
-        extra.setdefault(TOKENIZER_CONFIG, _tokenizer_config(run, extra[FILE_NAME]))
+    else:
+        extra |= own_files(run.tokenizer, run.cfg.model.max_seq_len)
     write_folder(
         hf_dir,
         run.cfg.model,
@@ -154,7 +156,8 @@ def export_run(workdir: pathlib.Path, hf_dir: pathlib.Path, model_type: str | No
         extra_files=extra,
         progress=True,
     )
-    print(f"{hf_dir}: {model_type}, step {run.step}, {count(run.params):,} parameters in {dtype}")
+    stored = config.get("dtype") or config["torch_dtype"]
+    print(f"{hf_dir}: {model_type}, step {run.step}, {count(run.params):,} parameters in {stored}")
 
 
 def _only_family(cfg: ModelConfig) -> str:
@@ -181,29 +184,17 @@ def _describes(hf: dict, cfg: ModelConfig) -> bool:
     return architecture(theirs) == architecture(cfg)
 
 
-def _stored_as(config: dict, dtype: str) -> dict:
-    """The config.json of weights stored in `dtype`, not quantised."""
+def _stored_as(config: dict, arrays: list) -> dict:
+    """The config.json of these weights, not quantised.
+
+    `transformers` loads all of them in the one dtype that it names: of several, the one that holds the
+    others, unless the file has named another of them from the start.
+    """
     config = {k: v for k, v in config.items() if k != "quantization_config"}
     name = "dtype" if "dtype" in config else "torch_dtype"  # transformers 5 and before
-    return config if config.get(name) == dtype else {**config, name: dtype}
-
-
-def _token_ids(run: OpenRun) -> dict:
-    t = run.tokenizer
-    return {"bos_token_id": t.bos_id, "eos_token_id": t.eos_id, "pad_token_id": t.pad_id}
-
-
-def _tokenizer_config(run: OpenRun, tokenizer_json: bytes) -> bytes:
-    """What `transformers` needs beside a tokenizer.json that moejax trained."""
-    added = parse_json(tokenizer_json, FILE_NAME)["added_tokens"]
-    names = {token["id"]: token["content"] for token in added}
-    tokens = {key.removesuffix("_id"): names[i] for key, i in _token_ids(run).items()}
-    values = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "model_max_length": run.cfg.model.max_seq_len,
-        **tokens,
-    }
-    return (json.dumps(values, indent=2) + "\n").encode()
+    if any(config.get(name) == a.dtype.name for a in arrays):
+        return config
+    return {**config, name: jnp.result_type(*arrays).name}
 
 
 def _host() -> Layout | None:

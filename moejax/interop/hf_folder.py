@@ -7,6 +7,7 @@ from collections.abc import Collection
 from moejax.interop.files import InteropError, checked_file, exists, read_json
 from moejax.interop.quantized import Tensor, unpack
 from moejax.interop.safetensors_file import FileTensor, read_header
+from moejax.text import MOST_SHOWN, cut, shown
 
 CONFIG = "config.json"
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -59,24 +60,26 @@ def _nothing(folder: pathlib.Path) -> str:
 
 def _quantization(hf: dict, folder: pathlib.Path) -> tuple[int, int]:
     """The FP8 block size of a config.json; InteropError for a quantisation we do not read."""
-    config = hf.get("quantization_config") or {}
+    config = hf.get("quantization_config")
+    if config is None:
+        return FP8_BLOCK
     where = f"{folder / CONFIG}: quantization_config"
     if not isinstance(config, dict):
-        raise InteropError(f"{where}={config!r} must be an object")
-    method = config.get("quant_method", "fp8")
+        raise InteropError(f"{where}={shown(config)} must be an object")
+    method = config.get("quant_method")
     if method not in QUANTIZATIONS:
         raise InteropError(
-            f"{where}.quant_method={method!r} is not supported; {' and '.join(QUANTIZATIONS)} are, "
+            f"{where}.quant_method={shown(method)} is not supported; {' and '.join(QUANTIZATIONS)} are, "
             "and unquantised checkpoints"
         )
     block = config.get("weight_block_size") or FP8_BLOCK
     if (
         not isinstance(block, list | tuple)
         or len(block) != 2
-        or not all(isinstance(b, int) and 0 < b <= 2**20 for b in block)
+        or not all(type(b) is int and 0 < b <= 2**20 for b in block)
     ):
         raise InteropError(
-            f"{where}.weight_block_size={block!r} must be two positive integers such as [128, 128]"
+            f"{where}.weight_block_size={shown(block)} must be two positive integers such as [128, 128]"
         )
     return (block[0], block[1])
 
@@ -90,7 +93,7 @@ def _from_index(folder: pathlib.Path) -> dict[str, FileTensor]:
     bad = [f for f in weight_map.values() if not isinstance(f, str) or not _is_shard(f)]
     if bad:
         raise InteropError(
-            f"{where}: {bad[0]!r} is not the name of a .safetensors file in this folder"
+            f"{where}: {shown(bad[0])} is not the name of a .safetensors file in this folder"
         )
     tensors: dict[str, FileTensor] = {}
     for file in sorted(set(weight_map.values())):
@@ -101,14 +104,14 @@ def _from_index(folder: pathlib.Path) -> dict[str, FileTensor]:
                 )
             if weight_map.get(name) != file:
                 raise InteropError(
-                    f"{where}: {name} is in {file}, but the index says {weight_map.get(name)!r}; "
+                    f"{where}: {name} is in {file}, but the index says {shown(weight_map.get(name))}; "
                     "the index belongs to other shards"
                 )
             tensors[name] = tensor
     absent = [name for name in weight_map if name not in tensors]
     if absent:
         raise InteropError(
-            f"{where}: {absent[0]} is not in {weight_map[absent[0]]}"
+            f"{where}: {cut(absent[0], MOST_SHOWN)} is not in {weight_map[absent[0]]}"
             + (f", nor are {len(absent) - 1} others where the index says" if absent[1:] else "")
         )
     return tensors

@@ -147,8 +147,19 @@ def _read(target: Target, account: Account, bounds: Bounds, dtype: np.dtype) -> 
     for at in np.ndindex(*(stop - start for start, stop in leading)):
         name = target.name(tuple(i + start for i, (start, _) in zip(at, leading)))
         value = account.tensors[name].read(index)
-        out[at] = np.swapaxes(value, -1, -2) if transform.transpose else value
+        with np.errstate(over="ignore"):  # a value too large for `dtype` becomes infinite
+            out[at] = np.swapaxes(value, -1, -2) if transform.transpose else value
+        if not _finite(out[at]):
+            raise InteropError(f"{name} holds NaN, infinity or values too large for {dtype}")
     return out
+
+
+def _finite(values: np.ndarray) -> bool:
+    """No NaN, no infinity: by the bits of the exponent, for `np.isfinite` is slow in bfloat16."""
+    bits = np.dtype(f"u{values.dtype.itemsize}")
+    infinity = np.array(np.inf, values.dtype).view(bits)
+    no_sign = bits.type(np.iinfo(bits).max >> 1)
+    return not values.size or (values.view(bits) & no_sign).max() < infinity
 
 
 def _check_equal(tensor, original) -> None:

@@ -204,7 +204,7 @@ def account(
             if name in names:
                 repeated.append((found[names[name]], tensors[of]))
     left = names.keys() - tensors.keys() - {_canonical(t.name, table) for t, _ in repeated}
-    ignored = sorted(n for n in left if any(re.search(p, n) for p in table.ignorable))
+    ignored = sorted(n for n in left if any(re.fullmatch(p, n) for p in table.ignorable))
     unused = sorted(left - set(ignored))
     problems += _listed("missing", list(dict.fromkeys(missing)))
     problems += _listed("not part of the model that config.json describes", unused)

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from moejax.interop.files import InteropError, parse_json
+from moejax.text import shown
 
 # Of the format's dtypes, those that occur in checkpoints of language models.
 DTYPES = {
@@ -34,6 +35,7 @@ DTYPES = {
 }
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 MAX_HEADER_BYTES = 100_000_000  # the format's own bound
+MAX_DIMS, MAX_DIM, MAX_NAME = 16, 2**63, 256
 
 Index = tuple[slice, ...]
 
@@ -111,22 +113,26 @@ def _tensor(path: pathlib.Path, name: str, entry: Any, begin: int) -> FileTensor
         return (
             isinstance(values, list)
             and length in (None, len(values))
-            and all(isinstance(v, int) and not isinstance(v, bool) and v >= 0 for v in values)
+            and len(values) <= MAX_DIMS
+            and all(type(v) is int and 0 <= v < MAX_DIM for v in values)
         )
 
+    if not name.isprintable() or len(name) > MAX_NAME:
+        raise InteropError(f"{path}: {shown(name)} is no name of a tensor")
+    where = f"{path}: {name}"
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
-        raise InteropError(f"{path}: {name}: expected dtype, shape and data_offsets, found {entry}")
+        raise InteropError(f"{where}: expected dtype, shape and data_offsets, found {shown(entry)}")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
-    if dtype not in DTYPES:
+    if not isinstance(dtype, str) or dtype not in DTYPES:
         raise InteropError(
-            f"{path}: {name}: dtype {dtype!r} is not supported; {', '.join(DTYPES)} are"
+            f"{where}: dtype {shown(dtype)} is not supported; {', '.join(DTYPES)} are"
         )
     if not whole(shape) or not whole(offsets, 2):
-        raise InteropError(f"{path}: {name}: bad shape {shape} or data_offsets {offsets}")
+        raise InteropError(f"{where}: bad shape {shown(shape)} or data_offsets {shown(offsets)}")
     want = math.prod(shape) * DTYPES[dtype].itemsize
     if offsets[1] - offsets[0] != want:
         raise InteropError(
-            f"{path}: {name}: {dtype} of shape {shape} takes {want:,} bytes, data_offsets "
+            f"{where}: {dtype} of shape {shape} takes {want:,} bytes, data_offsets "
             f"{offsets} span {offsets[1] - offsets[0]:,}"
         )
     return FileTensor(name, path, DTYPES[dtype], tuple(shape), begin + offsets[0])

@@ -6,6 +6,7 @@ import pathlib
 from collections.abc import Mapping
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
@@ -51,7 +52,7 @@ def write_folder(
     """
     tensors = model_tensors(cfg, params, router_state, model_type)
     extra = dict(extra_files or {})
-    dtype = jax.tree.leaves(params)[0].dtype.name
+    dtype = jnp.result_type(*jax.tree.leaves(params)).name  # `transformers` knows one
     config = {**config_to_hf(cfg, model_type), "torch_dtype": dtype}
     extra.setdefault(CONFIG, (json.dumps(config, indent=2) + "\n").encode())
     files = shards(tensors, max_shard_bytes)

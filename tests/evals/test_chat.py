@@ -84,6 +84,13 @@ def test_the_file_goes_before_the_config_and_default_before_the_others(tmp_path)
         ("{{ 'a' * 10 ** 11 }}", "MemoryError"),
         ("{{ '%99999999999d' % 1 }}", "Error"),
         ("{{ range(10 ** 9) | list }}", "Range too big"),
+        ("{{ 'a' * 10 ** 8 }}", "writes more than 1,000,0"),
+        ("{% for i in range(9999) %}{{ 'a' * 999 }}{% endfor %}", "writes more than 1,000,0"),
+        # Ways to the terminal.
+        (
+            "{{ raise_exception('\x1b[2J' + 'a' * 10 ** 7) }}",
+            r"TemplateError: \\x1b\[2Ja{900,990}$",
+        ),
     ],
 )
 def test_hostile_templates_are_answered(tmp_path, template, message):
@@ -93,10 +100,28 @@ def test_hostile_templates_are_answered(tmp_path, template, message):
 
 def test_a_template_without_end_is_ended(tmp_path, monkeypatch):
     """Ten thousand million turns without output: only a limit on the process ends it."""
-    monkeypatch.setattr(chat, "RENDER_SECONDS", 1)
+    monkeypatch.setattr(chat, "SECONDS", 1)
     loop = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
-    with pytest.raises(ConfigError, match="did not end in 1 seconds"):
+    with pytest.raises(ConfigError, match=r"took more than 1 seconds|did not end in 2"):
         chat.render_chat(with_template(tmp_path, loop), HELLO)
+
+
+def test_what_is_marked_for_training_is_rendered(tmp_path):
+    """As in `transformers`, variables that are set within stay there."""
+    marked = "{% generation %}{% set x = 1 %}!{% endgeneration %}{{ x }}"
+    template = "{% for m in messages %}{{ m.content }}" + marked + "{% endfor %}"
+    assert chat.render_chat(with_template(tmp_path, template), HELLO) == " Hello <|user|>!"
+
+
+def test_a_template_sees_the_tokens_of_special_tokens_map(tmp_path):
+    files = write(
+        tmp_path,
+        tokenizer_config__json={
+            "chat_template": "{{ bos_token }}{{ messages[0].content }}{{ pad_token }}"
+        },
+        special_tokens_map__json={"bos_token": "<s>", "eos_token": {"content": "</s>"}},
+    )
+    assert chat.render_chat(files, [{"role": "user", "content": "ab"}]) == "<s>ab"
 
 
 def test_a_template_is_needed(tmp_path):

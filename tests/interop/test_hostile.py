@@ -230,7 +230,11 @@ CONFIGS = {
     "wider": (dict(intermediate_size=2**24), r"has shape .*config.json asks for \[16777216"),
     "quantised": (dict(quantization_config={"quant_method": "gptq"}), "quant_method='gptq'"),
     "quantisation not an object": (dict(quantization_config="fp8"), "must be an object"),
-    "block size not a pair": (dict(quantization_config={"weight_block_size": 5}), "=5 must be two"),
+    "block size not a pair": (
+        dict(quantization_config={"quant_method": "fp8", "weight_block_size": 5}),
+        "=5 must be two",
+    ),
+    "quantised somehow": (dict(quantization_config={}), "quant_method=None"),
     "block size": (
         dict(quantization_config={"quant_method": "fp8", "weight_block_size": [0, 1]}),
         "weight_block_size",

@@ -173,7 +173,7 @@ def test_export_of_a_run_that_was_trained_here(tmp_path, key):
     "change, text",
     [
         (lambda hf: (hf / "tokenizer.json").unlink(), "has no tokenizer.json"),
-        (lambda hf: (hf / "tokenizer.json").write_bytes(b"\xff"), "not UTF-8"),
+        (lambda hf: (hf / "tokenizer.json").write_bytes(b"\xff"), "not text in UTF-8"),
         (lambda hf: (hf / "tokenizer.json").write_text("{}"), "not a tokenizer.json"),
         (lambda hf: (hf / "generation_config.json").write_text('{"top_k": "x"}'), "top_k='x'"),
         (lambda hf: (hf / "config.json").unlink(), "missing file config.json"),

@@ -30,6 +30,21 @@ def tokenizer():
             "eos_token_id=.* must be a token id",
         ),
         ({"generation_config__json": {"temperature": "hot"}}, "temperature='hot' must be a number"),
+        ({"generation_config__json": {"do_sample": 1}}, "do_sample=1 must be true or false"),
+        ({"generation_config__json": {"stop_strings": ["a", 1]}}, "stop_strings=.* must be a text"),
+        (
+            {"generation_config__json": {"repetition_penalty": 1.1}},
+            "repetition_penalty=1.1: moejax",
+        ),
+        ({"generation_config__json": {"new_in_6": 1}}, "new_in_6=1: .*--ignore_keys=new_in_6"),
+        ({"config__json": {"eos_token_id": [-1]}}, r"config.json: eos_token_id=\[-1\] must be"),
+        ({"special_tokens_map__json": {"bos_token": 7}}, "bos_token=7 must be a token's text"),
+        ({"added_tokens__json": {"<x>": "1"}}, "'<x>' must have a token id, not '1'"),
+        ({"tokenizer_config__json": {"added_tokens_decoder": []}}, "must be an object of tokens"),
+        (
+            {"tokenizer_config__json": {"added_tokens_decoder": {"1": {"content": []}}}},
+            "must be a token's text",
+        ),
         ({"generation_config__json": {"top_k": 2.5}}, "top_k=2.5 must be a whole number"),
         ({"generation_config__json": {"top_p": 0}}, "top_p=0 must be a number above 0"),
         (
@@ -44,7 +59,8 @@ def test_bad_files_are_named(tmp_path, files, message):
 
 
 def test_a_prompt_starts_as_its_checkpoint_wants(tmp_path, tokenizer):
-    """The separator for runs trained here; else add_bos_token, else what tokenizer.json itself adds."""
+    """The separator for runs trained here, else what tokenizer.json itself adds: beside it, `transformers` does
+    not read add_bos_token."""
     encode = lambda files, text: prompts.encode_prompt(files, text, tokenizer)  # noqa: E731
     trained = prompts.read_prompt_files(tmp_path / "none")
     assert encode(trained, "Hello a") == [1, 5, 6]
@@ -53,7 +69,8 @@ def test_a_prompt_starts_as_its_checkpoint_wants(tmp_path, tokenizer):
     assert prompts.encode_prompt(trained, "<s>", ByteTokenizer()) == [256, *b"<s>"]
     assert encode(write(tmp_path, tokenizer_config__json={"model_max_length": 1}), "a") == [1, 6]
     assert encode(write(tmp_path, tokenizer_config__json={"add_bos_token": True}), "a") == [1, 6]
-    assert encode(write(tmp_path, tokenizer_config__json={"add_bos_token": False}), "a") == [6]
+    assert encode(write(tmp_path, tokenizer_config__json={"add_bos_token": False}), "a") == [1, 6]
+    assert encode(write(tmp_path, generation_config__json={}), "") == [1]
 
 
 def test_stop_ids_of_the_checkpoint(tmp_path, tokenizer):
@@ -73,7 +90,7 @@ def test_defaults_of_the_checkpoint():
     published = {"do_sample": True, "temperature": 0.3, "top_p": 0.9}
     assert prompts.sampling_options(none, published, 100) == {
         "temperature": 0.3,
-        "top_k": 0,
+        "top_k": 50,  # the default of `transformers`
         "top_p": 0.9,
     }
     assert prompts.sampling_options(none, {"temperature": 0.3}, 100)["temperature"] == 0
@@ -81,3 +98,74 @@ def test_defaults_of_the_checkpoint():
     assert prompts.sampling_options(none, wide, 100)["top_k"] == 100  # all there are
     given = none | {"temperature": 1.0}
     assert prompts.sampling_options(given, {"temperature": 0.3}, 100)["temperature"] == 1.0
+
+
+def test_end_tokens_of_every_file(tmp_path, tokenizer):
+    files = write(
+        tmp_path,
+        config__json={"eos_token_id": 3},
+        generation_config__json={"eos_token_id": [0]},
+        tokenizer_config__json={"eos_token": "<|assistant|>"},
+    )
+    assert prompts.stop_ids(files, tokenizer) == (0, 2, 3, 4)
+
+
+def test_a_stop_text_that_is_a_special_token_is_an_id(tmp_path, tokenizer):
+    files = prompts.read_prompt_files(tmp_path / "none")
+    assert prompts.stop_ids(files, tokenizer, ["Hello", "<|user|>"]) == (2, 3)
+    assert prompts.stop_ids(files, ByteTokenizer(), ["<|user|>"]) == (256,)
+
+
+def test_special_tokens_map_counts_unless_the_newer_file_has_its_tokens(tmp_path):
+    old = {"bos_token": "<old>", "add_bos_token": True, "pad_token": None}
+    files = write(
+        tmp_path, tokenizer_config__json=old, special_tokens_map__json={"bos_token": "<s>"}
+    )
+    assert files.special == {"bos_token": "<s>"}
+    new = {**old, "added_tokens_decoder": {"1": {"content": "<s>", "special": True}}}
+    assert write(tmp_path, tokenizer_config__json=new).special == {"bos_token": "<old>"}
+
+
+@pytest.mark.parametrize(
+    "files, message",
+    [
+        (
+            {"tokenizer_config__json": {"eos_token": "<end>"}},
+            "'<end>'; in tokenizer.json it is missing",
+        ),
+        ({"tokenizer_config__json": {"eos_token": "Hello"}}, "it is token 5, and no special one"),
+        ({"added_tokens__json": {"<s>": 9}}, "'<s>' with id 9; in tokenizer.json it is token 1"),
+        (
+            {
+                "tokenizer_config__json": {
+                    "added_tokens_decoder": {"5": {"content": "Hello", "special": True}}
+                }
+            },
+            "no special one",
+        ),
+    ],
+)
+def test_files_that_disagree_with_tokenizer_json(tmp_path, tokenizer, files, message):
+    with pytest.raises(ConfigError, match=message):
+        prompts.check_tokens(write(tmp_path, **files), tokenizer)
+
+
+def test_files_that_agree_with_tokenizer_json(tmp_path, tokenizer):
+    decoder = {
+        "2": {"content": "</s>", "special": True, "lstrip": False},
+        "5": {"content": "Hello", "special": False},
+    }
+    config = {"added_tokens_decoder": decoder, "eos_token": "</s>"}
+    prompts.check_tokens(write(tmp_path, tokenizer_config__json=config), tokenizer)
+
+
+def test_generation_config_is_read_or_named(tmp_path):
+    """Caches, beams with one beam, neutral values and null change nothing; limits get a line."""
+    harmless = dict.fromkeys(prompts.GENERATION_HARMLESS, "absurd") | prompts.GENERATION_NEUTRAL
+    files = write(tmp_path, generation_config__json=harmless | {"x": None, "max_length": 4096})
+    assert files.unused() == ["max_length=4096"]
+    for key in prompts.GENERATION_NEUTRAL:
+        with pytest.raises(ConfigError, match=f"{key}=0.25"):
+            write(tmp_path, generation_config__json={key: 0.25})
+    folder = files.folder
+    assert prompts.read_prompt_files(folder, [key]).generation == {}

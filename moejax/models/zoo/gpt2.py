@@ -45,7 +45,7 @@ NAMES = names.Table(
         ),
     ),
     duplicates=(names.Duplicate("lm_head.weight", ("transformer.wte.weight",), written=False),),
-    ignorable=(r"^transformer\.h\.\d+\.attn\.(masked_)?bias$",),
+    ignorable=(r"transformer\.h\.[0-9]+\.attn\.(masked_)?bias",),
     prefix="transformer.",
 )
 

@@ -62,7 +62,7 @@ class Table(NamedTuple):
     """Attributes:
     rows: every parameter the family can have.
     duplicates: tensors that repeat others.
-    ignorable: regular expressions of names that carry nothing learned (buffers).
+    ignorable: regular expressions of whole names that carry nothing learned (buffers).
     prefix: what some files leave out at the start of every name.
     """
 
@@ -73,7 +73,9 @@ class Table(NamedTuple):
 
 
 # Rotary frequencies, saved as a buffer by older versions of `transformers` (LLaMA 2, Kimi K2).
-ROTARY_BUFFER = r"\.rotary_emb\.inv_freq$"
+ROTARY_BUFFER = (
+    r"model\.layers\.[0-9]+\.self_attn\.rotary_emb\.inv_freq|model\.rotary_emb\.inv_freq"
+)
 # Files of tied models may hold the head all the same.
 TIED_HEAD = Duplicate("lm_head.weight", ("model.embed_tokens.weight",), written=False)
 

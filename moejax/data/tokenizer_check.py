@@ -1,0 +1,21 @@
+"""Tries a tokenizer.json of strangers before it is used."""
+
+from moejax import limited
+from moejax.config import ConfigError
+from moejax.data import tokenizer_probe
+from moejax.data.sources import DataError
+
+# The largest published one (40 MB) takes four seconds and 1.2 GB.
+SECONDS, MEGABYTES = 60, 4096
+
+
+def check_tokenizer(text: str, name: str) -> None:
+    """DataError for a tokenizer.json that the library cannot read, or with which it crashes, hangs, or
+    takes all memory: it is tried in a process of its own."""
+    program, data = tokenizer_probe.__file__, text.encode()
+    try:
+        limited.run(program, data, "trying it", seconds=SECONDS, megabytes=MEGABYTES)
+    except ConfigError as e:
+        raise DataError(
+            f"{name}: not a tokenizer.json that the `tokenizers` library can use ({e})"
+        ) from e
