@@ -146,7 +146,7 @@ def test_ends(tmp_path):
     stopped = 0
     for text in ("ab", "b", "hello", "1", "z", "Q", "!", "x y"):
         ids = torch.tensor([tokenizer(text)["input_ids"]])
-        out = theirs.generate(ids, max_new_tokens=40, do_sample=False, pad_token_id=0)[
+        out = theirs.generate(ids, max_new_tokens=40, do_sample=False, pad_token_id=259)[
             0, ids.shape[1] :
         ]
         stopped += len(out) < 40
