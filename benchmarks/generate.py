@@ -18,7 +18,7 @@ from absl import app, flags
 
 from benchmarks import common
 from benchmarks.qwen2_moe import IMPLEMENTATIONS, SIZES, TOY, Torch, model_config
-from moejax.config import ModelConfig
+from moejax.config import ModelConfig, ObjectiveConfig
 from moejax.evals.generate import Stats, generate, prepare
 from moejax.models import transformer
 from moejax.models.loss import loss_fn
@@ -34,7 +34,7 @@ OUTPUT = flags.DEFINE_string("json", "", "Write the results as JSON to this file
 
 def against_torch(sizes: dict, prompt: int, new: int, batches, repeats: int) -> list[dict]:
     cfg = model_config(sizes)
-    params = prepare(init_params(transformer.param_specs(cfg), jax.random.key(0)), cfg)
+    params = prepare(init_params(transformer.param_specs(cfg), jax.random.key(0)))
     state = transformer.init_router_state(cfg)
     peer = Torch(TORCH_PYTHON.value, sizes)
     print(f"peer: {peer.versions}", flush=True)
@@ -77,7 +77,7 @@ def speculation(sizes: dict, new: int, steps: int, repeats: int) -> list[dict]:
     """Plain and speculative greedy decoding of a model that learned to count."""
     cfg = model_config(sizes, mtp_depth=1)
     params, state = learn_to_count(cfg, steps)
-    params = prepare(params, cfg)
+    params = prepare(params)
     prompt = [(7 * i) % cfg.vocab_size for i in range(1, 9)]
     out = []
     for batch in (1, 8):
@@ -116,7 +116,8 @@ def learn_to_count(cfg: ModelConfig, steps: int):
             "positions": jnp.broadcast_to(jnp.arange(64)[None], (16, 64)),
             "loss_mask": ones,
         }
-        grads = jax.grad(lambda p: loss_fn(p, state, batch, cfg)[0])(params)
+        loss = lambda p: loss_fn(p, state, batch, cfg, objective=ObjectiveConfig())[0]  # noqa: E731
+        grads = jax.grad(loss)(params)
         updates, opt_state = optimizer.update(grads, opt_state)
         return optax.apply_updates(params, updates), opt_state
 

@@ -21,9 +21,9 @@ from absl import app, flags
 from benchmarks import common
 from moejax.config import MoEConfig
 from moejax.moe.dispatch.dropless import dropless
-from moejax.moe.experts import expert_param_specs, ffn, ffn_param_specs
-from moejax.moe.routing import Routing
+from moejax.moe.experts import activation, expert_param_specs, ffn, ffn_param_specs
 from moejax.params import init_params
+from moejax.routers.contract import Routing
 
 PLATFORM = flags.DEFINE_enum("platform", "cpu", ["cpu", "gpu"], "Which benchmark to run.")
 REPEATS = flags.DEFINE_integer("repeats", 15, "Timed calls of each function.")
@@ -57,6 +57,7 @@ class Case:
 
 SMALL = Case(2048, 256, 128, 64, 6)
 LARGE = dataclasses.replace(SMALL, d_model=512, d_expert=256)
+SWIGLU = activation("swiglu", 0.0)
 GPU_CASES = (Case(4096, 7168, 2048, 32, 8), Case(4096, 4096, 14336, 8, 2))
 TOY = Case(64, 16, 8, 4, 2)
 
@@ -81,7 +82,6 @@ def layer(case: Case, dtype, implementation: str = "auto"):
         num_experts=case.num_experts,
         experts_per_token=case.top_k,
         d_expert=case.d_expert,
-        grouped_matmul=implementation,
     )
     specs = expert_param_specs(moe, case.d_model, std=case.d_model**-0.5)
     params = init_params(specs, jax.random.key(0))
@@ -90,7 +90,8 @@ def layer(case: Case, dtype, implementation: str = "auto"):
     routing, _ = draw_routing(case)
 
     def forward(params, x_TD, weights_TK, index_TK):
-        return dropless(params, x_TD, Routing(index_TK, weights_TK), moe)[0]
+        routing = Routing(index_TK, weights_TK)
+        return dropless(params, x_TD, routing, SWIGLU, implementation)[0]
 
     return forward, _with_gradients(forward, 3), (params, x_TD, routing[1], routing[0])
 
@@ -104,7 +105,7 @@ def dense(case: Case, dtype):
     x_TD = jax.random.normal(jax.random.key(1), (case.tokens, case.d_model), dtype)
 
     def forward(params, x_TD):
-        return ffn(params, x_TD, "swiglu")
+        return ffn(params, x_TD, SWIGLU)
 
     return forward, _with_gradients(forward, 2), (params, x_TD)
 

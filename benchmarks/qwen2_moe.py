@@ -38,11 +38,11 @@ TOY = dict(
 IMPLEMENTATIONS = ("grouped_mm", "eager")
 
 
-def model_config(sizes: dict, moe: dict | None = None, **model) -> ModelConfig:
-    """Biases on queries, keys and values, a gate on the shared expert; `moe` and `model` replace fields."""
+def model_config(sizes: dict, **model) -> ModelConfig:
+    """Biases on queries, keys and values, a gate on the shared expert; `model` replaces fields."""
     s = dict(sizes)
     heads = s.pop("num_heads")
-    experts = dict(
+    experts = MoEConfig(
         num_experts=s.pop("num_experts"),
         experts_per_token=s.pop("experts_per_token"),
         d_expert=s.pop("d_expert"),
@@ -53,12 +53,7 @@ def model_config(sizes: dict, moe: dict | None = None, **model) -> ModelConfig:
     attention = AttentionConfig(
         num_heads=heads, num_kv_heads=heads, head_dim=s["d_model"] // heads, qkv_bias=True
     )
-    return ModelConfig(
-        **{**s, **model},
-        init_std=0.02,
-        attention=attention,
-        moe=MoEConfig(**{**experts, **(moe or {})}),
-    )
+    return ModelConfig(**{**s, **model}, init_std=0.02, attention=attention, moe=experts)
 
 
 class Torch:

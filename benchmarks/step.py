@@ -21,7 +21,7 @@ from absl import app, flags
 
 from benchmarks import common, plain_dense
 from benchmarks.qwen2_moe import IMPLEMENTATIONS, SIZES, TOY, Torch, model_config
-from moejax.config import DataConfig, ExperimentConfig
+from moejax.config import ComputeConfig, DataConfig, ExperimentConfig, ObjectiveConfig
 from moejax.train.state import create_state
 from moejax.train.step import compile_step
 
@@ -39,15 +39,18 @@ TOY_ROWS, TOY_LENGTH = 2, 16
 
 
 def experiment(
-    s: dict, rows: int, length: int, moe: dict | None = None, scan_layers: bool = False, **model
+    s: dict, rows: int, length: int, scan_layers: bool = False, **compute
 ) -> ExperimentConfig:
-    """moejax's config of Qwen2-MoE with these sizes, or of its dense twin with moe={'num_experts': 0}.
+    """moejax's config of Qwen2-MoE with these sizes; `compute` replaces fields of that group.
 
     Six layers are few enough to unroll, as the plain transformer's loop does.
     """
-    moe = {"expert_loss": 0.01, **(moe or {})}
-    cfg = model_config(s, moe, scan_layers=scan_layers, **model)
-    return ExperimentConfig(model=cfg, data=DataConfig(seq_len=length, batch_size=rows))
+    return ExperimentConfig(
+        model=model_config(s),
+        objective=ObjectiveConfig(expert_loss=0.01),
+        compute=ComputeConfig(scan_layers=scan_layers, **compute),
+        data=DataConfig(seq_len=length, batch_size=rows),
+    )
 
 
 def flops(s: dict, tokens: int) -> float:
@@ -109,9 +112,9 @@ def dense_step(s: dict, tokens: np.ndarray):
     return run
 
 
-def dense_twin(s: dict, rows: int, length: int, **model) -> ExperimentConfig:
-    dense = dict(s, num_dense_layers=s["num_layers"])
-    return experiment(dense, rows, length, {"num_experts": 0}, **model)
+def dense_twin(s: dict, rows: int, length: int, **compute) -> ExperimentConfig:
+    dense = dict(s, num_dense_layers=s["num_layers"], num_experts=0)
+    return experiment(dense, rows, length, **compute)
 
 
 def run_cpu(
@@ -165,7 +168,7 @@ def run_gpu(s: dict, rows: int, length: int, peak_size: int, repeats: int) -> li
     peak, peak_flops = common.matmul(peak_size, jnp.bfloat16)
     names = ["ragged", *(["tokamax"] if importlib.util.find_spec("tokamax") else [])]
     functions = {
-        n: moejax_step(experiment(s, rows, length, {"grouped_matmul": n}, dtype="bfloat16"), tokens)
+        n: moejax_step(experiment(s, rows, length, grouped_matmul=n, dtype="bfloat16"), tokens)
         for n in names
     }
     twin = dense_twin(s, rows, length, dtype="bfloat16")

@@ -11,7 +11,8 @@ while a run that has trained here goes on with its own data only. Result: none c
 import dataclasses
 import pathlib
 
-from moejax.config import ConfigError, OptimizerConfig, TrainConfig, to_config_dict
+from moejax.config import ConfigError, OptimizerConfig, TrainConfig
+from moejax.config_io import to_config_dict
 from moejax.runs.open import read_config
 
 

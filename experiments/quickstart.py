@@ -19,10 +19,12 @@ from moejax.config import (
     ExperimentConfig,
     ModelConfig,
     MoEConfig,
+    ObjectiveConfig,
     OptimizerConfig,
     TrainConfig,
-    to_config_dict,
 )
+from moejax.config_io import to_config_dict
+from moejax.routers import router_options
 
 
 def get_config(variant: str = "moe"):
@@ -35,14 +37,15 @@ def get_config(variant: str = "moe"):
         experts_per_token=4,
         d_expert=96,
         shared_experts=1,
-        score="sigmoid",
-        normalize_weights=True,
+        router=router_options(score="sigmoid", normalize_weights=True, expert_bias=True),
+    )
+    objective = ObjectiveConfig(
+        sequence_loss=1e-4,
         bias_update="sign",
         bias_rate=0.01,  # V3's is 0.001, for runs a thousand times as long
-        sequence_loss=1e-4,
     )
     if variant == "dense":
-        moe = MoEConfig()  # no experts: a dense model
+        moe, objective = MoEConfig(), ObjectiveConfig()  # no experts: a dense model
     model = ModelConfig(
         vocab_size=4096,
         d_model=192,
@@ -56,6 +59,7 @@ def get_config(variant: str = "moe"):
     cfg = ExperimentConfig(
         name="quickstart" if variant == "moe" else "quickstart-dense",
         model=model,
+        objective=objective,
         data=DataConfig(seq_len=256, batch_size=8, validation_fraction=0.05),
         optimizer=OptimizerConfig(learning_rate=2e-3, warmup_steps=40),
         train=TrainConfig(steps=500, eval_every=100, checkpoint_every=100),

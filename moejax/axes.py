@@ -1,4 +1,5 @@
-"""The legend: one letter per axis, one name per logical axis. Everything else refers to this page.
+"""The legend: one letter per axis, one name per logical axis. Everything else refers to this page; a file that
+needs a letter more, or one of these for something else, says so at its head ("Here ..").
 
 Array names carry their shape as a suffix (Noam style): `x_TD` has axes (tokens, model).
 
@@ -8,7 +9,8 @@ Array names carry their shape as a suffix (Noam style): `x_TD` has axes (tokens,
     C capacity         R routed rows (= T*K, sorted by expert)            L layers
     G groups (devices or nodes in balance losses and group-limited routing)
 
-Capitals are logical (global) sizes; a lower-case letter is a device-local slice.
+Capitals are logical (global) sizes; a lower-case letter is a device-local slice. A digit is a size of its own:
+`w_T1`.
 
 Parameters name their dimensions with *logical axes*; `moejax.mesh` holds the one table that maps
 them to mesh axes. Two dimensions of one array never map to the same mesh axis.

@@ -14,8 +14,8 @@ from flax import linen as nn
 from moejax.config import ModelConfig
 from moejax.models import transformer
 from moejax.moe import layer
-from moejax.moe.routers import ROUTERS
 from moejax.params import init_params, is_spec
+from moejax.routers import router_of
 
 
 def _declare(module: nn.Module, specs: dict) -> dict:
@@ -33,7 +33,7 @@ def _declare(module: nn.Module, specs: dict) -> dict:
 class MoELayer(nn.Module):
     """`moejax.moe.layer.moe` as a module: (x_BSD, router_state, **options) -> (y_BSD, MoEAux).
 
-    `router_state` of None is a fresh one; see `ROUTERS[..].init_state` and `update_state`.
+    `router_state` of None is a fresh one; see `Router.init_state` and `Router.update`.
     """
 
     cfg: ModelConfig
@@ -42,7 +42,7 @@ class MoELayer(nn.Module):
     def __call__(self, x_BSD: jax.Array, router_state: dict | None = None, **options):
         params = _declare(self, layer.param_specs(self.cfg))
         if router_state is None:
-            router_state = ROUTERS[self.cfg.moe.router].init_state(self.cfg.moe)
+            router_state = router_of(self.cfg.moe.router).init_state(self.cfg.router_config(), 0)
         return layer.moe(params, router_state, x_BSD, self.cfg, **options)
 
 

@@ -12,8 +12,8 @@ import math
 from collections.abc import Iterable
 
 from moejax import axes
-from moejax.config import ConfigError, ExperimentConfig, MeshConfig, MoEConfig
-from moejax.config_checks import divisors_text
+from moejax.config import ComputeConfig, ConfigError, ExperimentConfig, MeshConfig
+from moejax.options import divisors_text
 
 # Logical axis -> mesh axes. Two dimensions of one array must not meet on one mesh axis.
 RULES: dict[str, tuple[str, ...]] = {
@@ -218,26 +218,25 @@ def layout_problems(
                 f"{key}={value} does not divide over {shards} devices (mesh axes {where}); "
                 f"their product may be {divisors_text(value)}"
             )
-    if m.num_moe_layers and moe.dispatcher == "dropless":
-        problems += _strategy_problems(moe, mesh, platform)
+    if m.router is not None and m.router.form == "token":
+        problems += _strategy_problems(cfg.compute, mesh, platform)
     return problems
 
 
-def _strategy_problems(moe: MoEConfig, mesh: MeshSizes, platform: str) -> list[str]:
+def _strategy_problems(compute: ComputeConfig, mesh: MeshSizes, platform: str) -> list[str]:
     """Why the expert-parallel strategy or its kernel cannot run on this mesh, as sentences."""
     problems = []
     batch, experts = mesh.used(axes.BATCH), mesh.used(axes.EXPERT)
     apart = [a for a in experts if a not in batch]
-    if moe.expert_parallel == "all_to_all" and apart:
+    if compute.expert_parallel == "all_to_all" and apart:
         problems.append(
-            f"model.moe.expert_parallel='all_to_all' exchanges tokens between the devices that hold the "
+            f"compute.expert_parallel='all_to_all' exchanges tokens between the devices that hold the "
             f"batch, but experts are split over mesh axis {apart[0]!r} of size "
             f"{mesh.shape[apart[0]]}, which holds no batch (batch={'+'.join(batch) or 'none'}): "
             f"'ring' would work, or mesh.rules=('batch={'+'.join((*batch, *apart))}',)"
         )
-    if moe.grouped_matmul == "tokamax" and platform == "cpu":
+    if compute.grouped_matmul == "tokamax" and platform == "cpu":
         problems.append(
-            "model.moe.grouped_matmul='tokamax' has no kernels for platform 'cpu': "
-            "'auto' or 'blocked' would work"
+            "compute.grouped_matmul='tokamax' has no kernels for platform 'cpu': 'auto' would work"
         )
     return problems

@@ -9,6 +9,7 @@ from moejax.linen import MoELayer, Transformer
 from moejax.models import transformer
 from moejax.moe.layer import moe
 from moejax.params import abstract_params, map_specs
+from moejax.routers import router_options
 
 CFG = ModelConfig(
     vocab_size=16,
@@ -18,7 +19,11 @@ CFG = ModelConfig(
     d_ff=8,
     attention=AttentionConfig(num_heads=2, num_kv_heads=2, head_dim=4),
     moe=MoEConfig(
-        num_experts=4, experts_per_token=2, d_expert=4, shared_experts=1, bias_update="sign"
+        num_experts=4,
+        experts_per_token=2,
+        d_expert=4,
+        shared_experts=1,
+        router=router_options(expert_bias=True),
     ),
 )
 
@@ -60,4 +65,4 @@ def test_layer_inside_another_module():
     normed = nn.RMSNorm().apply({"params": params["RMSNorm_0"]}, x)
     want, _ = moe(params["moe"], state, normed, CFG)
     np.testing.assert_array_equal(y, x + want)
-    assert aux.load_E[3] == 4  # the bias that was passed in steered every token
+    assert aux.stats["load"][3] == 4  # the bias that was passed in steered every token

@@ -16,13 +16,16 @@ from moejax.config import (
     MeshConfig,
     ModelConfig,
     MoEConfig,
+    ObjectiveConfig,
     TrainConfig,
 )
 from moejax.mesh import RULES, TOGETHER, parse_rules
 from moejax.models import transformer
 from moejax.params import path_name
+from moejax.routers import router_options
 from moejax.sharding import Layout, make_layout, make_mesh
 from moejax.train.state import create_state, init_state, state_shardings
+from tests.flat import change
 
 MODEL = ModelConfig(
     vocab_size=32,
@@ -32,21 +35,32 @@ MODEL = ModelConfig(
     d_ff=16,
     attention=AttentionConfig(num_heads=4, num_kv_heads=2, head_dim=4),
     moe=MoEConfig(
-        num_experts=8, experts_per_token=2, d_expert=8, shared_experts=1, bias_update="sign"
+        num_experts=8,
+        experts_per_token=2,
+        d_expert=8,
+        shared_experts=1,
+        router=router_options(expert_bias=True),
     ),
 )
-CFG = ExperimentConfig(model=MODEL, data=DataConfig(seq_len=8, batch_size=8))
+CFG = ExperimentConfig(
+    model=MODEL,
+    objective=ObjectiveConfig(bias_update="sign"),
+    data=DataConfig(seq_len=8, batch_size=8),
+)
 
 
-def with_mesh(mesh: dict, moe: dict | None = None, **model) -> ExperimentConfig:
-    moe_cfg = dataclasses.replace(MODEL.moe, **(moe or {}))
-    model_cfg = dataclasses.replace(MODEL, moe=moe_cfg, **model)
+def with_mesh(
+    mesh: dict, changes: dict | None = None, moe: dict | None = None, **model
+) -> ExperimentConfig:
+    model_cfg = dataclasses.replace(
+        MODEL, moe=dataclasses.replace(MODEL.moe, **(moe or {})), **model
+    )
     mesh_cfg = dataclasses.replace(MeshConfig(data=1), **mesh)
-    return dataclasses.replace(CFG, model=model_cfg, mesh=mesh_cfg)
+    return change(dataclasses.replace(CFG, model=model_cfg, mesh=mesh_cfg), **(changes or {}))
 
 
-def layout_for(mesh: dict, **moe) -> Layout:
-    layout = make_layout(with_mesh(mesh, moe))
+def layout_for(mesh: dict, **changes) -> Layout:
+    layout = make_layout(with_mesh(mesh, changes))
     assert layout is not None
     return layout
 
@@ -166,7 +180,7 @@ def test_all_to_all_without_batch_on_the_expert_axis():
 
 
 def test_kernels_that_the_platform_lacks():
-    with pytest.raises(ConfigError, match=r"grouped_matmul='tokamax'.*'cpu'.*'auto' or 'blocked'"):
+    with pytest.raises(ConfigError, match=r"grouped_matmul='tokamax'.*'cpu'.*'auto' would work"):
         make_layout(with_mesh(dict(expert=2), dict(grouped_matmul="tokamax")))
 
 

@@ -11,7 +11,7 @@ from moejax.evals.evaluate import evaluate_run, results_table
 from moejax.text import render
 
 USAGE = """\
-usage: moejax evaluate --workdir=RUN                              what the run is validated on
+usage: moejax evaluate --workdir=RUN                              the text that training validates on
        moejax evaluate --workdir=RUN --batches=0                  all of its held-out documents
        moejax evaluate --workdir=RUN --sources=wiki=FILES,..      text, JSON lines or Parquet"""
 
@@ -22,8 +22,8 @@ def main(argv: list[str]) -> int:
     text, whole = flags.DEFINE_string, flags.DEFINE_integer
     text("workdir", None, "Folder of a run, trained or imported.", flag_values=fv)
     flags.DEFINE_list("sources", [], "Text: 'domain=FILES', several with commas.", flag_values=fv)
-    whole("batches", None, "At most so many; 0 = all.", flag_values=fv, lower_bound=0)
-    whole("seq_len", None, "Tokens per sequence [the run's].", flag_values=fv, lower_bound=1)
+    whole("batches", None, "At most this many batches; 0 = all.", flag_values=fv, lower_bound=0)
+    whole("seq_len", None, "Tokens per sequence [as in the run].", flag_values=fv, lower_bound=1)
     whole("batch_size", None, "Sequences at once [the run's].", flag_values=fv, lower_bound=1)
     text("mesh", None, "Devices per axis: data=2,tensor=4 [one device].", flag_values=fv)
     text("json", None, "Also write the results to this file.", flag_values=fv)

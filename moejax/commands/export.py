@@ -1,4 +1,4 @@
-"""`moejax export`: write the newest checkpoint of a run as a Hugging Face folder."""
+"""`moejax export`: writes the newest checkpoint of a run as a Hugging Face folder."""
 
 import pathlib
 
@@ -16,7 +16,10 @@ def main(argv: list[str]) -> int:
     flags.DEFINE_string("workdir", None, "Folder of a run.", flag_values=fv)
     flags.DEFINE_string("hf_dir", None, "Folder to make; must not exist.", flag_values=fv)
     flags.DEFINE_string(
-        "model_type", None, "Family to write; an imported run keeps its own.", flag_values=fv
+        "model_type",
+        None,
+        "Family to write [that of the import, or the one that fits].",
+        flag_values=fv,
     )
     if parse_needed("export", USAGE, fv, argv, ("workdir", "hf_dir")):
         export_run(pathlib.Path(fv.workdir), pathlib.Path(fv.hf_dir), fv.model_type)

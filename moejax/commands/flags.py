@@ -1,50 +1,94 @@
-"""Reading a command's flags: whatever is wrong with them is a ConfigError that says what would work."""
+"""Reads the flags of a command and the experiment of --config. Anything wrong with them is a ConfigError that
+says what would work.
+"""
 
+import dataclasses
+import difflib
+import importlib.machinery
+import importlib.util
+import inspect
+import pathlib
+import re
+import sys
 import traceback
+import typing
+from collections.abc import Callable
 
 from absl import flags
-from ml_collections import config_flags
+from ml_collections import ConfigDict, config_flags
 
-from moejax.config import ConfigError, ExperimentConfig, from_config_dict
+import moejax
+from moejax.config import ConfigError, ExperimentConfig
+from moejax.config_checks import problems_text
+from moejax.config_io import (
+    coerce,
+    every_kind,
+    from_config_dict,
+    kinds,
+    must_be,
+    to_config_dict,
+    unknown_key,
+    with_router,
+)
+from moejax.config_old import moved
+from moejax.routers import ROUTERS
+from moejax.text import shown
+
+_OVERRIDE = re.compile(r"--?(no)?config\.([^=]*)(?:=(.*))?", re.DOTALL)
+_ROUTER = "model.moe.router.name"
+_HELP = f"""
+--config=FILE.py[:ARGUMENT] is a Python file with get_config([ARGUMENT]). --config.KEY=VALUE changes a key of
+moejax/config.py; a tuple is written as in Python: --config.data.sources="('a=x.txt', 'b=y.txt')".
+--config.{_ROUTER}=NAME chooses another router ({", ".join(ROUTERS)}). Options that
+both routers have keep their values. The new router's other options are at their defaults unless the same
+command sets them."""
 
 
-def define_config(fv: flags.FlagValues, argv: list[str], text: str) -> None:
-    """`--config=FILE.py` and its overrides, `--config.model.moe.num_experts=32`."""
-    config_flags.DEFINE_config_file("config", None, text, flag_values=fv, sys_argv=["", *argv])
+class Override(typing.NamedTuple):
+    """`--config.KEY=VALUE`; None: without a value."""
+
+    key: str
+    value: str | None
+
+    def __str__(self):
+        return f"--config.{self.key}" + ("" if self.value is None else f"={self.value}")
+
+
+def define_config(fv: flags.FlagValues, text: str) -> None:
+    """`--config=FILE.py`; its overrides, `--config.model.moe.num_experts=32`, are for `experiment_of`."""
+    flags.DEFINE_string("config", None, text, flag_values=fv)
 
 
 def parse(command: str, usage: str, fv: flags.FlagValues, argv: list[str]) -> list[str] | None:
-    """The arguments that are not flags; None after --help, which prints usage and flags.
+    """Parse the flags and return the other arguments. Returns None after --help, which prints usage and flags.
 
-    Raises ConfigError, with the usage, for a flag that does not exist or has a bad value.
+    Raises ConfigError, with the usage, for flags that do not exist or have a bad value.
     """
     if any(a in ("--help", "-h", "-help") for a in argv):
         own = [f for fs in fv.flags_by_module_dict().values() for f in fs]
-        print(f"{usage}\n\nflags:\n" + "\n".join(_help(f) for f in own))
+        print(f"{usage}\n\nflags:\n" + "\n".join(_help(f) for f in own) + _HELP * ("config" in fv))
         return None
     try:
-        rest = fv([command, *argv])[1:]
-    except SyntaxError as e:
-        raise ConfigError(f"--config: {e.filename} is not Python, line {e.lineno}: {e.msg}") from e
-    # ml_collections reports a bad override or file by the last four.
-    except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as e:
-        raise ConfigError(f"{_reason(e)}\n{usage}") from e
-    except Exception as e:  # whatever the code of a config file raises
-        at = traceback.extract_tb(e.__traceback__)[-1]
-        raise ConfigError(
-            f"--config: {at.filename}, line {at.lineno}: {type(e).__name__}: {e}"
-        ) from e
-    if "config" in fv and fv["config"].present and fv.config is None:
-        raise ConfigError(
-            "--config: get_config() of the file returned nothing; it must return a ConfigDict"
+        overrides, rest = _split(argv) if "config" in fv else ([], argv)
+        rest = fv([command, *rest], known_only=True)[1:]
+    except (flags.Error, ValueError) as e:
+        raise ConfigError(f"{e}\n{usage}") from e
+    end = rest.index("--") if "--" in rest else len(rest)
+    unknown = [a for a in rest[:end] if a.startswith("-") and a.strip("-")]
+    problems = [_unknown_flag(a, fv) for a in unknown]
+    if overrides and not fv.config:
+        problems.append(
+            f"{overrides[0]} changes an option of an experiment: give --config=FILE.py as well"
         )
-    return rest
+    if problems:
+        raise ConfigError("\n".join([*problems, usage]))
+    return rest[:end] + rest[end + 1 :]
 
 
 def parse_needed(
     command: str, usage: str, fv: flags.FlagValues, argv: list[str], needed: tuple[str, ...]
 ) -> bool:
-    """`parse` for a command of flags alone, of which some must be given. False after --help."""
+    """`parse` for a command that takes only flags, some of them required. Returns False after --help."""
     rest = parse(command, usage, fv, argv)
     if rest is None:
         return False
@@ -55,13 +99,29 @@ def parse_needed(
     return True
 
 
-def experiment_of(fv: flags.FlagValues) -> ExperimentConfig:
-    """The experiment of --config; a file that could not be read is reported when first used."""
+def experiment_of(fv: flags.FlagValues, argv: list[str]) -> ExperimentConfig:
+    """The experiment of --config with the overrides in argv. Raises ConfigError naming every problem."""
     try:
-        return from_config_dict(fv.config)
-    except OSError as e:
-        # ml_collections lists the paths it tried; the last line is the system's error.
-        raise ConfigError(f"--config: {str(_chain(e)[-1]).strip().splitlines()[-1].strip()}") from e
+        cfg = from_config_dict(_load(fv.config), check=False)
+    except ConfigError as e:
+        raise ConfigError(f"--config={fv.config}: {e}") from e
+    given: dict[str, list[Override]] = {}
+    for override in _split(argv)[0]:
+        given.setdefault(override.key, []).append(override)
+    problems = []
+    for choice in given.pop(_ROUTER, [])[-1:]:
+        try:
+            cfg = with_router(cfg, choice.value or "")
+        except ConfigError as e:
+            problems.append(str(e))
+            given = {k: v for k, v in given.items() if not k.startswith("model.moe.router.")}
+    values, known = to_config_dict(cfg), kinds(cfg)
+    for overrides in given.values():
+        problem = _apply(overrides, values, known)
+        problems += [problem] if problem else []
+    if problems:
+        raise ConfigError(problems_text(problems))
+    return from_config_dict(values)
 
 
 def _help(flag: flags.Flag) -> str:
@@ -69,20 +129,184 @@ def _help(flag: flags.Flag) -> str:
     return f"  --{flag.name:12} {flag.help}{default}"
 
 
-def _chain(e: BaseException | None) -> list[BaseException]:
-    """An exception and what led to it, the latest first."""
-    return [] if e is None else [e, *_chain(e.__cause__ or e.__context__)]
+def _unknown_flag(arg: str, fv: flags.FlagValues) -> str:
+    """The error text for an unknown flag: the option of the config with that name, or the nearest flag."""
+    name, equals, value = arg.lstrip("-").partition("=")
+    options = [k for k, kind in every_kind().items() if not dataclasses.is_dataclass(kind)]
+    # '--model.d_model', '--cfg.model.d_model', '--d_model'.
+    for end in (name, name.partition(".")[2], name.rpartition(".")[2]) if "config" in fv else ():
+        keys = [k for k in options if end and f".{k}".endswith(f".{end}")]
+        if keys:
+            would = " or ".join(f"--config.{k}{equals}{value}" for k in keys)
+            return f"unknown flag {arg}; {would} would work"
+    near = difflib.get_close_matches(name, list(fv), n=1)
+    return f"unknown flag {arg}" + (f"; did you mean --{near[0]}?" if near else "")
 
 
-def _reason(e: BaseException) -> str:
-    """What the config file itself objected to, or the unknown key, or the flag's own complaint."""
-    chain = _chain(e)
-    for inner in reversed(chain):
-        if isinstance(inner, ConfigError):
-            return str(inner)
-    for outer in chain:  # later ones add the nearest key
-        if isinstance(outer, KeyError) and outer.args:
-            return "unknown key " + str(outer.args[0]).replace("\n", ": ")
-    if "'get_config'" in str(e):
-        return "--config: the file has no get_config()"
-    return str(e)
+# --------------------------------------------------------------------------------------------------
+# Overrides.
+
+
+def _split(argv: list[str]) -> tuple[list[Override], list[str]]:
+    """Separate the overrides (`--config.KEY=VALUE` or `--config.KEY VALUE`) from the other arguments.
+
+    A switch needs no value; `--noconfig.KEY` turns it off.
+    """
+    overrides, rest, known = [], [], every_kind()
+    args = flags.FlagValues().read_flags_from_files(argv, force_gnu=False)
+    while args:
+        arg = args.pop(0)
+        if arg == "--":
+            return overrides, [*rest, arg, *args]
+        found = _OVERRIDE.fullmatch(arg)
+        if not found or (found[1] and found[3] is not None):
+            rest.append(arg)
+            continue
+        no, key, value = found.groups()
+        if no:
+            value = "false"
+        elif value is None and known.get(key) is bool:
+            said = bool(args) and args[0].lower() in ("true", "false")
+            value = args.pop(0) if said else "true"
+        elif value is None and args and (key in known or not args[0].startswith("-")):
+            value = args.pop(0)
+        overrides.append(Override(key, value))
+    return overrides, rest
+
+
+def _apply(overrides: list[Override], values: ConfigDict, known: dict[str, type]) -> str | None:
+    """Set the value of one key, which is given once, or once for each item of a tuple. Returns an error text or
+    None."""
+    key, given = overrides[-1]
+    want = known.get(key)
+    if want is None or dataclasses.is_dataclass(want):
+        return _no_option(overrides[-1], known)
+    example = f"e.g. --config.{key}={_example(_get(values, key), want)}"
+    texts = [o.value for o in overrides if o.value is not None]
+    if len(texts) < len(overrides):
+        return f"--config.{key} needs a value, {example}"
+    fv, argv = flags.FlagValues(), ["", *map(str, overrides)]
+    config_flags.DEFINE_config_dict("config", values, flag_values=fv, sys_argv=argv)
+    try:
+        fv(argv)
+        value = _get(values, key)
+    except flags.Error:
+        value = given  # keep it as text, which fits only a str option
+    if isinstance(value, tuple) and any(t in value and _looks_like_several(t) for t in texts):
+        value = given
+    try:
+        coerce(value, want)
+    except TypeError as e:
+        return f"{must_be(key, str(e), given)}, {example}"
+    return None
+
+
+def _get(values: ConfigDict, key: str) -> typing.Any:
+    for part in key.split("."):
+        values = values[part]
+    return values
+
+
+def _looks_like_several(text: str) -> bool:
+    """Whether a text was meant as a tuple, though it became a single item."""
+    return not text or text[0] in "([" or "," in text
+
+
+def _example(value, want) -> str:
+    if typing.get_origin(want) is not tuple:
+        return str(value)
+    several = {int: (128, 0), float: (0.5, 0.5), str: ("a=b", "c=d")}
+    return f'"{several.get(typing.get_args(want)[0], value)}"'
+
+
+def _no_option(override: Override, known: dict[str, type]) -> str:
+    """The error text for a key that does not exist, or that is a group of options."""
+    key, value = override
+    today = moved(key, value or "")
+    if today:
+        return f"{override} is now {' '.join(f'--config.{k}={v}' for k, v in today.items())}"
+    if key in known:
+        members = [k for k in known if k.rpartition(".")[0] == key]
+        return f"{override}: {key} is a group of options: {', '.join(members)}"
+    return unknown_key(key, known)
+
+
+# --------------------------------------------------------------------------------------------------
+# The file of a config.
+
+
+def _load(given: str) -> ConfigDict:
+    """Call get_config() of `FILE.py[:ARGUMENT]`. Raises ConfigError for any error in it."""
+    name, colon, argument = given.partition(":")
+    path = pathlib.Path(name)
+    if not path.is_file():
+        raise ConfigError(_no_file(path))
+    arguments = [argument] if colon else []
+    get_config = _call(lambda: _get_config(path), path)
+    try:
+        inspect.signature(get_config).bind(*arguments)
+    except TypeError as e:
+        takes = f"get_config{inspect.signature(get_config)}"
+        raise ConfigError(
+            f"{takes} {'takes no' if colon else 'needs an'} argument after ':'"
+        ) from e
+    values = _call(lambda: get_config(*arguments), path)
+    if not isinstance(values, ConfigDict):
+        raise ConfigError(
+            f"get_config() returned {shown(values)}; it must return a ConfigDict, "
+            "such as config_io.to_config_dict(ExperimentConfig(..))"
+        )
+    return values
+
+
+def _get_config(path: pathlib.Path) -> Callable:
+    loader = importlib.machinery.SourceFileLoader(f"config_{path.stem}", str(path))
+    spec = importlib.util.spec_from_loader(loader.name, loader)
+    assert spec is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[loader.name] = module  # dataclasses look up their own module there
+    loader.exec_module(module)
+    get_config = getattr(module, "get_config", None)
+    if not callable(get_config):
+        raise ConfigError("the file has no get_config(), the function that returns its ConfigDict")
+    return get_config
+
+
+def _call(code: Callable, path: pathlib.Path) -> typing.Any:
+    """Run `code` of the config file. Any error in it becomes a ConfigError with file and line."""
+    try:
+        return code()
+    except ConfigError:
+        raise
+    except SyntaxError as e:
+        line = f", line {e.lineno}" if e.lineno else ""
+        raise ConfigError(f"{e.filename or path}{line}: not Python: {e.msg}") from e
+    except (Exception, SystemExit) as e:
+        lines = [f.lineno for f in traceback.extract_tb(e.__traceback__) if f.filename == str(path)]
+        at = f"{path}, line {lines[-1]}" if lines else str(path)
+        raise ConfigError(f"{at}: {type(e).__name__}: {e}") from e
+
+
+def _no_file(path: pathlib.Path) -> str:
+    """The error text for a path that is not a file: names the configs nearest to it."""
+    here, project = pathlib.Path.cwd(), pathlib.Path(moejax.__file__).parent.parent
+    folders = [path, path.parent, here, here / "experiments"]
+    folders += [project / path.parent, project / "experiments"]
+    files = {}
+    for folder in folders:
+        for file in filter(_is_config, sorted(folder.glob("*.py")) if folder.is_dir() else ()):
+            near_by = file.is_relative_to(here)
+            files.setdefault(file.resolve(), file.relative_to(here) if near_by else file)
+    # 'experiments/x', 'experiments.x' and 'experiments/x.py' mean the same.
+    stem = path.name.removesuffix(".py").rpartition(".")[2]
+    near = difflib.get_close_matches(stem, [f.stem for f in files], n=1)
+    found = [str(f) for f in files.values() if not near or f.stem == near[0]][:5]
+    what = "a folder" if path.is_dir() else f"no such file (relative to {here})"
+    return f"{what}; {' or '.join(found) + ' would work' if found else 'name a Python file'}"
+
+
+def _is_config(file: pathlib.Path) -> bool:
+    try:
+        return "def get_config" in file.read_text("utf-8", errors="ignore")
+    except OSError:
+        return False

@@ -1,4 +1,4 @@
-"""`moejax generate`: prompts or a conversation in, text out, streamed where there is one."""
+"""`moejax generate`: continues prompts or answers a conversation; streams if there is only one."""
 
 import json
 import pathlib
@@ -15,8 +15,8 @@ from moejax.text import shown
 USAGE = """\
 usage: moejax generate --workdir=RUN --prompt="def "            continue a text, streaming
        moejax generate --workdir=RUN --prompts_file=FILE        many: a line each, or JSONL with "prompt"
-       moejax generate --workdir=RUN --chat --prompt="Hello"    a chat model answers; without a prompt
-                                                                it is a conversation at the terminal"""
+       moejax generate --workdir=RUN --chat --prompt="Hello"    ask a chat model; without a prompt,
+                                                                talk to it at the terminal"""
 
 
 def _generate_flags() -> flags.FlagValues:
@@ -36,10 +36,13 @@ def _generate_flags() -> flags.FlagValues:
     switch("greedy", False, "The same as --temperature=0.", flag_values=fv)
     whole("seed", 0, "The same seed gives the same text.", flag_values=fv)
     flags.DEFINE_multi_string("stop", [], "End at this text; may be repeated.", flag_values=fv)
-    flags.DEFINE_list("stop_ids", [], "End at these token ids, too: 2,7.", flag_values=fv)
+    flags.DEFINE_list("stop_ids", [], "Also end at these token ids: 2,7.", flag_values=fv)
     whole("batch_size", 8, "Prompts at once.", flag_values=fv)
     switch(
-        "speculative", False, "Guess with the MTP head; the greedy text, faster.", flag_values=fv
+        "speculative",
+        False,
+        "Decode greedily with guesses of the MTP head: the same text.",
+        flag_values=fv,
     )
     text("mesh", None, "Devices per axis: tensor=2,expert=4 [one device].", flag_values=fv)
     switch("stats", False, "Print speeds and the cache's size at the end.", flag_values=fv)
@@ -90,7 +93,7 @@ def main(argv: list[str]) -> int:
 
 
 def _write_many(fv, writer, requests: list) -> int:
-    """Prints the continuation of each request; how many of them have none."""
+    """Print the continuation of each request. Returns the number of requests without one."""
     failed = 0
     for start in range(0, len(requests), fv.batch_size):
         batch = requests[start : start + fv.batch_size]
@@ -98,7 +101,7 @@ def _write_many(fv, writer, requests: list) -> int:
         for number, (request, text) in enumerate(zip(batch, texts), start + 1):
             if isinstance(text, ConfigError):
                 failed += 1
-                # What could not be read names its own place.
+                # A prompt that could not be read names its own place.
                 of = "" if text is request else f" {shown(request)}"
                 text = ConfigError(f"prompt {number}{of}: {text}")
             _print_one(fv, request, text)
@@ -143,11 +146,11 @@ def _opening(fv) -> list[chat.Message]:
 
 
 def _requests(fv) -> list | None:
-    """Prompts (texts, or with --chat lists of messages; an error for one that cannot be read); None: talk
-    at the terminal."""
+    """The prompts: texts, or with --chat lists of messages; an error for one that cannot be read. None: talk at
+    the terminal."""
     given = [n for n in ("prompt", "prompts_file", "messages") if fv[n].value is not None]
     if len(given) > 1:
-        raise ConfigError(f"--{given[0]} and --{given[1]} exclude each other\n{USAGE}")
+        raise ConfigError(f"--{given[0]} and --{given[1]} cannot be used together\n{USAGE}")
     if not fv.chat and (fv.messages or fv.system):
         raise ConfigError(f"--messages and --system need --chat\n{USAGE}")
     if fv.messages:
@@ -183,10 +186,10 @@ def _read_messages(path: pathlib.Path) -> list[chat.Message]:
 
 
 def read_prompts(path: pathlib.Path) -> list[str | ConfigError]:
-    """A prompt per line; of JSON (lines, or one array) the field "prompt", or the value if it is a text.
+    """Read a prompt per line; from JSON (lines, or one array) the field "prompt", or the value if it is text.
 
-    Names, compression and lines are those of `moejax.data.sources`; blank lines are no prompts, and the \\r
-    of a file from Windows is no text. For a prompt that is none there is the error, with its place.
+    Names, compression and lines are as in `moejax.data.sources`. Blank lines are skipped, and so is the \\r of
+    a file from Windows. A prompt that cannot be read is returned as its error, with its place.
 
     Raises ConfigError for a file that cannot be read, or holds no prompt.
     """
@@ -206,7 +209,7 @@ def read_prompts(path: pathlib.Path) -> list[str | ConfigError]:
     except DataError as e:
         raise ConfigError(f"--prompts_file: {e}") from e
     if not prompts:
-        raise ConfigError(f"--prompts_file={path} holds no prompt")
+        raise ConfigError(f"--prompts_file={path} has no prompts")
     return prompts
 
 

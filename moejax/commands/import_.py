@@ -1,4 +1,4 @@
-"""`moejax import`: make the folder of a run from a Hugging Face folder."""
+"""`moejax import`: makes a run from a Hugging Face folder."""
 
 import pathlib
 
@@ -18,7 +18,7 @@ def main(argv: list[str]) -> int:
     )
     flags.DEFINE_string("workdir", None, "Folder to make; must not exist.", flag_values=fv)
     flags.DEFINE_list(
-        "ignore_keys", [], "Keys of its JSON files to read past: clip_qkv,min_p.", flag_values=fv
+        "ignore_keys", [], "Keys of its JSON files to ignore: clip_qkv,min_p.", flag_values=fv
     )
     if parse_needed("import", USAGE, fv, argv, ("hf_dir", "workdir")):
         import_run(pathlib.Path(fv.hf_dir), pathlib.Path(fv.workdir), fv.ignore_keys)

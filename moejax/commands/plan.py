@@ -7,8 +7,7 @@ from absl import flags
 
 from moejax.axes import BATCH
 from moejax.commands.flags import define_config, experiment_of, parse
-from moejax.config import ConfigError, ExperimentConfig, ModelConfig
-from moejax.config_checks import CHOICES, choice_problem
+from moejax.config import ComputeConfig, ConfigError, ExperimentConfig
 from moejax.cost.compare import load_architecture, load_file
 from moejax.cost.hardware import load_device
 from moejax.cost.memory import checkpoint_bytes
@@ -18,6 +17,7 @@ from moejax.cost.roofline import EFFICIENCY
 from moejax.cost.setup import Setup, of_experiment
 from moejax.mesh import parse_mesh
 from moejax.models import zoo
+from moejax.options import choice_problem, choices_of
 from moejax.text import FORMATS, bytes_text, render
 
 USAGE = """\
@@ -29,7 +29,7 @@ usage: moejax plan MODEL                       a published model by name, e.g. d
 
 def _flags(argv: list[str]) -> flags.FlagValues:
     fv = flags.FlagValues()
-    define_config(fv, argv, "Experiment to plan.")
+    define_config(fv, "Experiment to plan.")
     text, whole, real = flags.DEFINE_string, flags.DEFINE_integer, flags.DEFINE_float
     text("model", None, "Name of a published model.", flag_values=fv)
     text("hf_config", None, "A Hugging Face config.json, or its directory.", flag_values=fv)
@@ -40,13 +40,18 @@ def _flags(argv: list[str]) -> flags.FlagValues:
         "Devices per axis, e.g. data=1,fsdp=8,expert=4,tensor=1 [one device].",
         flag_values=fv,
     )
-    whole("devices", 1, "Devices there are, for an experiment whose mesh has a -1.", flag_values=fv)
-    whole("batch", None, "Sequences per step, or served at once.", flag_values=fv)
+    whole("devices", 1, "Number of devices, for an experiment whose mesh has a -1.", flag_values=fv)
+    whole("batch", None, "Sequences per step of training, or served at once.", flag_values=fv)
     whole("micro_batch", None, "Sequences per forward and backward pass.", flag_values=fv)
     whole("context", None, "Tokens per sequence [4096, or the maximum].", flag_values=fv)
     real("tokens", None, "Training budget in tokens, e.g. 2e12.", flag_values=fv)
     real("price", None, "USD per device and hour [the table's, if any].", flag_values=fv)
-    real("efficiency", EFFICIENCY, "Part of the peak FLOP/s that training reaches.", flag_values=fv)
+    real(
+        "efficiency",
+        EFFICIENCY,
+        "Fraction of the peak FLOP/s that training reaches.",
+        flag_values=fv,
+    )
     text("dtype", None, "Compute dtype of training [bfloat16].", flag_values=fv)
     text("remat", None, "Rematerialisation in training: none, dots or [full].", flag_values=fv)
     flags.DEFINE_enum("format", "table", FORMATS, "table, markdown or csv.", flag_values=fv)
@@ -68,9 +73,9 @@ def main(argv: list[str]) -> int:
         raise ConfigError(f"plan takes one model, not {given}\n{USAGE}")
     device = load_device(fv.device, fv.price)
     if fv.config is not None:
-        experiment = experiment_of(fv)
+        experiment = experiment_of(fv, argv)
         arch, setup = of_experiment(experiment, device, fv.devices)
-        cfg: ModelConfig | None = experiment.model
+        cfg: ExperimentConfig | None = experiment
         note = ""
     else:
         experiment = ExperimentConfig()
@@ -91,11 +96,15 @@ def main(argv: list[str]) -> int:
 
 
 def _load(name: str | None, hf_config: str | None):
-    """(architecture, ModelConfig or None if it cannot run, what was published)."""
+    """(architecture, experiment or None if it cannot run, what was published)."""
     if hf_config:
         arch, hf = load_file(pathlib.Path(hf_config))
         runnable = hf.get("model_type") in zoo.FAMILIES
-        return arch, zoo.config_from_hf(hf) if runnable else None, _released(arch, hf)
+        cfg = None
+        if runnable:
+            model, objective = zoo.config_from_hf(hf), zoo.objective_from_hf(hf)
+            cfg = ExperimentConfig(model=model, objective=objective)
+        return arch, cfg, _released(arch, hf)
     assert name is not None
     arch = load_architecture(name)
     if arch is None:
@@ -106,14 +115,17 @@ def _load(name: str | None, hf_config: str | None):
     facts = facts_of(name)
     convention = facts.get("convention", "with embeddings")
     stated = f"Published: {sizes_text(facts)}, active counted {convention} ({facts.get('source')})."
-    cfg = zoo.load_preset(name) if name in zoo.PRESETS else None
+    cfg = None
+    if name in zoo.PRESETS:
+        model, objective = zoo.load_preset(name), zoo.load_objective(name)
+        cfg = ExperimentConfig(model=model, objective=objective)
     notes = [stated if facts else "", _released(arch, zoo.load_hf(name))]
     return arch, cfg, " ".join(filter(None, notes))
 
 
 def _released(arch, hf: dict) -> str:
-    """The size of a quantised release; empty where it is BF16, as the tables below assume, or where
-    parts of it are not counted."""
+    """The size of a quantised release. Empty if the release is BF16, which the tables assume anyway, or if
+    some of it is not counted."""
     if "quantization_config" not in hf or arch.missing:
         return ""
     method = hf["quantization_config"].get("quant_method")
@@ -121,7 +133,7 @@ def _released(arch, hf: dict) -> str:
 
 
 def _override(setup: Setup, fv, max_seq_len: int) -> Setup:
-    """The run with what the flags say in place of its defaults."""
+    """The setup, with its defaults replaced by the flags."""
     changes = {"efficiency": fv.efficiency}
     for key in ("batch", "context", "tokens"):
         if fv[key].value is not None:
@@ -137,17 +149,19 @@ def _override(setup: Setup, fv, max_seq_len: int) -> Setup:
     return dataclasses.replace(setup, micro_batch=min(micro, setup.batch))
 
 
-def _computed(cfg: ModelConfig | None, fv, published: bool) -> ModelConfig | None:
-    """How it is computed: published models in bfloat16 with full remat, unless a flag says else."""
+def _computed(cfg: ExperimentConfig | None, fv, published: bool) -> ExperimentConfig | None:
+    """How it is computed: published models in bfloat16 with full remat, unless a flag says otherwise."""
     changes = {"dtype": "bfloat16", "remat": "full"} if published else {}
     for key in ("dtype", "remat"):
         value = fv[key].value
         if value is None:
             continue
-        problem = choice_problem("--" + key, value, CHOICES[key])
+        problem = choice_problem("--" + key, value, choices_of(ComputeConfig, key))
         if problem is None and cfg is None:
             problem = f"--{key} is for training, and this model can only be counted"
         if problem:
             raise ConfigError(problem)
         changes[key] = value
-    return cfg and dataclasses.replace(cfg, **changes)
+    if cfg is None:
+        return None
+    return dataclasses.replace(cfg, compute=dataclasses.replace(cfg.compute, **changes))

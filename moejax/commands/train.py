@@ -1,4 +1,4 @@
-"""`moejax train`: run an experiment or go on with one; at its end a report and a sample."""
+"""`moejax train`: runs or resumes an experiment, and ends with a report and a sample."""
 
 import pathlib
 import sys
@@ -10,14 +10,14 @@ from moejax.commands.flags import define_config, experiment_of, parse_needed
 USAGE = """\
 usage: moejax train --config=experiments/quickstart.py --workdir=runs/quickstart
        any value of moejax/config.py can be overridden: --config.model.moe.num_experts=64
-       the same command again goes on with the run in the workdir"""
+       the same command again resumes the run in the workdir"""
 
 
 def main(argv: list[str]) -> int:
     """`moejax train ...`; argv without the command's name. Raises ConfigError for bad input."""
     fv = flags.FlagValues()
     text, whole = flags.DEFINE_string, flags.DEFINE_integer
-    define_config(fv, argv, "Experiment: a Python file with get_config().")
+    define_config(fv, "Experiment: a Python file with get_config().")
     text("workdir", None, "Folder of the run; resumed if it has one.", flag_values=fv)
     flags.DEFINE_boolean(
         "report", True, "Write report.html and print a sample at the end.", flag_values=fv
@@ -25,22 +25,22 @@ def main(argv: list[str]) -> int:
     text(
         "distributed",
         "none",
-        "'auto': one of several processes, found by Slurm, Open MPI, Kubernetes or a TPU pod.",
+        "'auto': join the other processes of Slurm, Open MPI, Kubernetes or a TPU pod.",
         flag_values=fv,
     )
-    text("coordinator", None, "HOST:PORT of process 0, where no cluster says so.", flag_values=fv)
+    text("coordinator", None, "HOST:PORT of process 0, if no cluster provides it.", flag_values=fv)
     whole("num_processes", None, "With --coordinator.", flag_values=fv)
     whole("process_id", None, "With --coordinator.", flag_values=fv)
     if not parse_needed("train", USAGE, fv, argv, ("config", "workdir")):
         return 0
-    cfg = experiment_of(fv)
+    cfg = experiment_of(fv, argv)
     import jax
 
     from moejax.runs.folder import SaveError
     from moejax.train import processes
     from moejax.train.loop import Diverged, train
 
-    logging.set_verbosity(logging.FATAL)  # orbax logs every error that it raises too, at length
+    logging.set_verbosity(logging.FATAL)  # orbax also logs, at length, every error that it raises
     processes.start(fv.distributed, fv.coordinator, fv.num_processes, fv.process_id)
     workdir = pathlib.Path(fv.workdir)
     try:
@@ -66,7 +66,7 @@ def _finish(workdir: pathlib.Path, results: dict, steps: int, with_report: bool)
         print(f"moejax report --workdir={workdir} makes a page of pictures of the run")
         return
     path, samples = write_report(workdir)
-    if samples:  # not of a model that cannot generate
+    if samples:  # empty if the model cannot generate
         prompt, text = samples[0]
         print(f"A held-out beginning | and how the model goes on:\n{prompt} | {text}\n")
     print(f"report: {path}")

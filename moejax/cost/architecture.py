@@ -14,7 +14,7 @@ import jax
 from moejax import axes
 from moejax.config import ModelConfig
 from moejax.mesh import MeshSizes
-from moejax.models.transformer import init_router_state, param_specs
+from moejax.models.transformer import abstract_router_state, param_specs
 from moejax.params import Tree, count, is_spec
 
 # Logical axes that split a part's parameters: of the dense ones, and of experts.
@@ -96,7 +96,7 @@ class Architecture:
     """Attributes:
     name: for tables.
     num_layers, d_model, vocab_size, max_seq_len: sizes.
-    experts: (routed experts, experts per token), or None for a dense model.
+    experts: (routed experts, experts per token on average), or None for a dense model.
     parts: parameters of the model proper.
     attention: None where it is not published well enough to count.
     mtp: parameters of multi-token prediction, which publishers count apart.
@@ -111,7 +111,7 @@ class Architecture:
     d_model: int
     vocab_size: int
     max_seq_len: int
-    experts: tuple[int, int] | None
+    experts: tuple[int, float] | None
     parts: tuple[Part, ...]
     attention: tuple[Attention, ...] | None
     mtp: tuple[Part, ...] = ()
@@ -187,8 +187,8 @@ def _part(name: str, total: int, matrix: int, cfg: ModelConfig) -> Part:
     if name == "embedding":
         return Part(name, total, total, matrix, 0)  # looked up
     if name == "routed experts":
-        k, e = cfg.moe.experts_per_token, cfg.moe.num_experts
-        return Part(name, total, total * k // e, matrix, matrix * k // e, experts=True)
+        share = cfg.experts_used / cfg.moe.num_experts
+        return Part(name, total, round(total * share), matrix, round(matrix * share), experts=True)
     return Part(name, total, total, matrix, matrix)
 
 
@@ -208,9 +208,9 @@ def of_model(cfg: ModelConfig, name: str = "model") -> Architecture:
     """The description of a model that moejax runs."""
     specs = dict(param_specs(cfg))
     mtp = specs.pop("mtp", {})
-    state = jax.eval_shape(lambda: init_router_state(cfg))
+    state = abstract_router_state(cfg)
     windows = [cfg.attention.window(i) for i in range(cfg.num_layers)]
-    experts = cfg.moe.num_experts, cfg.moe.experts_per_token
+    experts = cfg.moe.num_experts, cfg.experts_used
     return Architecture(
         name=name,
         num_layers=cfg.num_layers,

@@ -79,6 +79,17 @@ V4_SIZES = (
 )  # fmt: skip
 
 
+def _sizes(n: dict[str, int]) -> dict:
+    """The sizes of an `Architecture` from those of a config.json."""
+    return {
+        "num_layers": n["num_hidden_layers"],
+        "d_model": n["hidden_size"],
+        "vocab_size": n["vocab_size"],
+        "max_seq_len": n["max_position_embeddings"],
+        "experts": (n["n_routed_experts"], n["num_experts_per_tok"]),
+    }
+
+
 def _v4_common(n: dict, balance_biases: int) -> tuple[Part, ...]:
     """What V4 and V4.1 share: embeddings, experts, norms, hyper-connections, plain projections."""
     d, layers, experts = n["hidden_size"], n["num_hidden_layers"], n["n_routed_experts"]
@@ -127,11 +138,7 @@ def _v4(hf: dict, name: str) -> Architecture:
     no_bias = hash_layers * n["n_routed_experts"]  # hash-routed layers look experts up by token
     return Architecture(
         name=name,
-        num_layers=layers,
-        d_model=d,
-        vocab_size=n["vocab_size"],
-        max_seq_len=n["max_position_embeddings"],
-        experts=(n["n_routed_experts"], n["num_experts_per_tok"]),
+        **_sizes(n),
         parts=(
             *_v4_common(n, layers * n["n_routed_experts"] - no_bias),
             dense_part("compressors and indexers", ratios.count(4), *csa),
@@ -171,11 +178,7 @@ def _v41(hf: dict, name: str) -> Architecture:
     rows = sum(text.get("engram_num_embeddings") or [])
     return Architecture(
         name=name,
-        num_layers=layers,
-        d_model=d,
-        vocab_size=n["vocab_size"],
-        max_seq_len=n["max_position_embeddings"],
-        experts=(n["n_routed_experts"], n["num_experts_per_tok"]),
+        **_sizes(n),
         parts=(
             *_v4_common(n, 2 * layers * n["n_routed_experts"]),  # one for text, one for images
             dense_part("indexers", indexers, index),

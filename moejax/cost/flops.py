@@ -117,7 +117,7 @@ def paper_2401_06066(
     return seq_len * (attention + 6 * ffn_params + 6 * vocab_size * d_model)
 
 
-def _ffn(d_model: int, width: int, activation: str) -> int:
+def _ffn(d_model: int, width: float, activation: str) -> float:
     """Scalars in the matrices of one FFN."""
     return (2 + ACTIVATIONS[activation].gated) * d_model * width
 
@@ -134,7 +134,7 @@ def ideal_ffns(cfg: ModelConfig) -> float | None:
     ideal = 1 / round(1 / size) if size < 0.75 else float(round(size))
     if abs(size / ideal - 1) > 0.05:
         return None
-    return ideal * (moe.experts_per_token + moe.shared_width / moe.d_expert if moe else 1)
+    return ideal * (cfg.experts_used + moe.shared_width / moe.d_expert if moe else 1)
 
 
 def paper_flops(cfg: ModelConfig, seq_len: int, *, ideal: bool = True) -> float | None:
@@ -149,7 +149,7 @@ def paper_flops(cfg: ModelConfig, seq_len: int, *, ideal: bool = True) -> float 
         per_layer = ffns * 8 * cfg.d_model**2
     else:
         m, moe = cfg.moe, cfg.num_moe_layers > 0
-        width = m.experts_per_token * m.d_expert + m.shared_width if moe else cfg.d_ff
+        width = cfg.experts_used * m.d_expert + m.shared_width if moe else cfg.d_ff
         activation = m.activation if moe else cfg.activation
         per_layer = _ffn(cfg.d_model, width, activation)
     return paper_2401_06066(

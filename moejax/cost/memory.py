@@ -12,14 +12,13 @@ import math
 from typing import NamedTuple
 
 from moejax.axes import BATCH, EXPERT
-from moejax.config import ModelConfig, OptimizerConfig
+from moejax.config import ComputeConfig, ExperimentConfig, ModelConfig, OptimizerConfig
 from moejax.cost.architecture import Architecture, Part, of_model
 from moejax.mesh import MeshSizes
 from moejax.models import transformer
 from moejax.moe.experts import ACTIVATIONS
 from moejax.params import ParamSpec, by_path, roles
 
-ADAMW = OptimizerConfig()
 BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2, "fp8": 1}
 
 
@@ -145,37 +144,35 @@ def moments_of(optimizer: OptimizerConfig, spec: ParamSpec) -> int:
 
 
 def training(
-    cfg: ModelConfig,
+    cfg: ExperimentConfig,
     mesh: MeshSizes,
     micro_batch: int,
     seq_len: int,
     *,
     accumulate: bool = False,
-    optimizer: OptimizerConfig = ADAMW,
 ) -> TrainingMemory:
     """Training memory of one device.
 
     Args:
-      cfg: the model; its dtype, remat and loss_chunk count.
+      cfg: the model, how it is computed, and its optimiser.
       mesh: how many devices there are.
       micro_batch: sequences in one forward and backward pass, over all devices.
       seq_len: tokens in a sequence.
       accumulate: gradients are summed over micro-batches (a second copy of them).
-      optimizer: how many moments there are, and of which parameters.
     """
-    arch = of_model(cfg)
+    arch, compute = of_model(cfg.model), cfg.compute
     parts = [p for p in (*arch.parts, *arch.mtp) if p.name != "balance bias"]
     local = sum(p.total / p.shards(mesh) for p in parts)
-    keeps = kept(cfg, optimizer)
+    keeps = kept(cfg.model, cfg.optimizer)
     trained = sum(keeps[p.experts].trained * p.total / p.shards(mesh) for p in parts)
     moments = sum(keeps[p.experts].moments * p.total / p.shards(mesh) for p in parts)
-    wide, b = 4, BYTES[cfg.dtype]
-    cast = b * local if cfg.dtype != "float32" else 0.0
+    wide, b = 4, BYTES[compute.dtype]
+    cast = b * local if compute.dtype != "float32" else 0.0
     # One layer at a time is gathered whole, its weights and their gradients.
     gathered = [p for p in arch.parts if p.gathers(mesh) > 1]
     layer = [p.total / arch.num_layers / p.shards(mesh) * p.gathers(mesh) for p in gathered]
     cast += 2 * b * max(layer, default=0.0)
-    if cfg.remat == "none":  # the backward pass keeps the gathered experts of every layer
+    if compute.remat == "none":  # the backward pass keeps the gathered experts of every layer
         cast += sum(b * p.total / p.shards(mesh) * p.gathers(mesh) for p in gathered if p.experts)
     tokens = micro_batch * seq_len / mesh.size(BATCH)
     saved = _activations(cfg, tokens, seq_len, mesh)
@@ -192,26 +189,27 @@ def training(
     )
 
 
-def rows_per_token(cfg: ModelConfig, mesh: MeshSizes) -> float:
+def rows_per_token(cfg: ExperimentConfig, mesh: MeshSizes) -> float:
     """Rows in a device's buffer of routed tokens, for each of its own tokens.
 
     K on a device that holds all experts. With experts split, what its peers may send at worst, or
     `buffer_factor` times the balanced load if that is less (`moejax.moe.dispatch.expert_parallel`).
     """
-    m, held = cfg.moe, cfg.moe.num_experts / mesh.size(EXPERT)
+    k, factor = cfg.model.moe.experts_per_token, cfg.compute.buffer_factor
     if mesh.size(EXPERT) == 1:
-        return m.experts_per_token
-    worst = mesh.peers * min(m.experts_per_token, held)
-    balanced = mesh.peers * m.experts_per_token / mesh.size(EXPERT)
-    return min(worst, m.buffer_factor * balanced) if m.buffer_factor else worst
+        return max(k, cfg.model.experts_used)  # slots of an expert may be more than its routes
+    worst = mesh.peers * min(k, cfg.model.moe.num_experts / mesh.size(EXPERT))
+    balanced = mesh.peers * k / mesh.size(EXPERT)
+    return min(worst, factor * balanced) if factor else worst
 
 
-def layer_bytes(cfg: ModelConfig, seq_len: int, mesh: MeshSizes) -> float:
+def layer_bytes(cfg: ExperimentConfig, seq_len: int, mesh: MeshSizes) -> float:
     """Bytes per token that one layer keeps for its backward pass without rematerialisation.
 
     What JAX saves, as it stands in the code of `moejax.models` and `moejax.moe` (a test compares).
     """
-    a, m, d, b, tensor = cfg.attention, cfg.moe, cfg.d_model, BYTES[cfg.dtype], mesh.tensor
+    model, b, tensor = cfg.model, BYTES[cfg.compute.dtype], mesh.tensor
+    a, m, d = model.attention, model.moe, model.d_model
     n, wide = a.num_heads / tensor, 4.0  # norms, router and softmax work in float32
     if a.kind == "mla":
         heads = n * (2 * a.qk_head_dim + 2 * a.v_head_dim)
@@ -223,36 +221,42 @@ def layer_bytes(cfg: ModelConfig, seq_len: int, mesh: MeshSizes) -> float:
         if a.qk_norm != "none":
             attention += 3 * wide * (n + a.num_kv_heads / tensor) * a.head_dim
     attention += n * seq_len * (wide + b)  # scores, and probabilities
-    into = 1 + ACTIVATIONS[cfg.activation].gated
-    dense = b * (6 * cfg.d_ff / tensor + into * d)
+    into = 1 + ACTIVATIONS[model.activation].gated
+    dense = b * (6 * model.d_ff / tensor + into * d)
     moe = 0.0
     if m.num_experts:
         inputs = 1 + ACTIVATIONS[m.activation].gated
         moe += b * rows_per_token(cfg, mesh) * inputs * m.d_expert / tensor
         if mesh.peers > 1:  # tokens of the peers; or their rows, and the results for one's own
-            ring = m.expert_parallel == "ring"
+            ring = cfg.compute.expert_parallel == "ring"
             moe += b * d * (mesh.peers if ring else 2 * rows_per_token(cfg, mesh))
         moe += b * 6 * m.shared_width / tensor + b * into * d * bool(m.shared_width)
         moe += wide * (d + m.num_experts * (m.experts_per_token + 1))
-    share = cfg.num_moe_layers / cfg.num_layers
+    share = model.num_moe_layers / model.num_layers
     return 2 * 3 * wide * d + attention + share * moe + (1 - share) * dense
 
 
-def _activations(cfg: ModelConfig, tokens: float, seq_len: int, mesh: MeshSizes) -> float:
-    layers = cfg.num_layers + cfg.mtp_depth
-    b, a, m, d = BYTES[cfg.dtype], cfg.attention, cfg.moe, cfg.d_model
-    if cfg.remat == "none":
+def _activations(cfg: ExperimentConfig, tokens: float, seq_len: int, mesh: MeshSizes) -> float:
+    model, remat = cfg.model, cfg.compute.remat
+    layers = model.num_layers + model.mtp_depth
+    b, a, m, d = BYTES[cfg.compute.dtype], model.attention, model.moe, model.d_model
+    if remat == "none":
         return tokens * layers * layer_bytes(cfg, seq_len, mesh)
     kept = d  # the layer's input
-    if cfg.remat == "dots":  # and the results of its unbatched products
-        share = cfg.num_moe_layers / cfg.num_layers
+    if remat == "dots":  # and the results of its unbatched products
+        share = model.num_moe_layers / model.num_layers
         kept += 2 * d + a.num_heads * (a.qk_head_dim + a.value_head_dim) / mesh.tensor
-        kept += 3 * (share * m.shared_width + (1 - share) * cfg.d_ff) / mesh.tensor
+        kept += 3 * (share * m.shared_width + (1 - share) * model.d_ff) / mesh.tensor
     return b * tokens * layers * kept
 
 
 def _in_flight(
-    cfg: ModelConfig, tokens: float, seq_len: int, mesh: MeshSizes, passing: float, trained: float
+    cfg: ExperimentConfig,
+    tokens: float,
+    seq_len: int,
+    mesh: MeshSizes,
+    passing: float,
+    trained: float,
 ) -> float:
     """The fullest of three moments, beside weights, gradients and activations.
 
@@ -262,26 +266,53 @@ def _in_flight(
     old of the `trained` parameters, while the `passing` bytes (activations and what else it has no use for)
     are gone.
     """
-    arch = of_model(cfg)
+    model = cfg.model
+    arch = of_model(model)
     parts = (*arch.parts, *arch.mtp)
     experts = 4 * sum(p.total / p.shards(mesh) for p in parts if p.experts)
-    one = experts / max(cfg.num_moe_layers + cfg.mtp_depth, 1)
-    rows = tokens * rows_per_token(cfg, mesh) * BYTES[cfg.dtype] * cfg.d_model if experts else 0.0
+    one = experts / max(model.num_moe_layers + model.mtp_depth, 1)
+    wide = BYTES[cfg.compute.dtype] * model.d_model
+    rows = tokens * rows_per_token(cfg, mesh) * wide if experts else 0.0
     layer = tokens * layer_bytes(cfg, seq_len, mesh) + rows + 3 * one + 0.4 * experts
-    at_once = min(tokens, max(1.0, cfg.tokens_of_logits / mesh.size(BATCH)))
-    logits = 3 * 4 * at_once * cfg.vocab_size / mesh.tensor
+    chunk = cfg.compute.tokens_of_logits(model.vocab_size)
+    at_once = min(tokens, max(1.0, chunk / mesh.size(BATCH)))
+    logits = 3 * 4 * at_once * model.vocab_size / mesh.tensor
     update = 1.4 * 4 * trained - passing
     return max(layer, logits, update)
 
 
-def _buffers(cfg: ModelConfig, tokens: float, mesh: MeshSizes) -> float:
+def _buffers(cfg: ExperimentConfig, tokens: float, mesh: MeshSizes) -> float:
     """What travels between the devices that split the experts: sent and received at once."""
-    if mesh.peers == 1 or not cfg.num_moe_layers:
+    if mesh.peers == 1 or not cfg.model.num_moe_layers:
         return 0.0
-    one = tokens * cfg.d_model * BYTES[cfg.dtype]
-    if cfg.moe.expert_parallel == "ring":
+    one = tokens * cfg.model.d_model * BYTES[cfg.compute.dtype]
+    if cfg.compute.expert_parallel == "ring":
         return 2 * mesh.peers * one  # every peer's tokens, and the partial results for them
     return 2 * rows_per_token(cfg, mesh) * one
+
+
+# --------------------------------------------------------------------------------------------------
+# Rematerialisation: what it costs in time.
+
+
+def passes(compute: ComputeConfig) -> int:
+    """Passes over the layers in a step: forward, backward, and with full rematerialisation forward again."""
+    return 2 + (compute.remat == "full")
+
+
+def recomputed(compute: ComputeConfig, total: float, attention: float) -> float:
+    """FLOPs computed again, of a step's `total` and of those in `attention`: everything, or attention's
+    products (batched, so not kept by 'dots')."""
+    return {"none": 0.0, "dots": attention / 3, "full": total / 3}[compute.remat]
+
+
+def sparing(compute: ComputeConfig) -> tuple[ComputeConfig, ...]:
+    """The same, and the same with full rematerialisation."""
+    return tuple(dict.fromkeys((compute, dataclasses.replace(compute, remat="full"))))
+
+
+def compute_text(compute: ComputeConfig) -> str:
+    return f"{compute.dtype}, remat {compute.remat}"
 
 
 # --------------------------------------------------------------------------------------------------

@@ -3,7 +3,7 @@
 import dataclasses
 import textwrap
 
-from moejax.config import ModelConfig
+from moejax.config import ExperimentConfig
 from moejax.cost import memory, roofline
 from moejax.cost.architecture import Architecture, counts
 from moejax.cost.flops import flops_per_token, paper_flops
@@ -21,7 +21,7 @@ from moejax.text import (
 
 
 def plan(
-    arch: Architecture, cfg: ModelConfig | None, setup: Setup, published: str = ""
+    arch: Architecture, cfg: ExperimentConfig | None, setup: Setup, published: str = ""
 ) -> list[Table]:
     """All tables: the model (with a note on what was published), and (for a model that can run)
     training, and inference."""
@@ -49,14 +49,14 @@ def parameters_table(arch: Architecture, published: str = "") -> Table:
             rows.append([label, count_text(values[0]), count_text(values[1]) if name else "-"])
     kind = "dense"
     if arch.experts:
-        kind = f"{arch.experts[0]} routed experts, {arch.experts[1]} per token"
+        kind = f"{arch.experts[0]} routed experts, {arch.experts[1]:g} per token"
     title = f"{arch.name}: {arch.num_layers} layers of width {arch.d_model}, {kind}"
     missing = f"Not counted, shapes unpublished: {arch.missing}." if arch.missing else ""
     note = textwrap.fill(f"{published} {missing}".strip(), 98)
     return Table(title, ["parameters", "total", "active"], rows, note)
 
 
-def flops_table(arch: Architecture, cfg: ModelConfig | None, context: int) -> Table:
+def flops_table(arch: Architecture, cfg: ExperimentConfig | None, context: int) -> Table:
     phases = [
         ("training", "train", True, False),
         ("training, no score left out", "train", False, False),
@@ -69,7 +69,7 @@ def flops_table(arch: Architecture, cfg: ModelConfig | None, context: int) -> Ta
         f = flops_per_token(arch, phase, context, causal=causal, mtp=mtp)
         rows.append([name, flops_text(f.matmul), flops_text(f.attention), flops_text(f.total)])
     note = ""
-    paper = paper_flops(cfg, context) if cfg is not None else None
+    paper = paper_flops(cfg.model, context) if cfg is not None else None
     if paper is not None:
         note = (
             f"In the convention of 2401.06066: {flops_text(paper)} per {context} training tokens."
@@ -90,7 +90,7 @@ def cache_table(arch: Architecture, setup: Setup) -> Table:
     )
 
 
-def training_table(cfg: ModelConfig, setup: Setup) -> Table:
+def training_table(cfg: ExperimentConfig, setup: Setup) -> Table:
     """Memory and time of training, and what would fit if it does not."""
     d, mesh = setup.device, setup.mesh
     held = setup.memory(cfg)
@@ -102,15 +102,15 @@ def training_table(cfg: ModelConfig, setup: Setup) -> Table:
     room = d.memory * roofline.USABLE
     fits = held.total <= room
     rows.append(["= memory per device", f"{bytes_text(held.total)} of {bytes_text(room)} usable"])
-    if mesh.peers > 1 and cfg.num_moe_layers and not cfg.moe.buffer_factor:
+    if mesh.peers > 1 and cfg.model.num_moe_layers and not cfg.compute.buffer_factor:
         # Dropless buffers hold every route that peers might send.
-        moe = dataclasses.replace(cfg.moe, buffer_factor=2.0)
-        bounded = setup.memory(dataclasses.replace(cfg, moe=moe))
-        rows.append(["  with moe.buffer_factor=2", bytes_text(bounded.total)])
+        compute = dataclasses.replace(cfg.compute, buffer_factor=2.0)
+        bounded = setup.memory(dataclasses.replace(cfg, compute=compute))
+        rows.append(["  with compute.buffer_factor=2", bytes_text(bounded.total)])
     if not fits:
         rows += nearest_rows(cfg, setup)
     e = setup.step(cfg)
-    rows += step_rows(e, d, cfg.dtype)
+    rows += step_rows(e, d, cfg.compute.dtype)
     if setup.tokens is not None:
         hours = roofline.gpu_hours(setup.tokens, e.tokens_per_second, mesh.devices)
         rows.append(
@@ -121,7 +121,7 @@ def training_table(cfg: ModelConfig, setup: Setup) -> Table:
     title = (
         f"Training on {mesh.devices} x {d.name} ({mesh})\n"
         f"{setup.batch} x {setup.context} tokens a step, {_some(setup.micro_batch, 'sequence')} at a "
-        f"time, {cfg.dtype}, remat {cfg.remat}"
+        f"time, {memory.compute_text(cfg.compute)}"
     )
     note = (
         f"Estimate: arithmetic at {setup.efficiency:.0%} of peak (--efficiency), memory and network at "
@@ -143,14 +143,12 @@ def step_rows(e: roofline.Estimate, d: Device, dtype: str) -> list[list[str]]:
     ]
 
 
-def nearest_rows(cfg: ModelConfig, setup: Setup) -> list[list[str]]:
-    fit = roofline.nearest_fit(
-        cfg, setup.device, setup.mesh, setup.batch, setup.context, optimizer=setup.optimizer
-    )
+def nearest_rows(cfg: ExperimentConfig, setup: Setup) -> list[list[str]]:
+    fit = roofline.nearest_fit(cfg, setup.device, setup.mesh, setup.batch, setup.context)
     label = "does not fit; nearest that does"
     if fit is None:
         return [[label, "none up to 4096 devices: shorten the context, or take larger devices"]]
-    how = f"{_some(fit.micro_batch, 'sequence')} at a time, remat {fit.remat}"
+    how = f"{_some(fit.micro_batch, 'sequence')} at a time, {memory.compute_text(fit.compute)}"
     return [
         [label, f"{_some(fit.mesh.devices, 'device')} ({fit.mesh})"],
         ["", f"{how}: {bytes_text(fit.bytes)}"],

@@ -61,7 +61,7 @@ class RunPlan:
 
     def receipt(self, tokens_per_second: float) -> str:
         """What was measured beside what was planned, as a table of a few lines."""
-        peak = total_peak(self.cfg.model.dtype, self.setup.mesh.devices)
+        peak = total_peak(self.cfg.compute.dtype, self.setup.mesh.devices)
         table = receipt(self.cfg, tokens_per_second, peak, self.step.tokens_per_second)
         stats = jax.local_devices()[0].memory_stats() or {}
         used = stats.get("peak_bytes_in_use")  # accelerators say; the CPU does not
@@ -74,8 +74,8 @@ class RunPlan:
 def plan_run(cfg: ExperimentConfig, layout: Any) -> RunPlan:
     """The plan of `cfg` on this process's kind of devices; `layout` None: one device."""
     devices = layout.mesh.size if layout else 1
-    arch, setup = of_experiment(cfg, this_device(cfg.model.dtype), devices)
-    return RunPlan(cfg, arch, setup, setup.step(cfg.model), setup.memory(cfg.model))
+    arch, setup = of_experiment(cfg, this_device(cfg.compute.dtype), devices)
+    return RunPlan(cfg, arch, setup, setup.step(cfg), setup.memory(cfg))
 
 
 def model_flops_per_token(cfg: ExperimentConfig) -> float:

@@ -9,14 +9,13 @@ import dataclasses
 from collections.abc import Iterator
 
 from moejax.axes import BATCH
-from moejax.config import DataConfig, ExperimentConfig, ModelConfig, OptimizerConfig
+from moejax.config import ComputeConfig, DataConfig, ExperimentConfig, ModelConfig
 from moejax.cost import memory
 from moejax.cost.architecture import Architecture, of_model
 from moejax.cost.flops import flops_per_token
 from moejax.cost.hardware import Device
 from moejax.cost.memory import BYTES
 from moejax.mesh import MeshSizes, layout_problems
-from moejax.moe.routers import ROUTERS
 
 # DeepSeek-V3's pre-training reached 39% of the H800's dense BF16 peak: 250.4 GFLOPs per token,
 # 14.8T tokens, 2.664M H800 hours (2412.19437 Table 1).
@@ -73,7 +72,7 @@ def money(hours: float, price: float | None) -> float | None:
 
 
 def training_step(
-    cfg: ModelConfig,
+    cfg: ExperimentConfig,
     device: Device,
     mesh: MeshSizes,
     batch: int,
@@ -83,22 +82,21 @@ def training_step(
     efficiency: float = EFFICIENCY,
 ) -> Estimate:
     """One optimiser step of `batch` sequences over all devices, in `accumulation` micro-batches."""
-    arch = of_model(cfg)
+    arch, compute, router = of_model(cfg.model), cfg.compute, cfg.model.router
     tokens = batch * seq_len
     # Attention computes every score and masks half.
-    model = flops_per_token(arch, "train", seq_len, causal=False, mtp=cfg.mtp_depth > 0)
+    model = flops_per_token(arch, "train", seq_len, causal=False, mtp=bool(arch.mtp))
     assert model.total is not None
-    # Recomputation: everything once more, or attention's products (batched, so not kept by 'dots').
-    again = {"none": 0.0, "dots": (model.attention or 0) / 3, "full": model.total / 3}[cfg.remat]
-    m = cfg.moe if cfg.num_moe_layers else None
-    if accumulation > 1 and m and not ROUTERS[m.router].linear_losses(m):
-        again += model.total / 3  # a forward pass first counts the loads of the whole batch
+    again = memory.recomputed(compute, model.total, model.attention or 0)
+    static = cfg.model.router_config(cfg.objective)
+    if accumulation > 1 and router is not None and not router.linear_losses(static):
+        again += model.total / 3  # a forward pass first counts the stats of the whole batch
     flops = tokens * (model.total + again) / mesh.devices
-    b = BYTES[cfg.dtype]
+    b = BYTES[compute.dtype]
     parts = (*arch.parts, *arch.mtp)
     local = sum(p.total / p.shards(mesh) for p in parts)
     used = sum(p.total / p.shards(mesh) * p.gathers(mesh) for p in parts)
-    passes = 2 + (cfg.remat == "full")
+    passes = memory.passes(compute)
     held = memory.training(cfg, mesh, batch, seq_len)
     # Weights in every pass; master weights and both moments read and written, gradients too;
     # activations written and read.
@@ -106,7 +104,7 @@ def training_step(
         accumulation * passes * b * used + 8 * 4 * local + 2 * (held.activations + held.in_flight)
     )
     return Estimate(
-        compute=flops / (device.peak(cfg.dtype) * efficiency),
+        compute=flops / (device.peak(compute.dtype) * efficiency),
         memory=traffic / device.bandwidth,
         network=_network(cfg, arch, mesh, tokens, accumulation) / device.link
         if device.link
@@ -118,11 +116,11 @@ def training_step(
 
 
 def _network(
-    cfg: ModelConfig, arch: Architecture, mesh: MeshSizes, tokens: float, accumulation: int
+    cfg: ExperimentConfig, arch: Architecture, mesh: MeshSizes, tokens: float, accumulation: int
 ) -> float:
     """Bytes one device sends in a training step."""
-    b, d = BYTES[cfg.dtype], cfg.d_model
-    passes = 2 + (cfg.remat == "full")
+    b, d, layers = BYTES[cfg.compute.dtype], arch.d_model, cfg.model.num_moe_layers
+    passes = memory.passes(cfg.compute)
     weights = 0.0
     for p in (*arch.parts, *arch.mtp):
         local, ways = p.total / p.shards(mesh), p.gathers(mesh)
@@ -133,15 +131,15 @@ def _network(
         weights += 2 * (copies - 1) / copies * 4 * local
     per_device = tokens / mesh.size(BATCH)
     experts = 0.0
-    if mesh.peers > 1 and cfg.num_moe_layers:
+    if mesh.peers > 1 and layers:
         e = mesh.peers
-        ring = cfg.moe.expert_parallel == "ring"
-        rows = per_device * (e - 1 if ring else cfg.moe.experts_per_token * (e - 1) / e)
-        experts = 2 * passes * rows * d * b * cfg.num_moe_layers  # there and back
+        ring = cfg.compute.expert_parallel == "ring"
+        rows = per_device * (e - 1 if ring else cfg.model.experts_used * (e - 1) / e)
+        experts = 2 * passes * rows * d * b * layers  # there and back
     tensor = 0.0
     if mesh.tensor > 1:
         share = 2 * (mesh.tensor - 1) / mesh.tensor
-        tensor = 2 * passes * share * per_device * d * b * cfg.num_layers
+        tensor = 2 * passes * share * per_device * d * b * arch.num_layers
     return weights + experts + tensor
 
 
@@ -213,11 +211,11 @@ def smallest_devices(bytes_needed: float, devices: list[Device]) -> Device | Non
 
 @dataclasses.dataclass(frozen=True)
 class Fit:
-    """A way to train that fits: mesh, sequences per micro-batch, remat, bytes on each device."""
+    """A way to train that fits: mesh, sequences per micro-batch, how it is computed, bytes on each device."""
 
     mesh: MeshSizes
     micro_batch: int
-    remat: str
+    compute: ComputeConfig
     bytes: float
 
 
@@ -240,14 +238,13 @@ def _divisors(n: int) -> list[int]:
 
 
 def nearest_fit(
-    cfg: ModelConfig,
+    cfg: ExperimentConfig,
     device: Device,
     mesh: MeshSizes,
     batch: int,
     seq_len: int,
     *,
     max_devices: int = 4096,
-    optimizer: OptimizerConfig = memory.ADAMW,
 ) -> Fit | None:
     """The nearest way that fits, changing as little as possible, or None.
 
@@ -257,23 +254,18 @@ def nearest_fit(
     limit = device.memory * USABLE
     devices = mesh.devices
     while devices <= max_devices:
-        options = list(meshes(cfg, devices))
+        options = list(meshes(cfg.model, devices))
         if devices == mesh.devices:
             options = [mesh, *(m for m in options if m != mesh)]
         for option in options:
-            for remat in dict.fromkeys((cfg.remat, "full")):
-                changed = dataclasses.replace(cfg, remat=remat)
+            for compute in memory.sparing(cfg.compute):
+                changed = dataclasses.replace(cfg, compute=compute)
                 for micro in _micro_batches(batch, option.size(BATCH)):
                     held = memory.training(
-                        changed,
-                        option,
-                        micro,
-                        seq_len,
-                        accumulate=micro < batch,
-                        optimizer=optimizer,
+                        changed, option, micro, seq_len, accumulate=micro < batch
                     )
                     if held.total <= limit:
-                        return Fit(option, micro, remat, held.total)
+                        return Fit(option, micro, compute, held.total)
         devices *= 2
     return None
 

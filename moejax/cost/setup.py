@@ -2,12 +2,12 @@
 
 import dataclasses
 
-from moejax.config import ConfigError, DataConfig, ExperimentConfig, ModelConfig, OptimizerConfig
-from moejax.config_checks import divisors_text
+from moejax.config import ConfigError, DataConfig, ExperimentConfig, TrainConfig
 from moejax.cost import memory, roofline
 from moejax.cost.architecture import Architecture, of_model
 from moejax.cost.hardware import Device
 from moejax.mesh import MeshSizes, layout_problems, mesh_sizes
+from moejax.options import divisors_text
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,7 +21,6 @@ class Setup:
       context: tokens in a sequence, or in the cache when decoding.
       tokens: training budget; None: no total is given.
       efficiency: part of the arithmetic peak that is reached.
-      optimizer: of training.
     """
 
     device: Device
@@ -31,9 +30,8 @@ class Setup:
     context: int = 4096
     tokens: float | None = None
     efficiency: float = roofline.EFFICIENCY
-    optimizer: OptimizerConfig = memory.ADAMW
 
-    def step(self, cfg: ModelConfig) -> roofline.Estimate:
+    def step(self, cfg: ExperimentConfig) -> roofline.Estimate:
         """The estimate of one optimiser step."""
         return roofline.training_step(
             cfg,
@@ -45,7 +43,7 @@ class Setup:
             efficiency=self.efficiency,
         )
 
-    def memory(self, cfg: ModelConfig) -> memory.TrainingMemory:
+    def memory(self, cfg: ExperimentConfig) -> memory.TrainingMemory:
         """Bytes on each device in training."""
         accumulate = self.micro_batch < self.batch
         return memory.training(
@@ -54,11 +52,10 @@ class Setup:
             self.micro_batch,
             self.context,
             accumulate=accumulate,
-            optimizer=self.optimizer,
         )
 
 
-def check_setup(cfg: ModelConfig | None, setup: Setup) -> None:
+def check_setup(cfg: ExperimentConfig | None, setup: Setup) -> None:
     """Raises ConfigError for a setup that cannot be: sizes that do not divide, an empty batch."""
     problems = []
     for key in ("batch", "micro_batch", "context"):
@@ -73,7 +70,8 @@ def check_setup(cfg: ModelConfig | None, setup: Setup) -> None:
             f"batch={setup.batch} must be a multiple of micro_batch={setup.micro_batch}"
         )
     if not problems and cfg is not None and setup.mesh.devices > 1:
-        experiment = ExperimentConfig(model=cfg, data=DataConfig(batch_size=setup.micro_batch))
+        rows = DataConfig(batch_size=setup.micro_batch)
+        experiment = dataclasses.replace(cfg, data=rows, train=TrainConfig())
         found = layout_problems(experiment, setup.mesh, setup.device.platform)
         key = "data.batch_size / train.accumulation"
         problems += [p.replace(key, "micro_batch") for p in found]
@@ -105,5 +103,4 @@ def of_experiment(
         micro_batch=cfg.data.batch_size // cfg.train.accumulation,
         context=cfg.data.seq_len,
         tokens=float(steps),
-        optimizer=cfg.optimizer,
     )

@@ -1,14 +1,13 @@
-"""The default corpus: real text that every Python installation with moejax's requirements holds.
+"""The default corpus: real text that comes with Python and with moejax's requirements.
 
     code    Python: the standard library, without its tests
     prose   English: docstrings of the scientific packages, the language reference behind `help()`,
             package descriptions
     c       C and C++: headers and sources shipped by packages and by Python
 
-A file feeds one domain only, and a docstring that occurs in several files is used once: what is
-held out of one domain is not found in another. Files come in an order fixed by their names (sorted
-by hash), so that a byte limit takes a sample of everything and not the first letters of the
-alphabet.
+Each file feeds one domain only, and a docstring that occurs in several files is used once, so text held out
+of one domain does not occur in another. Files are sorted by a hash of their names, so a byte limit takes a
+sample of everything instead of the first letters of the alphabet.
 """
 
 import ast
@@ -24,9 +23,9 @@ from collections.abc import Callable, Iterator
 
 from moejax.data.sources import DataError, Document
 
-# Each domain stops here, to load in seconds; parsing the docstrings is what takes long.
+# Each domain stops here so that it loads in seconds; parsing docstrings takes most of them.
 MAX_BYTES = 6_000_000
-# Shorter files (an empty __init__.py) say nothing.
+# Shorter files (an empty __init__.py) hold no text worth reading.
 MIN_CHARS = 200
 
 _DOCSTRING_PACKAGES = ("numpy", "scipy", "matplotlib", "flax", "optax")
@@ -91,7 +90,7 @@ def _by_hash(items):
 
 
 def _walk(label: str, root: str, suffixes: tuple[str, ...]) -> Iterator[tuple[str, str]]:
-    """(label/relative/path, absolute path) of the files under root; nothing if there is no root."""
+    """Yield (label/relative/path, absolute path) of the files under root; nothing if root does not exist."""
     for folder, subfolders, files in os.walk(root):
         subfolders[:] = sorted(d for d in subfolders if d not in _SKIPPED_FOLDERS)
         for name in sorted(f for f in files if f.endswith(suffixes)):
@@ -110,7 +109,7 @@ def _package_folder(package: str) -> str:
 
 
 def _read(path: str) -> str:
-    """The text of a file; empty if it is unreadable or not UTF-8 (a few legacy encodings exist)."""
+    """The text of a file; empty if it cannot be read or is not UTF-8 (a few files have old encodings)."""
     try:
         with open(path, "rb") as f:
             return f.read().decode("utf-8")

@@ -1,7 +1,7 @@
 """A corpus: named domains of documents, split into training and validation by document.
 
-Which side a document falls on depends on its content alone (a hash), so that exact duplicates land
-on the same side, in every domain, whatever order the files come in: nothing held out is trained on.
+A hash of a document's content decides on which side it falls. So exact duplicates land on the same side, in
+every domain and in any order of the files: no held-out document is trained on.
 """
 
 import dataclasses
@@ -16,7 +16,7 @@ from moejax.data import builtin
 from moejax.data.sources import DataError, Document, parse_source, read_documents
 
 Documents = tuple[Document, ...]
-# So many records without text end the reading where `data.max_bytes` is to bound it.
+# With `data.max_bytes`, give up after this many records without text.
 _MOST_EMPTY = 1_000_000
 
 
@@ -25,11 +25,11 @@ class Corpus:
     """Text held in memory.
 
     Attributes:
-      train, validation: documents of each domain, by domain name; both have the same keys in the
-        same order, and the position of a domain in it is the number that batches carry as `domain`.
+      train, validation: the documents of each domain, by its name. Both have the same keys in the same order;
+        the position of a key is the number in the `domain` field of batches.
       weights: sampling weight of each domain, in that order; they sum to 1.
-      manifest: what was read, for the record of a run (JSON-serialisable): the Python version, a
-        sha256 of all content and of each domain's, its size, and every file with its documents and bytes.
+      manifest: a JSON-serialisable record of what was read: the Python version; a sha256 and the size of all
+        content and of each domain; every file with its number of documents and bytes.
     """
 
     train: dict[str, Documents]
@@ -48,10 +48,10 @@ def load_corpus(cfg: DataConfig, *, only_validation: bool = False) -> Corpus:
     `only_validation` splits nothing: all documents are held out, to evaluate a model on them.
     Bytes are UTF-8 bytes of the text. Empty documents are left out. A domain of a single document
     (one long text file) is cut at a line end, its tail held out. Bad records (not JSON, without text,
-    not UTF-8) are errors, or with `cfg.skip_bad_records` left out, counted and said in a warning.
+    not UTF-8) are errors; with `cfg.skip_bad_records` they are skipped, and a warning counts them.
 
     Raises:
-      DataError: bad syntax, two domains of one name, no or broken files, nothing to hold out.
+      DataError: bad syntax, two domains with the same name, missing or broken files, nothing to hold out.
     """
     groups = [_source_domains(source, cfg) for source in cfg.sources]
     domains: dict[str, Documents] = {}
@@ -60,7 +60,7 @@ def load_corpus(cfg: DataConfig, *, only_validation: bool = False) -> Corpus:
         for name, documents in group.items():
             if name in domains:
                 raise DataError(
-                    f"data.sources: {source!r} is a second domain {name!r}; give it another name"
+                    f"data.sources: {source!r}: there is a domain {name!r} already; give this one another name"
                 )
             domains[name] = _take(documents, cfg.max_bytes, name, skip=skipped)
     if only_validation:
@@ -110,14 +110,15 @@ def _take(
 ) -> Documents:
     """The first `max_bytes` bytes (0: all) of a domain; the document at the limit is cut.
 
-    A bad record is raised, or, where `skip` is given, counted in it under the domain's name and said.
+    A bad record raises its error. If `skip` is given, it is counted there under the domain's name instead, and
+    a warning says so.
     """
     taken, total, seen, bad, number = [], 0, set(), [], 0
     for item in _encoded(documents):
         number += 1
         if max_bytes and number - len(taken) > _MOST_EMPTY:
             raise DataError(
-                f"data.sources: {_MOST_EMPTY:,} records of domain {domain!r} are without text; "
+                f"data.sources: {_MOST_EMPTY:,} records of domain {domain!r} have no text; "
                 "leave their file out"
             )
         if isinstance(item, DataError):
@@ -131,7 +132,7 @@ def _take(
             continue
         seen.add(document.text if distinct else None)
         if max_bytes and total + len(data) >= max_bytes:
-            # 'ignore' drops the half of a character that the cut may leave.
+            # 'ignore' drops a character that the limit cuts in half.
             text = data[: max_bytes - total].decode("utf-8", "ignore")
             if text.strip():
                 taken.append(dataclasses.replace(document, text=text))
@@ -141,7 +142,7 @@ def _take(
     if bad:
         assert skip is not None
         warnings.warn(
-            f"data.sources: {skip[domain]} bad records of domain {domain!r} are left out "
+            f"data.sources: {skip[domain]} bad records of domain {domain!r} were skipped "
             f"(data.skip_bad_records); the first: {bad[0]}",
             stacklevel=2,
         )
@@ -162,20 +163,20 @@ def _encoded(
         except UnicodeEncodeError as e:
             yield DataError(
                 f"{document.id}: character {e.start} is {document.text[e.start]!r}, half of a "
-                "surrogate pair, and has no UTF-8 form; repair the text or leave it out"
+                "surrogate pair, which UTF-8 cannot encode; repair the text or leave it out"
             )
 
 
 def digest(document: Document) -> bytes:
-    """The hash of a document's content, by which it is held out and in whose order it is evaluated."""
+    """The hash of a document's content. It decides whether the document is held out, and its order there."""
     return hashlib.sha256(document.text.encode()).digest()
 
 
 def _split(
     domains: dict[str, Documents], fraction: float
 ) -> tuple[dict[str, Documents], dict[str, Documents]]:
-    """(train, validation). Held out are the documents whose hash, read as a number in [0, 1), is
-    below `fraction`; of a domain with none, the one with the smallest hash."""
+    """Split into (train, validation). A document is held out if its hash, read as a number in [0, 1), is below
+    `fraction`. A domain without such a document holds out the one with the smallest hash."""
     pairs = {name: _cut(d[0], fraction) for name, d in domains.items() if len(d) == 1}
     digests = {
         name: [digest(document) for document in documents]
@@ -196,21 +197,21 @@ def _split(
         if not train[name]:
             raise DataError(
                 f"data.sources: all {len(documents)} documents of domain {name!r} are held out "
-                f"for validation (data.validation_fraction={fraction}): they are too few, or the "
-                "same; it needs more different documents"
+                f"for validation (data.validation_fraction={fraction}): they are too few, or all "
+                "the same; give it more different documents"
             )
     return train, validation
 
 
 def _cut(document: Document, fraction: float) -> tuple[Documents, Documents]:
-    """A single document as (head, tail), cut after the line that reaches into the fraction."""
+    """Cut a single document into (head, tail) at the first line end inside the held-out fraction."""
     text = document.text
     at = text.find("\n", int(len(text) * (1 - fraction))) + 1
     if not 0 < at < len(text):
         at = min(int(len(text) * (1 - fraction)), len(text) - 1)
     if not text[:at].strip() or not text[at:].strip():
         raise DataError(
-            f"{document.id}: the only document of its domain is too short to hold out its tail "
+            f"{document.id}: the only document of its domain is too short to hold out its end "
             f"({len(text)} characters); give more text"
         )
     return (

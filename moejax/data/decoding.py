@@ -1,11 +1,11 @@
-"""Ids to text as they come: piece by piece the same text as `Tokenizer.decode` gives at once.
+"""Turns ids into text piece by piece. The pieces together are the text that `Tokenizer.decode` returns.
 
-Three kinds of decoder, told apart by the description in a tokenizer.json:
+There are three kinds of decoders. The description in a tokenizer.json says which one it is:
 
-    bytes     each id is some bytes, whatever stands beside it: bytes, byte-level BPE
-    context   what an id adds depends on a few ids before it: words (a space between), WordPiece,
+    bytes     each id is some bytes, whatever ids are next to it: bytes, byte-level BPE
+    context   an id's text depends on a few ids before it: words with spaces between them, WordPiece,
               Metaspace, SentencePiece with byte fallback and a stripped first space
-    whole     any other (CTC, a right strip, unknown ones): the text comes when all ids are there
+    whole     all others (CTC, a right strip, unknown ones): the text comes once all ids are there
 """
 
 import codecs
@@ -20,7 +20,7 @@ _OF_ONE_TOKEN = ("Replace", "ByteFallback", "Metaspace", "WordPiece", "Strip", "
 class Decoding(NamedTuple):
     """Attributes:
     kind: 'bytes', 'context' or 'whole'.
-    silent: ids that `decode` leaves out, those of special tokens.
+    silent: ids of special tokens, which `decode` leaves out.
     byte_ids: ids that are one byte each; a run of them is decoded together (only for 'context').
     """
 
@@ -52,15 +52,13 @@ def find_decoding(described: dict[str, Any], vocab: dict[str, int], special: set
         return Decoding("bytes", silent)
     fused = False
     for step, name in zip(steps, names):
-        # Once all is one text, only taking spaces off its start is sure to be a matter of the start.
+        # After Fuse, a step may change any part of the text; only stripping its start surely does not.
         if fused and not (name == "Strip" and not step.get("stop")):
             return Decoding("whole", silent)
         fused = fused or name == "Fuse"
         if not fused and name not in _OF_ONE_TOKEN:
             return Decoding("whole", silent)
-        if (
-            name == "BPEDecoder"
-        ):  # a suffix within a token is another text at the end than before it
+        if name == "BPEDecoder":  # an end-of-word suffix decodes differently in the last token
             end = str(step.get("suffix"))
             if not end or any(end in token.removesuffix(end) for token in vocab):
                 return Decoding("whole", silent)
@@ -90,8 +88,8 @@ class StreamDecoder:
     def __init__(self, tokenizer: _Decoder):
         self._tokenizer, self._how = tokenizer, tokenizer.decoding
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
-        # Ids whose text is out and which the next ones need beside them; ids whose text is not.
-        self._said: list[int] = []
+        # Ids already written that the next ones depend on; ids not yet written.
+        self._written: list[int] = []
         self._held: list[int] = []
 
     def push(self, ids: Iterable[int]) -> str:
@@ -102,18 +100,18 @@ class StreamDecoder:
             i for i in ids if i < self._tokenizer.vocab_size and i not in self._how.silent
         ]
         unsure = self._how.kind == "whole" or not self._held or self._held[-1] in self._how.byte_ids
-        return "" if unsure else self._say()
+        return "" if unsure else self._write()
 
-    def _say(self) -> str:
-        before = self._tokenizer.decode(self._said)
-        text = self._tokenizer.decode(self._said + self._held)
-        # Without a character to its left, the next text might be taken for the first.
-        context = self._held if self._tokenizer.decode(self._held) else self._said + self._held
-        self._said, self._held = context, []
+    def _write(self) -> str:
+        before = self._tokenizer.decode(self._written)
+        text = self._tokenizer.decode(self._written + self._held)
+        # Keep a visible token as context, or the next one would be decoded as the first.
+        context = self._held if self._tokenizer.decode(self._held) else self._written + self._held
+        self._written, self._held = context, []
         return text[len(before) :]
 
     def flush(self) -> str:
         """What is left at the end: U+FFFD for an incomplete character, else ''."""
         if self._how.kind == "bytes":
             return self._utf8.decode(b"", final=True)
-        return self._say() if self._held else ""
+        return self._write() if self._held else ""

@@ -1,6 +1,6 @@
-"""The bytes of files: found by a pattern, decompressed by content, cut into lines; always streamed.
+"""Finds files by a pattern, decompresses them and cuts them into lines, always as a stream.
 
-Nothing here holds more of a file than one line, and no line more than `MOST_RECORD_BYTES`.
+Nothing here holds more of a file than one line, and no line is longer than `MOST_RECORD_BYTES`.
 """
 
 import bz2
@@ -18,9 +18,9 @@ import pyarrow as pa
 from moejax.config import ConfigError
 
 CHUNK = 1 << 20
-# A record beyond this is a mistake (a file without line ends), or would not fit memory when parsed.
+# A longer record is a mistake (a file without line ends), or would not fit in memory when parsed.
 MOST_RECORD_BYTES = 32 << 20
-# By suffix; what the content itself says goes before it.
+# By suffix. The content decides first.
 COMPRESSIONS = {
     ".gz": "gzip", ".zst": "zstd", ".zstd": "zstd", ".bz2": "bz2", ".xz": "xz", ".lzma": "xz",
 }  # fmt: skip
@@ -32,13 +32,13 @@ _LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 
 
 class DataError(ConfigError):
-    """Data that cannot be used; the message names the source, file or record, and the remedy."""
+    """Data that cannot be used. The message names the source, file or record, and what would help."""
 
 
 def find(pattern: str) -> list[str]:
     """The files that a glob matches (** for subfolders), sorted, each once by its real path.
 
-    Raises DataError if there is none, for a link to nothing, and for a folder that cannot be listed.
+    Raises DataError if no file matches, if a link is broken, or if a folder cannot be listed.
     """
     by_real_path: dict[str, str] = {}
     for file in sorted(_matches(os.path.expanduser(pattern))):
@@ -46,8 +46,7 @@ def find(pattern: str) -> list[str]:
             by_real_path.setdefault(os.path.realpath(file), file)
         elif os.path.islink(file) and not os.path.exists(file):
             raise DataError(
-                f"{file}: a link to nothing ({os.readlink(file)!r}); fetch the file it stands for, or "
-                "remove the link"
+                f"{file}: a broken link (to {os.readlink(file)!r}); fetch that file, or remove the link"
             )
     if not by_real_path:
         raise DataError(f"data.sources: no file matches {pattern!r} (from {os.getcwd()})")
@@ -55,7 +54,7 @@ def find(pattern: str) -> list[str]:
 
 
 def _matches(pattern: str) -> Iterator[str]:
-    """As glob.glob(recursive=True), but a folder that links lead back to is entered once."""
+    """Like glob.glob(recursive=True), but enters each folder once even if links lead back to it."""
     parts = re.split(r"(?:^|(?<=/))(?:\*\*/)*\*\*(?:/|$)", pattern, maxsplit=1)
     if len(parts) == 1:
         yield from glob.iglob(pattern)
@@ -67,7 +66,7 @@ def _matches(pattern: str) -> Iterator[str]:
 
 
 def _folders(folder: str, seen: set[str]) -> Iterator[str]:
-    """A folder and those below it, hidden ones left out as glob does; links come last."""
+    """A folder and all folders below it, without hidden ones (like glob). Links come last."""
     real = os.path.realpath(folder)
     if real in seen or not os.path.isdir(folder or "."):
         return
@@ -91,8 +90,8 @@ def inner_suffix(file: str) -> str:
 def chunks(file: str, most: int = 0) -> Iterator[bytes]:
     """The bytes of a file, decompressed, without a byte-order mark; every chunk but the last is full.
 
-    What decides is the content; a suffix of `COMPRESSIONS` whose content is not compressed is an error,
-    and so are more bytes than `most` (0: no limit).
+    The content decides how it is decompressed. It is an error if a file with a suffix of `COMPRESSIONS` is not
+    compressed, or if it holds more than `most` bytes (0: no limit).
     """
     try:
         with _open(file) as f:
@@ -102,15 +101,17 @@ def chunks(file: str, most: int = 0) -> Iterator[bytes]:
                 if most and total > most:
                     raise DataError(
                         f"{file}: {most:,} bytes hold less text than data.max_bytes; leave the file out, "
-                        "or raise data.max_bytes"
+                        "or increase data.max_bytes"
                     )
                 if first and chunk.startswith(_LFS_POINTER):
-                    raise DataError(f"{file}: a pointer of Git LFS, not the file; git lfs pull")
+                    raise DataError(
+                        f"{file}: this is a Git LFS pointer, not the file; run git lfs pull"
+                    )
                 yield chunk.removeprefix(b"\xef\xbb\xbf") if first else chunk
                 first = False
     except (zlib.error, EOFError, lzma.LZMAError, pa.ArrowException) as e:
         raise _broken(file, e) from e
-    except OSError as e:  # without a number: what gzip, bz2 and Arrow call broken data
+    except OSError as e:  # gzip, bz2 and Arrow report broken data without an errno
         if e.errno is None:
             raise _broken(file, e) from e
         raise DataError(f"{file}: cannot be read ({e.strerror or e})") from e
@@ -121,7 +122,7 @@ def _broken(file: str, e: Exception) -> DataError:
 
 
 def _open(file: str):
-    """A file of decompressed bytes. Its read(n) gives n bytes but at the end, and holds no more."""
+    """Open a file as decompressed bytes. read(n) returns n bytes (fewer only at the end)."""
     with open(file, "rb") as f:
         head = f.read(10)
     sniffed = _MAGIC.match(head)
@@ -143,7 +144,7 @@ def _open(file: str):
 def lines(file: str, most: int = 0) -> Iterator[tuple[int, int, bytes | None]]:
     """(number from 1, byte offset, content) of each line that is not blank; '\\n' alone ends one.
 
-    A line of more than `MOST_RECORD_BYTES` has None for content. `most` as for `chunks`.
+    The content of a line longer than `MOST_RECORD_BYTES` is None. `most` is as for `chunks`.
     """
     number, offset, parts, size = 1, 0, [], 0
     for chunk in chunks(file, most):
@@ -152,7 +153,7 @@ def lines(file: str, most: int = 0) -> Iterator[tuple[int, int, bytes | None]]:
             continue
         *ends, rest = chunk.split(b"\n")
         for end in ends:
-            if size <= MOST_RECORD_BYTES:  # else it has been said
+            if size <= MOST_RECORD_BYTES:  # else it has been reported
                 yield from _line(number, offset, [*parts, end], size + len(end))
             number, offset, parts, size = number + 1, offset + size + len(end) + 1, [], 0
         if size <= MOST_RECORD_BYTES < size + len(rest):  # at once, not after a search for its end
@@ -173,7 +174,7 @@ def _line(number, offset, parts, size) -> Iterator[tuple[int, int, bytes | None]
 def decode(data: bytes, where: str, offset: int = 0, *, whole: bool = True) -> str:
     """UTF-8 bytes as text; `offset` is where they begin in the file. Raises DataError.
 
-    Not `whole`: the bytes were cut somewhere, and the half of a character at their end is left out.
+    If not `whole`, the bytes may end in the middle of a character, which is then dropped.
     """
     try:
         return codecs.utf_8_decode(data, "strict", whole)[0]

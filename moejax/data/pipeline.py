@@ -1,23 +1,21 @@
-"""Documents to batches: tokenise once, pack, shuffle, mix, batch; on grain.
+"""Turns documents into batches with grain: tokenise once, pack, shuffle, mix, batch.
 
 A document t_1..t_n becomes n + 1 tokens `bos t_1 .. t_n` with targets `t_1 .. t_n eos`: every token
-of every text is predicted exactly once, and so is its end. The documents of a domain are laid end
+of every text, and its end, is predicted exactly once. The documents of a domain are laid end
 to end in an order fixed by the seed and cut into rows of `seq_len`; the last row is padded. A row
 holds one domain.
 
-A document cut by the end of a row goes on in another row as a segment of its own: positions start
-at 0 and it does not see its beginning. Its first token there is the target of the last token of the
-earlier piece, so no target is lost. Targets never cross documents.
+A document that does not fit in a row continues in another row as a new segment: its positions start at 0
+and it does not see its earlier part. Its first token there is the target of the last token of the earlier
+part, so no target is lost. Targets never cross documents.
 
-Rows come in a new random order in each epoch of their domain. Which row is at position i is a
-function of (seed, corpus, i), so an iterator's state is one number and any position can be
-restored.
+Each epoch of a domain shuffles its rows anew. The row at position i depends only on (seed, corpus, i), so
+the state of an iterator is one number, and any position can be restored.
 
-The held-out documents know no seed: they come in the order of their hashes, and so do their rows.
-Their batches have one field more, `num_bytes`: the bytes of text that each target stands for (see
-`Counted`), 0 for padding. A document cut by the end of a row, or by the end of what is evaluated,
-counts the bytes up to the end of its last predicted token there, so that whatever is evaluated, loss
-and bytes are those of the same text.
+Held-out documents do not depend on the seed: they are sorted by their hashes. Their batches have one more
+field, `num_bytes`: the bytes of text that each target stands for (see `Counted`), 0 for padding. If a
+document is cut, by the end of a row or of the evaluated text, bytes count up to the last predicted token,
+so loss and bytes always belong to the same text.
 """
 
 import warnings
@@ -35,7 +33,7 @@ from moejax.data.tokenizer import Tokenizer
 
 Batch = dict[str, np.ndarray]
 
-# Tokenise this many characters at a time: bounds the memory of the tokenizer's own records.
+# Tokenise this many characters at a time, to bound the tokenizer's memory.
 _CHUNK_CHARS = 4_000_000
 
 
@@ -46,7 +44,7 @@ class PackedRows:
     Args:
       token_lists: the ids of each document, without separators, in the order of packing.
       domain: number of the domain.
-      tokenizer: for the separators, padding and the vocabulary's size.
+      tokenizer: gives the separators, padding and size of the vocabulary.
       seq_len: row length S.
       byte_lists: the bytes of each token of a document and of its end; rows then have `num_bytes`.
     """
@@ -99,7 +97,7 @@ class PackedRows:
 
 
 def _empty_rows(shape: tuple[int, ...], pad_id: int, domain: int) -> Batch:
-    """Nothing but padding."""
+    """Rows that are all padding."""
     fill = {"tokens": pad_id, "targets": pad_id, "segment_ids": 0, "positions": 0, "loss_mask": 0}
     return {k: np.full(shape, v, np.int32) for k, v in fill.items()} | {
         "domain": np.full(shape, domain, np.int32)
@@ -111,8 +109,7 @@ def tokenize(
 ) -> tuple[list[np.ndarray], list[np.ndarray]]:
     """Ids of every document, as uint16 or uint32, and if asked the bytes of each (`Counted.num_bytes`).
 
-    A progress bar appears if it takes over 2 s. Bytes that the vocabulary cannot express are said in a
-    warning.
+    Shows a progress bar after 2 s. Warns about bytes that the vocabulary cannot express.
     """
     dtype = np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32
     ids: list[np.ndarray] = []
@@ -165,11 +162,11 @@ def train_iterator(
     seq_len).
 
     The batches of all processes, concatenated in their order, are the batch of a single process.
-    Domains are mixed row by row in fixed proportions (`corpus.weights`, to within 1%); one of
-    weight 0 is left out.
+    Domains are mixed row by row in fixed proportions (`corpus.weights`, within 1%). A domain of weight 0 is
+    left out.
 
-    The iterator's `get_state()` is JSON-serialisable; after `set_state` of it on an iterator made
-    from the same corpus, tokenizer and config, the same batches follow.
+    The iterator's `get_state()` is JSON-serialisable. Give it to `set_state` of an iterator made from the same
+    corpus, tokenizer and config, and the same batches follow.
     """
     local = _local_batch_size(cfg, process_count)
     datasets, weights = [], []
@@ -203,8 +200,8 @@ def _local_batch_size(cfg: DataConfig, process_count: int) -> int:
 class _ValidationRows:
     """The rows of all domains in one fixed order, padded to whole batches.
 
-    Row r of a domain with n rows stands at r / n of the way: any number of batches from the start
-    holds the domains in proportion, and the first rows are one of each domain.
+    Row r of a domain with n rows is placed at the fraction r / n, so the first batches, however many, hold the
+    domains in proportion, and the first rows are one of each domain.
     """
 
     def __init__(
@@ -236,10 +233,10 @@ def validation_batches(
 ) -> grain.MapDataset:
     """The first `num_rows` (None: all) rows of the validation documents, as a sequence of batches.
 
-    `len`, `[i]` and iteration work, any number of times; tokenise once, keep it. The order depends on the
+    `len`, `[i]` and iteration work any number of times. Call it once, keep the result. The order depends on the
     documents' content alone, not on a seed, the order of files or the batch size, and mixes the domains
-    by size. The last batch is filled up with padding (`loss_mask` 0). Shapes and processes as for
-    `train_iterator`; one field more, `num_bytes`.
+    by size. The last batch is padded (`loss_mask` 0). Shapes and processes are as for `train_iterator`,
+    with the additional field `num_bytes`.
     """
     local = _local_batch_size(cfg, process_count)
     domains = []
@@ -258,7 +255,7 @@ def synthetic_batch(seq_len: int, batch_size: int, vocab_size: int, seed: int = 
     benchmarks.
 
     Each row holds documents of random length and ends in padding (up to an eighth of the row, never
-    all of it); there are three domains. Token 0 is separator and padding.
+    the whole row). There are three domains. Token 0 is both separator and padding.
     """
     rng = np.random.default_rng(seed)
     batch = _empty_rows((batch_size, seq_len), 0, 0)

@@ -10,14 +10,14 @@
     .json                        the same, or one array of records, or records over several lines
     .parquet                     a document per row
     .txt .text .md               one document
-    any other, or none           Parquet if its content is, lines of JSON if its first line is, else one
-                                 document; binary files and tables of other formats are refused
+    any other, or none           decided by content: Parquet, JSON lines if the first line is JSON, else one
+                                 document. Binary files and other table formats are refused
 
-Each of them but Parquet may be compressed: .gz .zst .bz2 .xz, or any name if the content is. Only
-'\\n' ends a line, a byte-order mark at the start of a file is no text, and a file is read once, whatever
-links lead to it.
+All of them except Parquet may be compressed (.gz .zst .bz2 .xz, or any name: the content decides). Only '\\n'
+ends a line. A byte-order mark at the start of a file is dropped. A file is read once, even if several links
+lead to it.
 
-Whatever cannot be read is a `DataError` that names the source, file, line or byte and what would
+Anything that cannot be read raises a `DataError` that names the source, file, line or byte, and what would
 work.
 """
 
@@ -46,7 +46,7 @@ _REFUSED = {
     ".warc .wet .wat": "extract its records to .jsonl",
 }
 _REMEDY = {suffix: remedy for group, remedy in _REFUSED.items() for suffix in group.split()}
-# Parquet: rows read at once (each may be as long as the longest), and how far text may be expanded.
+# Parquet: rows to read at once (each may be as long as the longest), and the largest compression ratio of text.
 _ROWS = 8
 _MOST_EXPANSION, _SMALL = 200, 256 << 20
 _JSON, _SPACE = json.JSONDecoder(), re.compile(r"[ \t\r\n]*")
@@ -54,7 +54,7 @@ _JSON, _SPACE = json.JSONDecoder(), re.compile(r"[ \t\r\n]*")
 
 @dataclasses.dataclass(frozen=True)
 class Document:
-    """One text. `record` is its line (JSON lines), row or item, counted from 1, or 0 for a whole file."""
+    """One text. `record` is its line, row or item, counted from 1; 0 for a whole file."""
 
     file: str
     record: int
@@ -78,21 +78,21 @@ def parse_source(source: str) -> tuple[str, str]:
 def read_documents(
     target: str, text_field: str, max_bytes: int = 0
 ) -> Iterator[Document | DataError]:
-    """Documents of the right-hand side of a source, files in sorted order; for a bad record, its error.
+    """Yield the documents of a source, files in sorted order. A bad record is yielded as its error.
 
     Args:
       target: a glob (** for subfolders), or 'hf:path[:config[:split]]'.
       text_field: the key or column that holds the text of a record.
-      max_bytes: what is wanted of the text (0: all). A file that is one document is read so far; records
-        come as they are read, and whoever has enough stops.
+      max_bytes: how much text is wanted (0: all). A file that is one document is read only that far. Records
+        are yielded as they are read; the caller stops when it has enough.
 
     Raises:
-      DataError: no file, or one that cannot be read from some place on.
+      DataError: no file matches, or a file cannot be read to its end.
     """
     if target.startswith("hf:"):
         yield from _read_hugging_face(target, text_field)
         return
-    # A file whose text is a hundredth of it, or less, is refused where time is to be bounded.
+    # With a limit, refuse a file whose text is less than a hundredth of its bytes: it would take too long.
     most = _SMALL + 100 * max_bytes if max_bytes else 0
     for file in files.find(target):
         match kind_of(file):
@@ -111,9 +111,9 @@ def kind_of(file: str) -> str:
     suffix = files.inner_suffix(file)
     outer = os.path.splitext(file.lower())[1]
     if remedy := _REMEDY.get(suffix):
-        raise DataError(f"{file}: {suffix} is not read; {remedy}")
+        raise DataError(f"{file}: {suffix} files cannot be read; {remedy}")
     if suffix == ".parquet" and outer != suffix:
-        raise DataError(f"{file}: Parquet is compressed inside; decompress the file itself")
+        raise DataError(f"{file}: Parquet compresses its own columns; decompress the file itself")
     known = {".parquet": "parquet"} | dict.fromkeys(_LINES, "lines") | dict.fromkeys(_TEXT, "text")
     if suffix in known:
         return known[suffix]
@@ -130,7 +130,7 @@ def kind_of(file: str) -> str:
         return "values"
     if b"\0" in head:
         raise DataError(
-            f"{file}: a binary file; what can be read is text, .jsonl, .json and .parquet"
+            f"{file}: this is a binary file; text, .jsonl, .json and .parquet can be read"
         )
     return "text"
 
@@ -149,7 +149,7 @@ def _read_text(file: str, max_bytes: int) -> Document | DataError:
         size += len(chunk)
         if cut := bool(
             max_bytes and size > max_bytes + 3
-        ):  # a character more: the cut may be inside one
+        ):  # 3 bytes more: the cut may fall inside a character
             parts = [b"".join(parts)[: max_bytes + 3]]
             break
     try:
@@ -159,7 +159,7 @@ def _read_text(file: str, max_bytes: int) -> Document | DataError:
 
 
 def json_values(file: str, kind: str, most: int = 0) -> Iterator[tuple[int, object | DataError]]:
-    """(line, or number from 1; value, or what is wrong with it) of a file of `kind` 'lines' or 'values'."""
+    """Yield (line, or number from 1; value or its error) of a file of `kind` 'lines' or 'values'."""
     if kind == "values":
         yield from enumerate(_values(_Scanner(file, most)), 1)
         return
@@ -171,7 +171,7 @@ def json_values(file: str, kind: str, most: int = 0) -> Iterator[tuple[int, obje
 
 
 def text_lines(file: str, most: int = 0) -> Iterator[tuple[int, str | DataError]]:
-    """(number, text, or what is wrong with it) of each line that is not blank."""
+    """Yield (number, text or its error) of each line that is not blank."""
     for number, offset, line in files.lines(file, most):
         where = f"{file}:{number}"
         if line is None:
@@ -179,7 +179,7 @@ def text_lines(file: str, most: int = 0) -> Iterator[tuple[int, str | DataError]
             yield number, DataError(f"{where}: {long}")
             continue
         try:
-            # Files that were joined may bring their marks along.
+            # A file joined from several may hold a byte-order mark at each seam.
             yield number, files.decode(line, where, offset).removeprefix("\ufeff")
         except DataError as e:
             yield number, e
@@ -240,7 +240,7 @@ def _values(scan: "_Scanner") -> Iterator[object]:
             if scan.peek() == "]":
                 raise scan.error("an item is missing after the last comma")
         elif array and scan.peek() != "]":
-            raise scan.error("the array has no end, or no comma after this item")
+            raise scan.error("the array does not end, or a comma is missing after this item")
     if array:
         scan.step()
         if scan.peek():
@@ -248,7 +248,7 @@ def _values(scan: "_Scanner") -> Iterator[object]:
 
 
 class _Scanner:
-    """JSON values from a file as they are read; holds one of them and a chunk."""
+    """Reads JSON values from a file one by one; holds one value and one chunk."""
 
     def __init__(self, file: str, most: int):
         self._file, self._number = file, 0
@@ -256,10 +256,12 @@ class _Scanner:
         self._text, self._at, self._ended = "", 0, False
 
     def error(self, what: str) -> DataError:
-        return DataError(f"{self._file}:{self._number}: {what}; JSON is records or one array")
+        return DataError(
+            f"{self._file}:{self._number}: {what}; the file must hold JSON records or one array"
+        )
 
     def peek(self) -> str:
-        """The next character that is no space; '' at the end."""
+        """The next character that is not a space; '' at the end."""
         while True:
             self._at = _SPACE.match(self._text, self._at).end()  # pyright: ignore
             if self._at < len(self._text) or self._ended:
@@ -286,7 +288,7 @@ class _Scanner:
             self._read()
 
     def _read(self) -> None:
-        """At least as much again as is held: no value is parsed once for every chunk."""
+        """Read at least as much again as is held, so that a long value is not parsed anew for every chunk."""
         parts = [self._text[self._at :]]
         held = size = len(parts[0])
         while not self._ended and size <= 2 * held:
@@ -320,7 +322,9 @@ def _read_parquet(file: str, field: str) -> Iterator[Document | DataError]:
                     try:
                         yield _record_document(file, number, {field: value.as_py()}, field)
                     except UnicodeDecodeError:
-                        yield DataError(f"{file}:{number}: not UTF-8, though the column is text")
+                        yield DataError(
+                            f"{file}:{number}: the column is text, but this row is not UTF-8"
+                        )
                     except DataError as e:
                         yield e
     except (pa.ArrowException, OSError, MemoryError) as e:
@@ -346,8 +350,8 @@ def _check_column(table: pq.ParquetFile, file: str, field: str) -> None:
         size = column.total_uncompressed_size
         if size > max(_SMALL, _MOST_EXPANSION * column.total_compressed_size):
             raise DataError(
-                f"{file}: {column.total_compressed_size:,} bytes of row group {group} become {size:,}, "
-                f"more than {_MOST_EXPANSION} times as much: no text does that"
+                f"{file}: {column.total_compressed_size:,} bytes of row group {group} expand to {size:,}, "
+                f"more than {_MOST_EXPANSION} times as much: real text never does"
             )
 
 

@@ -1,7 +1,7 @@
-"""Text to ids and back: bytes, a BPE trained on the corpus, or any tokenizer.json.
+"""Turns text into ids and back: bytes, a BPE trained on the corpus, or any tokenizer.json.
 
-Every tokenizer has a separator that opens a document (`bos_id`) and is the target after its last
-token (`eos_id`); it never comes out of `encode`, also when a text spells a special token's name.
+Every tokenizer has a separator that opens a document (`bos_id`) and one that is the target after its last
+token (`eos_id`). `encode` never returns them, even if a text spells the name of a special token.
 """
 
 import collections
@@ -22,11 +22,11 @@ from moejax.data.tokenizer_check import check_tokenizer
 from moejax.text import cut
 
 FILE_NAME = "tokenizer.json"
-MOST_TOKENS = 2**24  # an id beyond this is a mistake: published vocabularies stay below 2^19
+MOST_TOKENS = 2**24  # a larger id is a mistake: published vocabularies stay below 2^19
 SEPARATOR, PADDING = "<|endoftext|>", "<|pad|>"
 # BPE learns from at most this much text of the training documents: a few seconds on one core.
 BPE_TRAINING_BYTES = 6_000_000
-# Names that published tokenizers give to the start and the end of a document, and to padding.
+# Published names for the start and the end of a document, and for padding.
 _BOS_NAMES = (
     "<｜begin▁of▁sentence｜>",
     "<|begin_of_text|>",
@@ -46,11 +46,11 @@ class Counted(NamedTuple):
     """The n tokens of a text and its bytes in UTF-8.
 
     Attributes:
-      ids: of the tokens.
-      num_bytes: n + 1 numbers, int32: the bytes of the text from the end of the token before to the end
-        of this one; the last is what follows the last token (a space that a normaliser took away) and
-        belongs to the end of the document. Their sum is the text's, whatever the normaliser does.
-      unknown: bytes that the vocabulary cannot express: those of the unknown token, and dropped ones.
+      ids: the token ids.
+      num_bytes: n + 1 numbers, int32. The first n are the bytes of text from the end of the previous token to
+        the end of this one. The last is whatever follows the last token (a space that a normaliser removed)
+        and belongs to the end of the document. Together they are all bytes of the text.
+      unknown: bytes that the vocabulary cannot express, as an unknown token or dropped.
     """
 
     ids: list[int]
@@ -59,14 +59,14 @@ class Counted(NamedTuple):
 
 
 class Tokenizer(Protocol):
-    """What the rest of moejax knows of a tokenizer.
+    """The interface of a tokenizer for the rest of moejax.
 
     Attributes:
       vocab_size: ids are in [0, vocab_size).
       bos_id, eos_id, pad_id: separators and padding; bos and eos may be the same id.
       pieces: the bytes each id stands for, V entries; b"" for special tokens. Exact for 'byte' and
         byte-level BPE; of other tokenizers, whose text depends on what stands beside, to look at.
-      decoding: how `StreamDecoder` finds the text of ids as they come.
+      decoding: how `StreamDecoder` turns ids into text piece by piece.
       lossless: every text can be expressed in tokens, so that nothing is unknown.
     """
 
@@ -87,7 +87,7 @@ class Tokenizer(Protocol):
         ...
 
     def encode_counted(self, texts: list[str]) -> list["Counted"]:
-        """`encode_batch`, and what of each text its tokens stand for; slower."""
+        """Like `encode_batch`, with the bytes that each token stands for; slower."""
         ...
 
     def decode(self, ids: Iterable[int]) -> str:
@@ -123,13 +123,13 @@ class JsonTokenizer:
     """A tokenizer.json of the `tokenizers` library.
 
     Args:
-      text: the content of the file, which is kept.
-      name: how error messages call it.
+      text: the content of the file; it is kept.
+      name: the file's name in error messages.
 
     Attributes:
       special: the special tokens, text -> id.
 
-    Raises DataError wherever the library fails. A file of strangers is for `check_tokenizer` first.
+    Raises DataError wherever the library fails. Give a file from strangers to `check_tokenizer` first.
     """
 
     def __init__(self, text: str, name: str):
@@ -137,7 +137,7 @@ class JsonTokenizer:
         self._tokenizer = self._safe(tokenizers.Tokenizer.from_str, text)
         described = self._safe(json.loads, text)
         self.text = text
-        # A text may spell a special token; it is text all the same.
+        # Text that spells a special token is still text.
         self._tokenizer.encode_special_tokens = True
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
@@ -162,7 +162,7 @@ class JsonTokenizer:
         self._inexpressible: dict[str, bool] = {}
 
     def _safe(self, call: Callable, *args, **kwargs) -> Any:
-        """A call into the library. A panic of its Rust code is no Exception."""
+        """Call the library. A panic of its Rust code is not an Exception."""
         try:
             return call(*args, **kwargs)
         except (KeyboardInterrupt, SystemExit, MemoryError):
@@ -180,7 +180,7 @@ class JsonTokenizer:
         if default is not None:
             return default
         raise DataError(
-            f"{self._name}: no token that ends a document; its special tokens are "
+            f"{self._name}: no special token ends a document; its special tokens are "
             f"{cut(', '.join(self.special), 400) or 'none'}, known names are {', '.join(names)}"
         )
 
@@ -192,11 +192,11 @@ class JsonTokenizer:
         return self._safe(self._tokenizer.encode, text, add_special_tokens=False).ids
 
     def encode_framed(self, text: str) -> list[int]:
-        """Ids of a text with what the file itself puts around every text (its post-processor)."""
+        """Ids of a text, with the special tokens that the file's post-processor puts around every text."""
         return self._safe(self._tokenizer.encode, text, add_special_tokens=True).ids
 
     def encode_marked(self, text: str) -> list[int]:
-        """Ids of a text that spells special tokens and means them, as a rendered chat template does."""
+        """Ids of a text in which names of special tokens mean those tokens, as in a rendered chat template."""
         self._tokenizer.encode_special_tokens = False
         try:
             return self.encode(text)
@@ -243,15 +243,15 @@ def load_tokenizer(
 ) -> Tokenizer:
     """The tokenizer of a run: `cfg.tokenizer` = 'byte', 'bpe', or the path of a tokenizer.json.
 
-    A run keeps a copy of 'bpe' and of a file, and reads that copy ever after, so that it can be resumed,
-    evaluated and moved without the corpus or the original file.
+    A run keeps a copy of a 'bpe' or of a file and always reads that copy, so it can be resumed, evaluated and
+    moved without the corpus or the original file.
 
     Args:
       corpus: trains the BPE; not needed once there is a copy.
-      kept: where the run's copy is or will be; nothing is written.
+      kept: the path of the run's copy, which need not exist yet; nothing is written.
 
     Raises:
-      DataError: no such file, a copy of another tokenizer, nothing to train on.
+      DataError: the file does not exist, the copy is another tokenizer, or there is nothing to train on.
     """
     if cfg.tokenizer == "byte":
         return ByteTokenizer()
@@ -264,7 +264,7 @@ def load_tokenizer(
     if cfg.tokenizer == "bpe" and tokenizer.vocab_size > cfg.vocab_size:
         raise DataError(
             f"{kept} has {tokenizer.vocab_size} tokens, more than data.vocab_size="
-            f"{cfg.vocab_size}: it belongs to another config; use its size, or another workdir"
+            f"{cfg.vocab_size}: it belongs to another config; set data.vocab_size to it, or use another workdir"
         )
     return tokenizer
 
@@ -273,8 +273,8 @@ def train_bpe(corpus: Corpus | None, vocab_size: int) -> str:
     """A byte-level BPE of the training documents, as the content of a tokenizer.json.
 
     Lossless: no normalisation, all 256 bytes in the alphabet. `vocab_size` includes the two special
-    tokens; a small corpus may yield fewer. At most `BPE_TRAINING_BYTES` of text are used, an equal
-    share of each domain, taken from documents in their order.
+    tokens; a small corpus may yield fewer. It learns from at most `BPE_TRAINING_BYTES` of text: an equal
+    share of each domain, its first documents.
     """
     if vocab_size < 258:
         raise DataError(
@@ -303,7 +303,7 @@ def _training_texts(corpus: Corpus) -> Iterator[str]:
     for documents in corpus.train.values():
         left = share
         for document in documents:
-            # Characters for bytes: never more than the share, and no byte count of a huge document.
+            # Slices characters, not bytes: never too many, and the bytes of a huge document are not counted.
             yield (text := document.text[:left])
             left -= len(text.encode())
             if left <= 0:
@@ -311,7 +311,7 @@ def _training_texts(corpus: Corpus) -> Iterator[str]:
 
 
 def _external(path: str, kept: pathlib.Path | None, copy: str | None) -> str:
-    """The tokenizer.json at `path`, or the run's copy; both must agree where both exist."""
+    """The tokenizer.json at `path`, or the run's copy. If both exist they must be equal."""
     source = pathlib.Path(path).expanduser()
     source = source / FILE_NAME if source.is_dir() else source
     if not source.exists():
@@ -340,20 +340,20 @@ def _read(path: pathlib.Path) -> str:
 
 
 def _bytes_by_end(text: str, ends: Iterable[int]) -> np.ndarray:
-    """From where each token ends, in characters of the text: the bytes each adds, and what is left."""
+    """The bytes that each token adds, and those left at the end, from where each token ends in the text."""
     widths = np.frombuffer(text.encode("utf-32-le"), np.uint32)
     widths = 1 + np.sum(
         [widths >= limit for limit in (0x80, 0x800, 0x10000)], axis=0, dtype=np.int32
     )
     at = np.concatenate([[0], np.cumsum(widths, dtype=np.int64)])
-    # A normaliser may reorder characters: an end is never before an earlier one.
+    # A normaliser may reorder characters; keep the ends in ascending order.
     reached = np.maximum.accumulate(np.array([0, *ends], np.int64))
     return np.diff([*at[np.minimum(reached, len(text))], at[-1]]).astype(np.int32)
 
 
 def byte_alphabet() -> dict[str, int]:
-    """GPT-2's printable stand-in of each byte: itself if printable in Latin-1, else the next code
-    point from 256 on."""
+    """GPT-2's printable character for each byte: the byte itself if it is printable in Latin-1, else the next
+    code point from 256 on."""
     printable = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [b for b in range(256) if b not in printable]
     return {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}
@@ -370,12 +370,12 @@ def _missing_bytes(described: dict, vocab: dict[str, int]) -> bytes | None:
 
 
 def _added(described: dict) -> list[dict]:
-    """The tokens beside the model's own vocabulary; `tokenizers` has checked their fields."""
+    """The tokens added to the model's own vocabulary. `tokenizers` has checked their fields."""
     return described.get("added_tokens") or []
 
 
 def _pieces(described: dict, vocab: dict[str, int], size: int, byte_level: bool) -> list[bytes]:
-    """The bytes of every id; ids without a token stand for nothing."""
+    """The bytes of every id; b"" for an id without a token."""
     alphabet = byte_alphabet()
     special = {t["content"] for t in _added(described) if t["special"]}
     pieces = [b""] * size

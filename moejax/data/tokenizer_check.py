@@ -1,4 +1,4 @@
-"""Tries a tokenizer.json of strangers before it is used."""
+"""Tries out a tokenizer.json from strangers before it is used."""
 
 from moejax import limited
 from moejax.config import ConfigError
@@ -10,8 +10,8 @@ SECONDS, MEGABYTES = 60, 4096
 
 
 def check_tokenizer(text: str, name: str) -> None:
-    """DataError for a tokenizer.json that the library cannot read, or with which it crashes, hangs, or
-    takes all memory: it is tried in a process of its own."""
+    """Try a tokenizer.json in a separate process. Raises DataError if the library cannot read it, or crashes,
+    hangs or takes all memory with it."""
     program, data = tokenizer_probe.__file__, text.encode()
     try:
         limited.run(program, data, "trying it", seconds=SECONDS, megabytes=MEGABYTES)

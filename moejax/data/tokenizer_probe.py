@@ -1,6 +1,6 @@
-"""Tries a tokenizer.json of strangers: a program that `tokenizer_check` runs as a process of its own.
+"""Tries out a tokenizer.json from strangers. `tokenizer_check` runs this file as a separate process.
 
-The library's Rust code panics, aborts the process or asks for all memory for many a file that is wrong, and a
+Many broken files make the library's Rust code panic, abort the process or ask for all memory, and a
 normaliser may make a text a million times as long.
 
 stdin: the file; stdout: nothing. Exit code 1: stderr's last line says why.
@@ -10,7 +10,7 @@ import sys
 
 import tokenizers
 
-# Texts of many scripts, of one repeated character, and of everything that is special somewhere.
+# Many scripts, one repeated character, and characters that some tokenizers treat specially.
 PROBES = (
     "",
     "a",
@@ -41,7 +41,7 @@ def check(text: str) -> None:
 def main() -> int:
     try:
         check(sys.stdin.buffer.read().decode("utf-8"))
-    except BaseException as e:  # a panic is no Exception
+    except BaseException as e:  # a panic is not an Exception
         message = str(e).strip().splitlines() or [type(e).__name__]
         print(message[0][:1000], file=sys.stderr)
         return 1

@@ -55,9 +55,30 @@ def load_over_time(steps: list[int], load_sLE: np.ndarray, layers: list[int]) ->
     return png(figure)
 
 
+def values_over_time(
+    name: str, steps: list[int], value_sLE: np.ndarray, layers: list[int]
+) -> bytes:
+    """A panel per layer: one thin line for every expert."""
+    rows = -(-len(layers) // 3)
+    figure = Figure(figsize=(10, 0.6 + 2.2 * rows), layout="constrained")
+    grid = figure.subplots(rows, min(3, len(layers)), squeeze=False, sharey=True).ravel()
+    for axes, layer in zip(grid, layers):
+        axes.plot(steps, value_sLE[:, layer], lw=0.7, alpha=0.7, color=COLOURS[0])
+        axes.set_title(f"{name}, MoE layer {layer}", fontsize=10, loc="left")
+        axes.set_xlabel("step")
+        axes.grid(alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+    for axes in grid[len(layers) :]:
+        axes.set_visible(False)
+    return png(figure)
+
+
 def domains_to_experts(domain_dLE: np.ndarray, domains: list[str], layers: list[int]) -> bytes:
-    """A heat map per layer: domain by expert, the domain's share of routes over the uniform share.
-    Experts are ordered by the domain they favour, so that specialists stand side by side, unused ones last."""
+    """A heat map per layer: how often each domain uses each expert, over the uniform share.
+
+    Experts are sorted by the domain they favour, so specialists of one domain stand side by side; unused
+    experts come last.
+    """
     d, _, e = domain_dLE.shape
     figure = Figure(figsize=(10, (0.75 + 0.28 * d) * len(layers) + 0.4), layout="constrained")
     grid = figure.subplots(len(layers), 1, squeeze=False)[:, 0]

@@ -10,7 +10,7 @@ from moejax.evals import chat_render
 from moejax.interop.prompts import TEMPLATE_FILE, TOKENIZER_CONFIG, PromptFiles
 
 SECONDS, MEGABYTES = 5, 1024  # for a template
-# It may write this many characters, and four for each of the conversation's.
+# It may write this many characters, plus four for each character of the conversation.
 MOST_RENDERED = 1_000_000
 
 Message = dict[str, str]
@@ -49,7 +49,7 @@ def render_chat(files: PromptFiles, messages: list[Message]) -> str:
 
 
 def encode_chat(files: PromptFiles, messages: list[Message], tokenizer: Tokenizer) -> list[int]:
-    """Token ids of the rendered conversation; special tokens that the template wrote are recognised."""
+    """Token ids of the rendered conversation. Special tokens that the template writes count as such."""
     text = render_chat(files, messages)
     if not isinstance(tokenizer, JsonTokenizer):
         raise ConfigError("--chat needs a tokenizer.json with the template's special tokens")

@@ -1,7 +1,7 @@
-"""Renders a chat template: a program that `moejax.evals.chat` runs as a process of its own, with limits.
+"""Renders a chat template. `moejax.evals.chat` runs this file as a separate process, with limits.
 
-A template comes with a checkpoint and is a program by strangers. Jinja's sandbox keeps it from files, imports
-and private attributes, but not from running or growing for ever.
+A template comes with a checkpoint and is a program written by strangers. Jinja's sandbox keeps it away from
+files, imports and private attributes, but does not bound its time or memory.
 
 stdin: {"template": .., "context": {..}, "most": characters} as JSON; stdout: the text. Exit code 1: stderr's
 last line says why.
@@ -18,14 +18,14 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 
 class Generation(jinja2.ext.Extension):
-    """{% generation %} .. {% endgeneration %} marks what is trained on; its text is text like any other."""
+    """{% generation %} .. {% endgeneration %} marks text to train on. It is rendered like any other text."""
 
     tags = {"generation"}  # noqa: RUF012 (as declared there)
 
     def parse(self, parser):
         line = next(parser.stream).lineno
         body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-        # A macro, as in `transformers`: what is set within is not seen outside.
+        # A macro, as in `transformers`: variables set inside are not visible outside.
         return nodes.CallBlock(self.call_method("_text"), [], [], body).set_lineno(line)
 
     def _text(self, caller):

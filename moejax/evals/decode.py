@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from moejax import axes
-from moejax.config import ModelConfig
+from moejax.config import ComputeConfig, ModelConfig
 from moejax.evals import speculative
 from moejax.evals.sample import Sampling, sample
 from moejax.models import transformer
@@ -16,18 +16,18 @@ from moejax.sharding import Layout
 
 # Tokens per call of `decode`: the first calls are short, so that a reader sees text at once.
 CHUNKS = (1, 2, 4, 8, 16)
-NOTHING = -1  # in the place of a token: the row has none here
+NOTHING = -1  # stands where a row has no token
 
 
 class State(NamedTuple):
-    """Where every row stands; all that decoding carries from token to token.
+    """Everything that decoding carries from token to token.
 
     Attributes:
       token_B: the row's last token, not yet in the cache.
       position_B: its position.
-      left_B: tokens that the row may still say; 0 = finished.
+      left_B: tokens that the row may still emit; 0 = finished.
       cache: keys and values of everything before `token_B`.
-      draft: of speculative decoding, else None.
+      draft: the guess of speculative decoding; None without it.
     """
 
     token_B: jax.Array
@@ -38,7 +38,7 @@ class State(NamedTuple):
 
 
 def place(cache, layout: Layout | None):
-    """A cache laid out: rows like the batch, key/value heads over their mesh axes."""
+    """Lay a cache out on the mesh: rows like the batch, key/value heads over their mesh axes."""
     if layout is None:
         return cache
     heads = {"k": (axes.KV_HEADS,), "v": (axes.KV_HEADS,)}
@@ -48,7 +48,9 @@ def place(cache, layout: Layout | None):
     }
 
 
-@functools.partial(jax.jit, static_argnames=("cfg", "length", "how", "with_draft", "layout"))
+@functools.partial(
+    jax.jit, static_argnames=("cfg", "compute", "length", "how", "with_draft", "layout")
+)
 def prefill(
     params,
     router_state,
@@ -58,6 +60,7 @@ def prefill(
     keys_B,
     stop_ids,
     cfg: ModelConfig,
+    compute: ComputeConfig,
     length: int,
     how: Sampling,
     with_draft: bool,
@@ -68,14 +71,16 @@ def prefill(
     mask_BS = jnp.arange(width)[None] < lengths_B[:, None]
     mask_BS &= (max_new_B > 0)[:, None]
     apart = any(isinstance(v, list) for v in params.values())
-    stacked = functools.partial(init_cache, cfg, batch, length)
+    stacked = functools.partial(init_cache, cfg, batch, length, dtype=compute.dtype)
+    layers = functools.partial(init_layers, cfg, batch, length, dtype=compute.dtype)
     out = transformer.forward(
         params,
         router_state,
         tokens_BS,
         cfg,
+        compute=compute,
         mask_BS=mask_BS,
-        cache=init_layers(cfg, batch, length) if apart else place(stacked(), layout),
+        cache=layers() if apart else place(stacked(), layout),
         prefill=True,
         layout=layout,
     )
@@ -94,6 +99,7 @@ def prefill(
             lengths_B - 1,
             place(stacked(layers=1), layout),
             cfg,
+            compute,
             mask_BS=mask_BS,
             prefill=True,
             layout=layout,
@@ -106,13 +112,13 @@ def _is_stop(token_B, stop_ids):
     return (token_B[:, None] == stop_ids[None]).any(axis=1)
 
 
-class Spoken(NamedTuple):
-    """What one call of `decode` gave.
+class Emitted(NamedTuple):
+    """The tokens of one call of `decode`.
 
     Attributes:
       tokens_BC: NOTHING where a row had no token; a row's tokens are in order, not always side by side.
-      passes_B: forward passes in which the row took part.
-      accepted_B: of those, how many gave two tokens.
+      passes_B: forward passes that each row took part in.
+      accepted_B: how many of those gave two tokens.
     """
 
     tokens_BC: jax.Array
@@ -120,7 +126,9 @@ class Spoken(NamedTuple):
     accepted_B: jax.Array
 
 
-@functools.partial(jax.jit, static_argnames=("cfg", "how", "layout"), donate_argnames=("state",))
+@functools.partial(
+    jax.jit, static_argnames=("cfg", "compute", "how", "layout"), donate_argnames=("state",)
+)
 def decode(
     params,
     router_state,
@@ -129,9 +137,10 @@ def decode(
     keys_B,
     stop_ids,
     cfg: ModelConfig,
+    compute: ComputeConfig,
     how: Sampling,
     layout: Layout | None,
-) -> tuple[State, Spoken]:
+) -> tuple[State, Emitted]:
     """Up to `steps` (a traced integer, at most CHUNKS[-1]) forward passes, until all rows are finished.
 
     One token a pass; with a draft, one or two. The cache is updated in place.
@@ -145,39 +154,37 @@ def decode(
         return (i < steps) & (state.left_B > 0).any()
 
     def one(carry):
-        i, state, spoken = carry
+        i, state, emitted = carry
         active_B = state.left_B > 0
         new_Bn, cache, draft = _one_pass(
-            params, router_state, state, active_B, keys_B, cfg, how, layout
+            params, router_state, state, active_B, keys_B, cfg, compute, how, layout
         )
-        # A row says its tokens one after the other: a stop or its limit keeps back the second.
-        left_B, token_B, said = state.left_B, state.token_B, []
+        # Emit a row's tokens in order; if the first one ends the row, the second is discarded.
+        left_B, token_B, kept = state.left_B, state.token_B, []
         for new_B in new_Bn:
-            speaks_B = (left_B > 0) & (new_B != NOTHING)
-            token_B = jnp.where(speaks_B, new_B, token_B)
-            left_B = jnp.where(
-                speaks_B, jnp.where(_is_stop(new_B, stop_ids), 0, left_B - 1), left_B
-            )
-            said.append(jnp.where(speaks_B, new_B, NOTHING))
-        said_Bn = jnp.stack(said, axis=1)
-        number_B = (said_Bn != NOTHING).sum(axis=1, dtype=jnp.int32)
+            emits_B = (left_B > 0) & (new_B != NOTHING)
+            token_B = jnp.where(emits_B, new_B, token_B)
+            left_B = jnp.where(emits_B, jnp.where(_is_stop(new_B, stop_ids), 0, left_B - 1), left_B)
+            kept.append(jnp.where(emits_B, new_B, NOTHING))
+        kept_Bn = jnp.stack(kept, axis=1)
+        number_B = (kept_Bn != NOTHING).sum(axis=1, dtype=jnp.int32)
         state = State(token_B, state.position_B + number_B, left_B, place(cache, layout), draft)
         tokens_BC = jax.lax.dynamic_update_slice_in_dim(
-            spoken.tokens_BC, said_Bn, i * per_pass, axis=1
+            emitted.tokens_BC, kept_Bn, i * per_pass, axis=1
         )
-        spoken = Spoken(
+        emitted = Emitted(
             tokens_BC,
-            spoken.passes_B + active_B.astype(jnp.int32),
-            spoken.accepted_B + (number_B > 1).astype(jnp.int32),
+            emitted.passes_B + active_B.astype(jnp.int32),
+            emitted.accepted_B + (number_B > 1).astype(jnp.int32),
         )
-        return i + 1, state, spoken
+        return i + 1, state, emitted
 
-    start = (jnp.int32(0), state, Spoken(tokens_BC, zero_B, zero_B))
-    _, state, spoken = jax.lax.while_loop(more, one, start)
-    return state, spoken
+    start = (jnp.int32(0), state, Emitted(tokens_BC, zero_B, zero_B))
+    _, state, emitted = jax.lax.while_loop(more, one, start)
+    return state, emitted
 
 
-def _one_pass(params, router_state, state: State, active_B, keys_B, cfg, how, layout):
+def _one_pass(params, router_state, state: State, active_B, keys_B, cfg, compute, how, layout):
     """One forward pass: the rows' next tokens (a list of [B], NOTHING where there is none), the cache and
     the draft."""
     if state.draft is not None:
@@ -190,6 +197,7 @@ def _one_pass(params, router_state, state: State, active_B, keys_B, cfg, how, la
             state.cache,
             state.draft,
             cfg,
+            compute,
             layout=layout,
         )
         return [true_B2[:, 0], jnp.where(accepted_B, true_B2[:, 1], NOTHING)], cache, draft
@@ -198,6 +206,7 @@ def _one_pass(params, router_state, state: State, active_B, keys_B, cfg, how, la
         router_state,
         state.token_B[:, None],
         cfg,
+        compute=compute,
         positions_BS=state.position_B[:, None],
         mask_BS=active_B[:, None],
         cache=state.cache,

@@ -38,11 +38,12 @@ def evaluate_run(
     Args:
       workdir: the run's folder.
       sources: as `data.sources` of a config; () for the run's own held-out documents.
-      num_batches: at most so many batches, 0 for all of the text. None: of the run's own documents, the
-        very text that training validates on, whatever `seq_len` and `batch_size`; all of other sources.
-      seq_len, batch_size: instead of the run's. Documents longer than seq_len are cut into pieces, and a
-        piece does not see the one before: a longer seq_len gives a lower loss.
-      mesh: 'data=2,tensor=4', None for one device.
+      num_batches: at most this many batches; 0 means all of the text. None means, for the run's own documents,
+        the text that training validates on (whatever `seq_len` and `batch_size` are), and all of any other
+        source.
+      seq_len, batch_size: replace the run's. Documents longer than seq_len are cut into pieces that do not see
+        each other, so a longer seq_len gives a lower loss.
+      mesh: such as 'data=2,tensor=4'; None for one device.
 
     Returns:
       See `moejax.evals.validation.evaluate`. Raises ConfigError (DataError for the text) for bad input.
@@ -60,7 +61,7 @@ def evaluate_run(
     ways = 1 if layout is None else layout.size(axes.BATCH)
     if data.batch_size % ways:
         raise ConfigError(
-            f"batch_size={data.batch_size} does not divide over the {ways} devices that hold the batch; "
+            f"batch_size={data.batch_size} does not divide evenly over the {ways} devices of the batch; "
             f"--batch_size={-(-data.batch_size // ways) * ways} would work"
         )
     run = load_run(workdir, layout)

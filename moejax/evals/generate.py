@@ -1,9 +1,9 @@
 """Generation with a KV cache: prompts of different lengths in one batch, greedy, sampled or speculative.
 
 Prompts are read in one pass (`prefill`); then `decode` runs many tokens in one call on the device and
-returns to the host only to hand them out. Shapes are rounded up to a few sizes (`round_up`), so repeated
-calls compile rarely. What a row says does not depend on the rows beside it: its random numbers follow
-from the seed and its own number, finished rows are routed to no expert, and no route is dropped.
+returns to the host only to hand out tokens. Shapes are rounded up to a few sizes (`round_up`), so repeated
+calls compile rarely. A row's text does not depend on the rows beside it: its random numbers depend only
+on the seed and its row number, finished rows are not routed, and no route is dropped.
 """
 
 import dataclasses
@@ -17,26 +17,26 @@ import jax.numpy as jnp
 import numpy as np
 
 from moejax import axes
-from moejax.config import ConfigError, ModelConfig
+from moejax.config import ComputeConfig, ConfigError, ModelConfig
 from moejax.evals import speculative
 from moejax.evals.decode import CHUNKS, NOTHING, State, decode, prefill
 from moejax.evals.sample import Sampling, row_keys
 from moejax.models import transformer
 from moejax.models.cache import cache_shapes
-from moejax.moe.routers import ROUTERS
 from moejax.params import path_name
+from moejax.routers import ROUTERS
 from moejax.sharding import Layout
 
 
 @dataclasses.dataclass
 class Stats:
-    """What a call of `stream` measured; compilation is part of the first call's times.
+    """Measurements of a call of `stream`. The first call's times include compilation.
 
     Attributes:
       prompt_tokens, new_tokens: over all rows, padding left out.
       prefill_seconds, decode_seconds: wall time. The first new token of a row belongs to the prefill.
-      passes: row-passes of the trunk after the prefill.
-      accepted: of those, how many gave a second token.
+      passes: forward passes after the prefill, summed over rows.
+      accepted: how many of those gave a second token.
       speculative: whether second tokens were guessed.
       cache_bytes: of the keys and values of all rows.
     """
@@ -68,26 +68,24 @@ def _rate(tokens: int, seconds: float) -> str:
 
 
 def round_up(n: int, least: int = 16) -> int:
-    """`n` rounded up to one of four sizes per power of two: at most a quarter of padding, few shapes."""
+    """Round `n` up to one of four sizes per power of two: few shapes, and at most a quarter is padding."""
     if n <= least:
         return least
     step = max(2 ** (math.ceil(math.log2(n)) - 3), least // 4)
     return math.ceil(n / step) * step
 
 
-def prepare(params: dict, cfg: ModelConfig, layout: Layout | None = None) -> dict:
-    """The parameters as decoding reads them; do it once for several calls of `stream`.
+def prepare(params: dict, dtype: str = "float32", layout: Layout | None = None) -> dict:
+    """Prepare the parameters for decoding. Do it once before several calls of `stream`.
 
-    In the compute dtype where that is narrower (the router, norms and sinks compute in float32 and stay),
-    and on one device with the layers apart, so that none is copied out of a stack for each token.
+    Casts them to the compute `dtype` if that is narrower; the router, norms and sinks stay in float32. On one
+    device it also splits the stack of layers, so that no layer is copied out of it for each token.
     """
 
     def cast(path, a):
         name = path_name(path)
         wide = any(word in name for word in ("router", "norm", "sinks"))
-        return (
-            a if wide or a.dtype.itemsize <= jnp.dtype(cfg.dtype).itemsize else a.astype(cfg.dtype)
-        )
+        return a if wide or a.dtype.itemsize <= jnp.dtype(dtype).itemsize else a.astype(dtype)
 
     apart = any(isinstance(v, list) for v in params.values())
     params = jax.tree_util.tree_map_with_path(cast, params)
@@ -101,6 +99,7 @@ def stream(
     prompts: list[list[int]],
     max_new: int | Sequence[int],
     *,
+    compute: ComputeConfig = ComputeConfig(),  # noqa: B008 (frozen)
     temperature: float = 0.0,
     top_k: int = 0,
     top_p: float = 1.0,
@@ -120,12 +119,13 @@ def stream(
       cfg: the model's config.
       prompts: token ids of each row.
       max_new: tokens per row, at most; one number for all rows, or one for each.
+      compute: how the model is computed.
       temperature, top_k, top_p: see `Sampling`; temperature 0 is greedy.
       seed: the same seed gives the same text.
       numbers: of the rows, when the prompts are part of a longer list; None: 0, 1, 2, .. A row's draws
         depend on the seed and its number.
       stop_ids: tokens that end a row; the stop token itself is yielded.
-      stop: asked for every row (from 0) when its newest tokens have been taken; True ends the row.
+      stop: called with the number of each row (from 0) after its newest tokens were handed out; True ends it.
       speculative_decoding: guess with the MTP head and verify; greedy only.
       layout: the mesh that `params` lie on, None for one device.
       stats: filled in as tokens come.
@@ -137,8 +137,8 @@ def stream(
     how = Sampling(temperature, top_k, top_p)
     limits = [max_new] * len(prompts) if isinstance(max_new, int) else list(max_new)
     _check(cfg, prompts, limits, how, speculative_decoding)
-    cfg, stats = cfg.without_drops, stats or Stats()
-    params = prepare(params, cfg, layout)
+    stats = stats or Stats()
+    params = prepare(params, compute.dtype, layout)
     started = time.perf_counter()
     tokens_BS, lengths_B, max_new_B = _pad(prompts, limits, cfg, layout)
     # A guess is read before its row's end is known: one slot more.
@@ -148,7 +148,7 @@ def stream(
     stops = jnp.asarray(stop_ids, jnp.int32).reshape(-1)  # traced: other stops compile nothing
     stats.speculative = speculative_decoding
     stats.prompt_tokens += sum(map(len, prompts))
-    stats.cache_bytes = cache_bytes(cfg, len(lengths_B), length)
+    stats.cache_bytes = cache_bytes(cfg, len(lengths_B), length, compute.dtype)
     state = prefill(
         params,
         router_state,
@@ -158,6 +158,7 @@ def stream(
         keys_B,
         stops,
         cfg,
+        compute,
         length,
         how,
         speculative_decoding,
@@ -175,13 +176,14 @@ def stream(
             return
         started = time.perf_counter()
         steps = CHUNKS[min(call, len(CHUNKS) - 1)]
-        state, spoken = decode(params, router_state, state, steps, keys_B, stops, cfg, how, layout)
-        tokens_BC = np.asarray(spoken.tokens_BC)[: len(prompts)]
+        args = (state, steps, keys_B, stops, cfg, compute, how, layout)
+        state, emitted = decode(params, router_state, *args)
+        tokens_BC = np.asarray(emitted.tokens_BC)[: len(prompts)]
         rows = [[int(t) for t in row if t != NOTHING] for row in tokens_BC]
         stats.decode_seconds += time.perf_counter() - started
         stats.new_tokens += sum(map(len, rows))
-        stats.passes += int(spoken.passes_B.sum())
-        stats.accepted += int(spoken.accepted_B.sum())
+        stats.passes += int(emitted.passes_B.sum())
+        stats.accepted += int(emitted.accepted_B.sum())
         yield rows
         call += 1
 
@@ -212,10 +214,10 @@ def generate(
     return rows
 
 
-def cache_bytes(cfg: ModelConfig, batch: int, length: int) -> int:
+def cache_bytes(cfg: ModelConfig, batch: int, length: int, dtype: str = "float32") -> int:
     """Bytes of the keys and values; per token 2 M H elements a layer, for MLA kv_lora + rope."""
     shapes = cache_shapes(cfg, batch, length).values()
-    return sum(math.prod(s) for s in shapes) * jnp.dtype(cfg.dtype).itemsize
+    return sum(math.prod(s) for s in shapes) * jnp.dtype(dtype).itemsize
 
 
 def _pad(prompts, limits: list[int], cfg: ModelConfig, layout: Layout | None):
@@ -231,7 +233,7 @@ def _pad(prompts, limits: list[int], cfg: ModelConfig, layout: Layout | None):
 
 
 def check_prompt(cfg: ModelConfig, prompt: list[int], max_new: int) -> None:
-    """ConfigError if a prompt cannot be continued by `max_new` tokens."""
+    """Raises ConfigError if a prompt cannot be continued by `max_new` tokens."""
     if not prompt:
         raise ConfigError("a prompt needs at least one token: start with the bos token")
     if not 0 <= min(prompt) <= max(prompt) < cfg.vocab_size:
@@ -246,10 +248,11 @@ def check_prompt(cfg: ModelConfig, prompt: list[int], max_new: int) -> None:
 
 
 def _check(cfg: ModelConfig, prompts, limits, how: Sampling, speculative_decoding: bool) -> None:
-    if cfg.num_moe_layers and not ROUTERS[cfg.moe.router].causal:
+    if cfg.router is not None and not cfg.router.causal:
+        causal = ", ".join(repr(n) for n, r in ROUTERS.items() if r.causal)
         raise ConfigError(
-            f"model.moe.router={cfg.moe.router!r} is not causal: a token's route depends on later ones, so the "
-            "model cannot generate; train with router='token_choice'"
+            f"model.moe.router.name={cfg.moe.router.name!r} is not causal: a token's route depends on later "
+            f"ones, so the model cannot generate; train it with {causal} instead"
         )
     if not prompts:
         raise ConfigError("generate needs a prompt")

@@ -1,4 +1,4 @@
-"""One self-contained HTML page of a run, for people who would rather see than read."""
+"""Writes one self-contained HTML page of pictures about a run."""
 
 import base64
 import dataclasses
@@ -8,14 +8,13 @@ from typing import NamedTuple
 import jinja2
 import numpy as np
 
-from moejax.config import to_json
+from moejax.config_io import to_json
 from moejax.cost.architecture import active, of_model, total
 from moejax.data import load_corpus, validation_batches
 from moejax.evals import charts
 from moejax.evals.generate import generate
 from moejax.evals.token_counts import count_tokens, domain_information, favourite_tokens
 from moejax.evals.validation import size_text
-from moejax.moe.routers import ROUTERS
 from moejax.runs import folder
 from moejax.runs.metrics import read_metrics
 from moejax.runs.open import OpenRun, load_run
@@ -38,17 +37,17 @@ class Section:
 
     title: str
     text: str
-    image: str = ""
+    images: tuple[str, ...] = ()
     table: tuple = ()
     experts: tuple = ()
     samples: tuple[Sample, ...] = ()
 
 
 def write_report(workdir: pathlib.Path) -> tuple[pathlib.Path, tuple[Sample, ...]]:
-    """Writes the page into a run's folder; returns its path and the samples in it.
+    """Write the report of a run into its folder; return its path and the samples in it.
 
-    Reads the log and the newest checkpoint, and runs the model over held-out text. Raises
-    ConfigError if the folder holds no trained run.
+    Reads the log and the newest checkpoint, and runs the model over held-out text. Raises ConfigError if
+    the folder is not that of a trained run.
     """
     rows = read_metrics(workdir)
     run = load_run(workdir)
@@ -58,6 +57,7 @@ def write_report(workdir: pathlib.Path) -> tuple[pathlib.Path, tuple[Sample, ...
         sections += [
             load_section(rows),
             balance_section(rows),
+            *([router_section(rows)] if "router" in rows else []),
             *routing_sections(rows, run, corpus),
         ]
     samples = samples_section(run, corpus)
@@ -68,7 +68,7 @@ def write_report(workdir: pathlib.Path) -> tuple[pathlib.Path, tuple[Sample, ...
 
 
 def few_layers(num_layers: int, most: int = 6) -> list[int]:
-    """At most `most` layers, evenly spread, the first and the last among them."""
+    """At most `most` layers, evenly spread from the first to the last."""
     return sorted({round(i) for i in np.linspace(0, num_layers - 1, min(most, num_layers))})
 
 
@@ -100,7 +100,7 @@ def loss_section(rows) -> Section:
         ("Held-out text, by domain", "nats per token", by_domain),
     ]
     text = "How well the model predicts the next token; lower is better."
-    return Section("Loss", text, _image(charts.lines(panels)))
+    return Section("Loss", text, (_image(charts.lines(panels)),))
 
 
 def validation_table(rows) -> Section:
@@ -122,10 +122,10 @@ def load_section(rows) -> Section:
     load_sLE = np.array([r["load_LE"] for r in loads.values()])
     image = charts.load_over_time(list(loads), load_sLE, few_layers(load_sLE.shape[1]))
     text = (
-        "Each row is an expert, each column a step. 1 is its fair share of the tokens; dark rows starve, "
-        "bright ones are crowded."
+        "Each row is an expert, each column a step. 1 is its fair share of the tokens; dark rows get "
+        "too few tokens, bright rows too many."
     )
-    return Section("Load of every expert over time", text, _image(image))
+    return Section("Load of every expert over time", text, (_image(image),))
 
 
 def balance_section(rows) -> Section:
@@ -137,18 +137,35 @@ def balance_section(rows) -> Section:
     ]
     if any(_series(train, "drop_fraction")[1]):
         panels.append(("Routes dropped", "fraction", {"": _series(train, "drop_fraction")}))
-    text = "Means over the MoE layers of one training batch. MaxVio: 2408.15664, section 4.1."
-    return Section("Balance", text, _image(charts.lines(panels)))
+    text = "Averaged over the MoE layers, for one training batch. MaxVio: 2408.15664, section 4.1."
+    return Section("Balance", text, (_image(charts.lines(panels)),))
+
+
+def router_section(rows) -> Section:
+    """The counts that the router itself keeps, and the state that its rule changes, over time."""
+    steps = list(rows["router"])
+    panels, images = [], []
+    for name in next(iter(rows["router"].values())).keys() - {"step", "kind"}:
+        value_sL = np.array([r[name] for r in rows["router"].values()])
+        layers = few_layers(value_sL.shape[1])
+        if value_sL.ndim == 2:
+            each = {f"layer {i}": (steps, value_sL[:, i].tolist()) for i in layers}
+            panels.append((name, "sum over tokens" if name.startswith("stats") else "", each))
+        else:
+            images.append(_image(charts.values_over_time(name, steps, value_sL, layers)))
+    images += [_image(charts.lines(panels[i : i + 3])) for i in range(0, len(panels), 3)]
+    text = "The router's state, which its rule updates (`state/`), and its counts over one batch (`stats/`)."
+    return Section("The router's own state and counts", text, images=tuple(images))
 
 
 def routing_sections(rows, run: OpenRun, corpus) -> list[Section]:
-    """What the experts specialise in, on held-out text: by domain, and by token."""
+    """Which domains and which tokens the experts specialise in, on held-out text."""
     last = list(rows["routing"].values())[-1]
     load_dLE, domains = np.array(last["load_dLE"]), last["domains"]
     layers = few_layers(load_dLE.shape[1])
     data = run.cfg.data
     batches = validation_batches(corpus, run.tokenizer, data, ROUTED_BATCHES * data.batch_size)
-    token_EV = count_tokens(run.params, run.router_state, run.cfg.model, batches, layers)
+    token_EV = count_tokens(run.params, run.router_state, run.cfg, batches, layers)
     return [
         domain_section(load_dLE, domains, layers),
         information_section(rows["routing"], layers),
@@ -158,11 +175,11 @@ def routing_sections(rows, run: OpenRun, corpus) -> list[Section]:
 
 def domain_section(load_dLE: np.ndarray, domains: list[str], layers: list[int]) -> Section:
     text = (
-        "How much more than its uniform share of a domain's held-out tokens each expert receives. "
-        "Experts stand in the order of the domain that they favour."
+        "Each expert's share of a domain's held-out tokens; 1 is the uniform share. "
+        "Experts are sorted by the domain that they favour."
     )
     image = charts.domains_to_experts(load_dLE, domains, layers)
-    return Section("Which domain goes to which expert", text, _image(image))
+    return Section("Which domain goes to which expert", text, (_image(image),))
 
 
 def information_section(routing: dict[int, dict], layers: list[int]) -> Section:
@@ -175,10 +192,10 @@ def information_section(routing: dict[int, dict], layers: list[int]) -> Section:
     }
     text = (
         "Mutual information of domain and expert over the entropy of the domain, on held-out text: "
-        "0 when all domains use the experts alike, 1 when a single route tells the domain."
+        "0 if all domains use the experts alike, 1 if a single route gives the domain away."
     )
     image = charts.lines([("", "I(domain; expert) / H(domain)", series)])
-    return Section("How much a route tells of the domain", text, _image(image))
+    return Section("How much a route reveals about the domain", text, (_image(image),))
 
 
 def expert_section(load_dLE, domains, token_EV, tokenizer, most: int = 4) -> Section:
@@ -188,7 +205,7 @@ def expert_section(load_dLE, domains, token_EV, tokenizer, most: int = 4) -> Sec
         load_dE = load_dLE[:, layer]
         share_dE = load_dE / np.maximum(load_dE.sum(axis=1, keepdims=True), 1)
         partial_E = share_dE.max(axis=0) / np.maximum(share_dE.mean(axis=0), 1e-9)
-        # An expert with next to no tokens is partial by chance.
+        # An expert with very few tokens favours a domain by chance.
         partial_E[load_dE.sum(axis=0) < 0.2 * load_dE.sum() / load_dE.shape[1]] = 0
         chosen = [int(e) for e in np.argsort(-partial_E)[:most] if partial_E[e] > 0]
         for expert in sorted(chosen):
@@ -198,17 +215,14 @@ def expert_section(load_dLE, domains, token_EV, tokenizer, most: int = 4) -> Sec
             ]
             domain = domains[int(share_dE[:, expert].argmax())]
             found.append(dict(layer=layer, expert=expert, domain=domain, tokens=tokens))
-    text = (
-        f"The {most} experts of each layer that are most partial to one domain, on held-out text."
-    )
+    text = f"In each layer, the {most} experts that favour one domain most, on held-out text."
     return Section("What experts read", text, experts=tuple(found))
 
 
 def samples_section(run: OpenRun, corpus) -> Section:
-    """One continuation of a held-out document's beginning per domain; none from a router that is not
-    causal."""
-    if run.cfg.model.num_moe_layers and not ROUTERS[run.cfg.model.moe.router].causal:
-        router = run.cfg.model.moe.router
+    """For each domain, continue the beginning of one held-out document. Empty if the router is not causal."""
+    if run.cfg.model.router is not None and not run.cfg.model.router.causal:
+        router = run.cfg.model.moe.router.name
         return Section(
             "Samples", f"The router {router!r} is not causal: the model cannot generate."
         )
@@ -218,12 +232,12 @@ def samples_section(run: OpenRun, corpus) -> Section:
     ]
     texts = continue_prompts(run, prompts, SAMPLE_TOKENS)
     samples = [Sample(run.tokenizer.decode(p[1:]), text) for p, text in zip(prompts, texts)]
-    text = "Beginnings of held-out documents (blue), continued by the model (temperature 0.8, top-p 0.95)."
+    text = "Beginnings of held-out documents (blue), and how the model goes on (temperature 0.8, top-p 0.95)."
     return Section("Samples", text, samples=tuple(samples))
 
 
 def continue_prompts(run: OpenRun, prompts: list[list[int]], max_new: int) -> list[str]:
-    """The continuation of each prompt, up to the end of the document."""
+    """Continue each prompt, until the model ends the document."""
     max_new = min(max_new, run.cfg.model.max_seq_len - max(map(len, prompts)))
     eos = run.tokenizer.eos_id
     rows = generate(
@@ -232,6 +246,7 @@ def continue_prompts(run: OpenRun, prompts: list[list[int]], max_new: int) -> li
         run.cfg.model,
         prompts,
         max_new,
+        compute=run.cfg.compute,
         temperature=0.8,
         top_p=0.95,
         stop_ids=(eos,),
@@ -247,11 +262,11 @@ def optimisation_section(rows) -> Section:
         ("Speed", "tokens per second", {"": _series(train, "tokens_per_second")}),
     ]
     text = "The optimiser's schedule, the size of its gradients, and the speed of the run."
-    return Section("Optimisation", text, _image(charts.lines(panels)))
+    return Section("Optimisation", text, (_image(charts.lines(panels)),))
 
 
 def page(run: OpenRun, rows, sections: list[Section]) -> str:
-    """The whole page; everything that comes from data is escaped."""
+    """The whole page. Everything that comes from data is escaped."""
     cfg, arch = run.cfg, of_model(run.cfg.model)
     step, last_train = list(rows["train"].items())[-1]
     held_out = list(rows["validation"].values())[-1]
@@ -261,7 +276,7 @@ def page(run: OpenRun, rows, sections: list[Section]) -> str:
         (f"{held_out['loss']:.3f}", f"validation loss{size and f', {size}'}"),
         (f"{held_out['bits_per_byte']:.3f}", "bits per byte"),
         (count_text(total(arch)), "parameters"),
-        (count_text(active(arch)), "of them active per token"),
+        (count_text(active(arch)), "active per token"),
         (count_text(tokens), "training tokens"),
         (f"{np.median(_series(rows['train'], 'tokens_per_second')[1]):,.0f}", "tokens per second"),
         (f"{int(last_train['skipped'])}", "skipped steps"),

@@ -14,7 +14,7 @@ class Sampling(NamedTuple):
     """How to choose; static under jit.
 
     Attributes:
-      temperature: divides the logits; 0 = greedy, and the other two are not looked at.
+      temperature: divides the logits. 0 is greedy and ignores the other two.
       top_k: draw among the k likeliest tokens; 0 = all.
       top_p: draw within the smallest set of tokens whose probability reaches it (1904.09751).
     """
@@ -24,7 +24,7 @@ class Sampling(NamedTuple):
     top_p: float = 1.0
 
     def check(self, vocab_size: int) -> None:
-        """ConfigError naming the value that is out of range."""
+        """Raises ConfigError naming the value that is out of range."""
         good = 0 <= self.temperature < math.inf and 0 < self.top_p <= 1  # not so for NaN
         if not good or not 0 <= self.top_k <= vocab_size:
             raise ConfigError(
@@ -34,14 +34,14 @@ class Sampling(NamedTuple):
 
 
 def row_keys(seed: int, numbers: Sequence[int]) -> jax.Array:
-    """A key for each row, from the seed and the row's number alone: what a row draws does not depend on
-    which rows stand beside it."""
+    """A random key for each row, from the seed and the row's number alone, so that a row's draws do not depend
+    on the rows beside it."""
     fold = jax.vmap(jax.random.fold_in, in_axes=(None, 0))
     return fold(jax.random.key(seed), jnp.asarray(numbers, jnp.int32))
 
 
 def sample(logits_BV, keys_B, position_B, how: Sampling) -> jax.Array:
-    """One token per row, int32 [B]. `position_B`: of the token to choose; folded into the row's key."""
+    """One token per row, int32 [B]. `position_B`: the position of that token, folded into the row's key."""
     if how.temperature == 0:
         return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
     scaled = logits_BV / how.temperature

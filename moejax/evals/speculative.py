@@ -1,10 +1,10 @@
 """Speculative decoding with the model's own multi-token prediction (DeepSeek-V3, 2412.19437 section 2.2).
 
 The first MTP depth reads (h_i, t_{i+1}) and guesses t_{i+2}. One forward pass of the trunk over the last
-token and the guess then gives the true next token, and, where the guess was it, the one after: one or
-two tokens per pass, and always the tokens of greedy decoding (up to rounding: a pass over two tokens may
-round differently than two passes over one). What a rejected guess left in the caches is overwritten by
-the next pass (see `moejax.models.cache`).
+token and the guess then gives the true next token and, if the guess was right, the one after it. So each
+pass gives one or two tokens, always those of greedy decoding (up to rounding: one pass over two tokens may
+round differently from two passes over one). The next pass overwrites whatever a rejected guess left in the
+caches (see `moejax.models.cache`).
 """
 
 from typing import NamedTuple
@@ -12,8 +12,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from moejax.config import ConfigError, ModelConfig
+from moejax.config import ComputeConfig, ConfigError, ModelConfig
 from moejax.models import transformer
+from moejax.models.blocks import Context, locate
 from moejax.models.mtp import mtp_step
 
 
@@ -41,9 +42,20 @@ def check(cfg: ModelConfig, temperature: float) -> None:
 
 
 def guess(
-    params, router_state, hidden_BSD, next_BS, positions_BS, at_B, cache, cfg, *, mask_BS, **args
+    params,
+    router_state,
+    hidden_BSD,
+    next_BS,
+    positions_BS,
+    at_B,
+    cache,
+    cfg: ModelConfig,
+    compute: ComputeConfig,
+    *,
+    mask_BS,
+    **options,
 ) -> Draft:
-    """Run the first MTP depth over some positions and guess after one of them.
+    """Run the first MTP depth over some positions, and guess the token after one of them.
 
     Args:
       params: the model's, with `params["mtp"]`.
@@ -53,23 +65,18 @@ def guess(
       positions_BS: their positions i.
       at_B: the index in S after which to guess.
       cache: of the MTP block.
-      cfg: the model's config.
+      cfg, compute: the model, and how it is computed.
       mask_BS: 1 = token, 0 = neither routed nor counted.
-      **args: `prefill` and `layout`, as for `transformer.forward`.
+      **options: `prefill` and `layout`, as for `transformer.forward`.
     """
     first = lambda tree: jax.tree.map(lambda a: a[0], tree)  # noqa: E731
+    where = locate(next_BS, cfg, positions_BS)
+    ctx = Context(
+        cfg=cfg, compute=compute, where=where, mask_BS=mask_BS, token_ids_BS=next_BS, **options
+    )
+    state = first(router_state.get("mtp", {}))
     _, normed_BSD, cache, _ = mtp_step(
-        params,
-        first(params["mtp"]),
-        0,
-        first(router_state.get("mtp", {})),
-        hidden_BSD,
-        next_BS,
-        cfg,
-        transformer.locate(next_BS, cfg, positions_BS),
-        cache=cache,
-        mask_BS=mask_BS,
-        **args,
+        params, first(params["mtp"]), 0, state, hidden_BSD, next_BS, ctx, cache=cache
     )
     last_BSD = jnp.take_along_axis(normed_BSD, at_B[:, None, None], axis=1)
     logits_BV = transformer.logits(params, last_BSD)[:, 0]
@@ -78,7 +85,16 @@ def guess(
 
 
 def guess_round(
-    params, router_state, token_B, position_B, active_B, cache, draft: Draft, cfg, **args
+    params,
+    router_state,
+    token_B,
+    position_B,
+    active_B,
+    cache,
+    draft: Draft,
+    cfg,
+    compute,
+    **options,
 ):
     """One forward pass over the last token and its guess.
 
@@ -94,10 +110,11 @@ def guess_round(
         router_state,
         tokens_B2,
         cfg,
+        compute=compute,
         positions_BS=positions_B2,
         mask_BS=mask_B2,
         cache=cache,
-        **args,
+        **options,
     )
     true_B2 = jnp.argmax(transformer.logits(params, out.hidden_BSD), axis=-1).astype(jnp.int32)
     accepted_B = true_B2[:, 0] == draft.token_B
@@ -110,7 +127,8 @@ def guess_round(
         accepted_B.astype(jnp.int32),
         draft.cache,
         cfg,
+        compute,
         mask_BS=mask_B2,
-        **args,
+        **options,
     )
     return true_B2, accepted_B, out.cache, draft

@@ -1,4 +1,4 @@
-"""Validation: the loss over held-out batches, and which domain goes to which expert."""
+"""Computes the loss over held-out batches, and counts which domain goes to which expert."""
 
 import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -15,7 +15,7 @@ from moejax.text import count_text
 
 
 def domain_sums(nll_BS, batch: dict, num_domains: int) -> dict[str, jax.Array]:
-    """Sum of nll and number of counted targets of each domain."""
+    """For each domain, the sum of nll and the number of targets that count."""
     hot = jax.nn.one_hot(batch["domain"], num_domains, dtype=nll_BS.dtype)
     mask = (batch["loss_mask"] > 0).astype(nll_BS.dtype)
     return {
@@ -27,7 +27,7 @@ def domain_sums(nll_BS, batch: dict, num_domains: int) -> dict[str, jax.Array]:
 def eval_step(params, router_state, batch, cfg: ExperimentConfig, *, num_domains=1, layout=None):
     """Sums over a validation batch: nll and targets of each domain, and `domain_load` [domain, L, E], the
     routes of each domain to each expert of each MoE layer."""
-    _, parts = loss_fn(params, router_state, batch, cfg.model.without_drops, layout=layout)
+    _, parts = loss_fn(params, router_state, batch, cfg.model, compute=cfg.compute, layout=layout)
     sums = domain_sums(parts.nll_BS, batch, num_domains)
     if "moe_blocks" in parts.aux:
         domain_T = batch["domain"].reshape(-1)
@@ -42,7 +42,7 @@ def eval_step(params, router_state, batch, cfg: ExperimentConfig, *, num_domains
 
 
 def compile_eval(cfg: ExperimentConfig, *, num_domains: int, layout: Layout | None = None):
-    """`eval_step` jitted: (params, router_state, batch) -> sums, whole on every device."""
+    """Jit `eval_step`: (params, router_state, batch) -> sums, replicated on every device."""
     return jax.jit(
         lambda params, router_state, batch: eval_step(
             params, router_state, batch, cfg, num_domains=num_domains, layout=layout
@@ -59,19 +59,19 @@ def evaluate(
     domains: Sequence[str],
     layout: Layout | None = None,
 ) -> tuple[dict[str, float], np.ndarray | None]:
-    """Over held-out batches (`moejax.data.validation_batches`), each whole in every process.
+    """Evaluate held-out batches (`moejax.data.validation_batches`). Every process holds every batch.
 
     Returns:
       Loss (nats per token), perplexity, bits per byte of text, `loss/<domain>` and `bits_per_byte/<domain>`,
-      and what they were measured on: `batches`, `tokens` (targets), `bytes` and `tokens/<domain>`. And the
-      routes of each domain to each expert of each MoE layer, int [domain, L, E], None without MoE layers.
+      and how much text that was: `batches`, `tokens` (targets), `bytes` and `tokens/<domain>`. Then the routes
+      of each domain to each expert of each MoE layer, int [domain, L, E]; None without MoE layers.
     """
     sums, bytes_d, num_batches = None, np.zeros(len(domains)), 0
     for batch in batches:
         num_bytes = batch["num_bytes"]
         fields = {name: a for name, a in batch.items() if name != "num_bytes"}
         out = jax.device_get(eval_fn(params, router_state, place_whole(fields, layout)))
-        # Wide: a float32 sum stops counting at 2^24.
+        # In float64: a float32 sum stops growing at 2^24.
         out |= {k: np.float64(out[k]) for k in ("domain_nll", "domain_targets")}
         sums = out if sums is None else jax.tree.map(np.add, sums, out)
         np.add.at(bytes_d, batch["domain"], num_bytes)
@@ -96,7 +96,7 @@ def evaluate(
 
 
 def size_text(results: Mapping[str, float]) -> str:
-    """What a loss was measured on: '8 batches, 33k tokens'; '' for a run that did not record it."""
+    """How much text a loss was measured on: '8 batches, 33k tokens'; '' if the run did not record it."""
     if "tokens" not in results:
         return ""
     batches = int(results["batches"])

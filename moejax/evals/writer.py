@@ -1,4 +1,4 @@
-"""Text in, text out: a run opened once, its tokenizer, templates and defaults around `generate.stream`."""
+"""Continues text with a run: its tokenizer, chat template and defaults around `generate.stream`."""
 
 import dataclasses
 import pathlib
@@ -25,10 +25,10 @@ Request = str | list[chat.Message]
 
 
 class StoppingText:
-    """Ids in, text out, up to the first of some texts; what may be the start of one is held back.
+    """Turns ids into text, up to the first stop text. An ending that could begin a stop text is held back.
 
     Attributes:
-      stopped: one of the texts has come.
+      stopped: a stop text was found.
     """
 
     def __init__(self, tokenizer: Tokenizer, stop_texts: Sequence[str] = ()):
@@ -42,7 +42,7 @@ class StoppingText:
         return self._pass(self._decoder.push(ids))
 
     def flush(self) -> str:
-        """What is left at the end."""
+        """The rest of the text, at the end."""
         text = self._pass(self._decoder.flush()) + self._held
         self._held = ""
         return "" if self.stopped else text
@@ -61,7 +61,7 @@ class StoppingText:
 
 
 def _overlap(text: str, stop: str) -> int:
-    """Length of the longest end of `text` that begins `stop`."""
+    """Length of the longest ending of `text` that is a beginning of `stop`."""
     return next(
         (n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0
     )
@@ -86,7 +86,7 @@ def mesh_layout(cfg: ExperimentConfig, text: str) -> Layout | None:
     cfg = dataclasses.replace(
         cfg,
         mesh=MeshConfig(**sizes, rules=cfg.mesh.rules),
-        # Rows are filled up to whatever divides: the run's own batch does not matter.
+        # Batches are padded to a number of rows that divides, so the run's own batch size does not matter.
         data=dataclasses.replace(cfg.data, batch_size=rows),
         train=dataclasses.replace(cfg.train, accumulation=1),
     )
@@ -94,20 +94,20 @@ def mesh_layout(cfg: ExperimentConfig, text: str) -> Layout | None:
 
 
 class Writer:
-    """A run that continues prompts, always in the same way.
+    """Opens a run, and continues prompts with one set of options.
 
     Args:
       workdir: of the run, trained or imported.
       mesh: 'tensor=2,expert=4', or None for one device.
-      max_new: tokens per prompt; None: what generation_config.json says, or 200, and no more than fit.
-      temperature, top_k, top_p: None: what generation_config.json says, or `prompt_files.DEFAULTS`.
+      max_new: tokens per prompt. None: the value in generation_config.json, or 200, but no more than fit.
+      temperature, top_k, top_p: None: the value in generation_config.json, or in `prompt_files.DEFAULTS`.
       seed: see `generate.stream`.
       stop_texts: a continuation ends before the first of these.
       stop_ids: token ids that end it, besides those of the tokenizer and the checkpoint's files.
       speculative_decoding: see `generate.stream`.
 
     Attributes:
-      stats: of everything written so far.
+      stats: measurements of everything written so far.
     """
 
     def __init__(
@@ -131,7 +131,7 @@ class Writer:
         self.tokenizer, self.cfg = run.tokenizer, run.cfg.model
         _check_ids(stop_ids, self.cfg.vocab_size)
         self.stats = Stats()
-        self._model = prepare(run.params, self.cfg, layout), run.router_state
+        self._model = prepare(run.params, run.cfg.compute.dtype, layout), run.router_state
         published = self.files.generation
         self._max_new = max_new
         self._stop_texts = (*stop_texts, *prompt_files.several(published, "stop_strings"))
@@ -140,6 +140,7 @@ class Writer:
         given = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
         self._options: dict[str, Any] = dict(
             **prompt_files.sampling_options(given, published, self.cfg.vocab_size),
+            compute=run.cfg.compute,
             seed=seed,
             stop_ids=self._ends,
             speculative_decoding=speculative_decoding,
@@ -150,7 +151,7 @@ class Writer:
     def encode(self, request: Request) -> list[int]:
         """Token ids of a text to continue, or of a conversation to answer.
 
-        Raises ConfigError if it has no tokens, or leaves no room for what is to be written; warns of
+        Raises ConfigError if it has no tokens, or leaves no room for the continuation. Warns about
         characters that the vocabulary cannot express.
         """
         said = [request] if isinstance(request, str) else [m["content"] for m in request]
@@ -178,7 +179,7 @@ class Writer:
     def write_each(
         self, requests: Sequence[Request | ConfigError], first: int = 0
     ) -> list[str | ConfigError]:
-        """The continuation of each request, as if it were alone; of one that cannot be continued, why.
+        """The continuation of each request, as if it were alone, or the error of one that cannot be continued.
 
         Args:
           requests: an error stands for a request that could not even be read.
@@ -201,7 +202,7 @@ class Writer:
         return texts
 
     def _limit(self, prompt: list[int]) -> int:
-        """Tokens that a prompt may be continued by; 1 if there is no room, so that this is what is said."""
+        """How many tokens may continue a prompt. 1 if there is no room, so that the error says so."""
         if self._max_new is not None:
             return self._max_new
         usual = self.files.generation.get("max_new_tokens") or prompt_files.MAX_NEW

@@ -31,7 +31,13 @@ from moejax.interop.own_files import as_json, own_files, token_ids
 from moejax.interop.prompts import FILES, GENERATION_CONFIG, check_tokens, read_prompt_files
 from moejax.interop.save import write_folder
 from moejax.mesh import RULES
-from moejax.models.zoo import FAMILIES, config_from_hf, config_to_hf, lost_fields
+from moejax.models.zoo import (
+    FAMILIES,
+    config_from_hf,
+    config_to_hf,
+    lost_fields,
+    objective_from_hf,
+)
 from moejax.models.zoo.architecture import architecture
 from moejax.params import count
 from moejax.runs import folder as run_folder
@@ -58,6 +64,7 @@ def import_run(
       ConfigError: see `load_model`; no tokenizer.json, or one that does not fit; workdir is taken.
     """
     opened = open_folder(hf_dir, ignore_keys)
+    objective = objective_from_hf(opened.hf)
     text = _tokenizer_text(hf_dir)
     check_tokenizer(text, str(hf_dir / FILE_NAME))
     tokenizer = JsonTokenizer(text, str(hf_dir / FILE_NAME))
@@ -78,6 +85,7 @@ def import_run(
         experiment = ExperimentConfig(
             name=workdir.name,
             model=cfg,
+            objective=objective,
             data=DataConfig(
                 tokenizer=str((hf_dir / FILE_NAME).resolve()),
                 vocab_size=cfg.vocab_size,
@@ -138,7 +146,7 @@ def export_run(workdir: pathlib.Path, hf_dir: pathlib.Path, model_type: str | No
         tokens = {k: own[k] for k in token_ids(run.tokenizer) if k in own} or token_ids(
             run.tokenizer
         )
-        config = {**config_to_hf(run.cfg.model, model_type), **tokens}
+        config = {**config_to_hf(run.cfg.model, model_type, run.cfg.objective), **tokens}
     config = _stored_as(config, jax.tree.leaves(run.params))
     extra = dict(kept)
     if config != own:

@@ -126,7 +126,7 @@ def as_trees(arrays: dict[str, Any], cfg: ModelConfig) -> tuple[dict, dict]:
 
 
 def _specs(cfg: ModelConfig) -> dict:
-    state = jax.eval_shape(lambda: transformer.init_router_state(cfg))
+    state = transformer.abstract_router_state(cfg)
     of_state = jax.tree.map(lambda a: ParamSpec(a.shape, (None,) * a.ndim, dtype=a.dtype), state)
     return {**transformer.param_specs(cfg), ROUTER_STATE: of_state}
 

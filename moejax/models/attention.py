@@ -4,6 +4,9 @@ Every variant is projections around one `attend`. With a cache, `prefill=True` (
 cache was empty: the new tokens attend among themselves and are written; otherwise they are written first
 and attend to the cache. MLA decodes with absorbed projections, so its cache per token is only
 kv_lora + rope numbers (DeepSeek-V2, 2405.04434 section 2.1).
+
+Here: T key positions, G query heads that share a key head (N = M G), Q queries of a key head (G S), C width of
+the latent.
 """
 
 from typing import NamedTuple

@@ -27,15 +27,17 @@ def cache_shapes(cfg: ModelConfig, batch: int, length: int, layers: int | None =
     return {name: (*lead[:2], a.num_kv_heads, length, a.head_dim) for name in ("k", "v")}
 
 
-def init_cache(cfg: ModelConfig, batch: int, length: int, layers: int | None = None) -> Cache:
-    """An empty cache for `batch` rows of up to `length` tokens, in the compute dtype."""
+def init_cache(
+    cfg: ModelConfig, batch: int, length: int, layers: int | None = None, *, dtype=jnp.float32
+) -> Cache:
+    """An empty cache for `batch` rows of up to `length` tokens; `dtype` is that of the computation."""
     shapes = cache_shapes(cfg, batch, length, layers)
-    return {name: jnp.zeros(shape, cfg.dtype) for name, shape in shapes.items()}
+    return {name: jnp.zeros(shape, dtype) for name, shape in shapes.items()}
 
 
-def init_layers(cfg: ModelConfig, batch: int, length: int) -> list[Cache]:
+def init_layers(cfg: ModelConfig, batch: int, length: int, *, dtype=jnp.float32) -> list[Cache]:
     """The same as a list of caches of one layer."""
-    return [init_cache(cfg, batch, length, layers=1) for _ in range(cfg.num_layers)]
+    return [init_cache(cfg, batch, length, layers=1, dtype=dtype) for _ in range(cfg.num_layers)]
 
 
 def write(cache: Cache, layer, positions_BS: jax.Array, new: Cache, *, prefill: bool) -> Cache:

@@ -3,6 +3,8 @@
 loss = cross-entropy + lambda * mean over depths of the MTP cross-entropy + mean over MoE layers of the
 balance losses. Every mean is over the *global* batch: `StepTotals` carries the denominators, so that the
 shares of the micro-batches add up to the whole, whatever their number.
+
+Here: R positions of a chunk, over all rows.
 """
 
 import functools
@@ -11,11 +13,13 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from moejax.config import ModelConfig
+from moejax.config import ComputeConfig, ModelConfig, ObjectiveConfig
 from moejax.models import transformer
+from moejax.models.blocks import Context, locate
+from moejax.models.embedding import head_weights
 from moejax.models.mtp import mtp_forward, mtp_targets
 from moejax.moe.layer import MoEAux
-from moejax.moe.routing import BatchTotals, count_totals
+from moejax.routers.contract import BatchTotals, count_totals
 
 
 class StepTotals(NamedTuple):
@@ -24,18 +28,19 @@ class StepTotals(NamedTuple):
     Attributes:
       targets: positions that count in the cross-entropy.
       mtp_targets: the same for each MTP depth.
-      tokens: `BatchTotals` without loads.
-      loads: name of a stack of MoE layers -> (load_LE, group_load_LG), or None to count here.
+      tokens: `BatchTotals` without stats.
+      mtp_tokens: the same of the positions that each MTP depth routes.
+      stats: name of a stack of MoE layers -> its routers' stats stacked over layers, or None to sum here.
     """
 
     targets: jax.Array
     mtp_targets: tuple[jax.Array, ...]
     tokens: BatchTotals
-    loads: dict | None = None
+    mtp_tokens: tuple[BatchTotals, ...] = ()
+    stats: dict | None = None
 
     def of(self, name: str) -> BatchTotals:
-        load = (None, None) if self.loads is None else self.loads[name]
-        return BatchTotals(self.tokens.num_tokens, self.tokens.num_sequences, *load)
+        return self.tokens._replace(stats=None if self.stats is None else self.stats[name])
 
 
 class LossParts(NamedTuple):
@@ -58,10 +63,12 @@ class LossParts(NamedTuple):
 
 def batch_totals(batch: dict, cfg: ModelConfig) -> StepTotals:
     count = lambda mask: (mask > 0).astype(jnp.float32).sum()  # noqa: E731
+    mtp = [mtp_targets(batch, k + 1) for k in range(cfg.mtp_depth)]
     return StepTotals(
         count(batch["loss_mask"]),
-        tuple(count(mtp_targets(batch, k + 1)[2]) for k in range(cfg.mtp_depth)),
+        tuple(count(of.mask_BS) for of in mtp),
         count_totals(batch["segment_ids"]),
+        tuple(count_totals(of.real_BS) for of in mtp),
     )
 
 
@@ -71,48 +78,67 @@ def loss_fn(
     batch: dict,
     cfg: ModelConfig,
     *,
+    objective: ObjectiveConfig | None = None,
+    compute: ComputeConfig | None = None,
     totals: StepTotals | None = None,
     layout=None,
     key: jax.Array | None = None,
 ) -> tuple[jax.Array, LossParts]:
-    """Loss of a batch (see DESIGN.md for its fields) and its parts. `totals`: None if it is whole."""
+    """Loss of a batch (see DESIGN.md for its fields) and its parts.
+
+    Args:
+      params, router_state, batch: whole, or one micro-batch of it.
+      cfg: the model.
+      objective: balance losses, capacity and MTP weight; None: cross-entropy alone, as evaluated.
+      compute: how it is computed.
+      totals: of the global batch; None if this is it.
+      layout: the mesh and its table, or None.
+      key: for routers that draw random numbers.
+    """
+    compute = compute or ComputeConfig()
     totals = batch_totals(batch, cfg) if totals is None else totals
-    args: dict = dict(layout=layout, key=key)
     out = transformer.forward(
         params,
         router_state,
         batch["tokens"],
         cfg,
+        compute=compute,
+        objective=objective,
         positions_BS=batch["positions"],
         segment_ids_BS=batch["segment_ids"],
         totals=totals.of("moe_blocks") if cfg.num_moe_layers else None,
-        **args,
+        layout=layout,
+        key=key,
     )
-    w_DV = transformer.head_weights(params)
+    w_DV = head_weights(params)
     mask = batch["loss_mask"]
-    total, nll_BS = cross_entropy(out.hidden_BSD, w_DV, batch["targets"], mask, cfg)
+    total, nll_BS = cross_entropy(out.hidden_BSD, w_DV, batch["targets"], mask, compute)
     ce = total / jnp.maximum(totals.targets, 1.0)
 
     mtp, aux = jnp.zeros_like(ce), dict(out.aux)
-    if cfg.mtp_depth:
-        where = transformer.locate(batch["tokens"], cfg, batch["positions"], batch["segment_ids"])
-        mtp_totals = totals.of("mtp") if cfg.num_moe_layers else None
-        valid = batch["segment_ids"] > 0
-        extra = dict(args, mask_BS=valid, token_ids_BS=batch["tokens"]) if mtp_totals else args
+    if cfg.mtp_depth and objective is not None:
+        ctx = Context(
+            cfg=cfg,
+            compute=compute,
+            objective=objective,
+            where=locate(batch["tokens"], cfg, batch["positions"], batch["segment_ids"]),
+            token_ids_BS=batch["tokens"],
+            layout=layout,
+            key=key,
+        )
         depths = []
-        for i, (hidden, targets, depth_mask, depth_aux) in enumerate(
-            mtp_forward(
-                params, router_state, out.hidden_BSD, batch, cfg, where, mtp_totals, **extra
-            )
-        ):
-            total, _ = cross_entropy(hidden, w_DV, targets, depth_mask, cfg)
+        stats = totals.of("mtp").stats if cfg.num_moe_layers else None
+        args = (params, router_state, out.hidden_BSD, batch, ctx, totals.mtp_tokens, stats)
+        for i, (hidden, of, depth_aux) in enumerate(mtp_forward(*args)):
+            total, _ = cross_entropy(hidden, w_DV, of.targets_BS, of.mask_BS, compute)
             mtp = mtp + total / jnp.maximum(totals.mtp_targets[i], 1.0) / cfg.mtp_depth
             depths.append(depth_aux)
-        if mtp_totals:
+        if cfg.num_moe_layers:
             aux["mtp"] = jax.tree.map(lambda *a: jnp.stack(a), *depths)
 
     balance = mean_over_layers(aux)
-    loss = ce + cfg.mtp_loss_weight * mtp + sum(balance.values(), jnp.zeros_like(ce))
+    weight = objective.mtp_loss_weight if objective else 0.0
+    loss = ce + weight * mtp + sum(balance.values(), jnp.zeros_like(ce))
     return loss, LossParts(ce, mtp, balance, nll_BS, aux)
 
 
@@ -129,20 +155,22 @@ def mean_over_layers(aux: dict[str, MoEAux]) -> dict[str, jax.Array]:
 # Cross-entropy that never holds all logits.
 
 
-def chunk_length(batch: int, seq_len: int, cfg: ModelConfig) -> int:
-    """Positions per row at a time: a divisor of the sequence length."""
-    per_row = max(1, cfg.tokens_of_logits // batch)
+def chunk_length(batch: int, seq_len: int, tokens: int) -> int:
+    """Positions per row at a time, at most about `tokens` over all rows: a divisor of the sequence length."""
+    per_row = max(1, tokens // batch)
     return max(c for c in range(1, seq_len + 1) if seq_len % c == 0 and (c <= per_row or c == 1))
 
 
-def cross_entropy(hidden_BSD, w_DV, targets_BS, mask_BS, cfg: ModelConfig):
+def cross_entropy(hidden_BSD, w_DV, targets_BS, mask_BS, compute: ComputeConfig):
     """Sum over counted positions of -log p(target), and nll_BS (without gradient).
 
     The sequence is cut into chunks; each chunk's logits exist only while the chunk is worked on. Since
     the result is a sum, the gradients are computed with it in the same pass: no logits are kept and
     none are computed twice.
     """
-    chunk = chunk_length(targets_BS.shape[0], targets_BS.shape[1], cfg)
+    chunk = chunk_length(
+        targets_BS.shape[0], targets_BS.shape[1], compute.tokens_of_logits(w_DV.shape[1])
+    )
     mask_BS = (mask_BS > 0).astype(jnp.promote_types(hidden_BSD.dtype, jnp.float32))
     total, nll_BS = _cross_entropy(hidden_BSD, w_DV, targets_BS, mask_BS, chunk)
     return total, jax.lax.stop_gradient(nll_BS)

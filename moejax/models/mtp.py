@@ -5,14 +5,19 @@ head. The paper writes the hidden state first; the released weights expect the e
 do we. h^0 is the trunk after its final norm, as the released checkpoints are served.
 """
 
+import dataclasses
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 
 from moejax import axes
 from moejax.config import ModelConfig
-from moejax.models import transformer
+from moejax.models.blocks import Context, LayerInput, block, block_specs, rematerialised
+from moejax.models.embedding import embed
 from moejax.models.norm import norm, norm_specs
 from moejax.params import ParamSpec
+from moejax.routers.contract import BatchTotals
 
 
 def mtp_specs(cfg: ModelConfig) -> dict:
@@ -22,7 +27,7 @@ def mtp_specs(cfg: ModelConfig) -> dict:
         "embed_norm": norm_specs(d, cfg.norm, axes.EMBED),
         "hidden_norm": norm_specs(d, cfg.norm, axes.EMBED),
         "proj": ParamSpec((2 * d, d), (None, axes.EMBED), std=cfg.init_std),
-        "block": transformer.block_specs(cfg, cfg.num_moe_layers > 0),
+        "block": block_specs(cfg, cfg.num_moe_layers > 0),
         "norm": norm_specs(d, cfg.norm, axes.EMBED),
     }
 
@@ -33,7 +38,16 @@ def shift(a_BS: jax.Array, by: int, fill: int = 0) -> jax.Array:
 
 
 def mtp_step(
-    params: dict, depth_params: dict, depth, state, hidden_BSD, next_tokens_BS, cfg, where, **args
+    params: dict,
+    depth_params: dict,
+    depth: int,
+    state: dict,
+    hidden_BSD: jax.Array,
+    next_tokens_BS: jax.Array,
+    ctx: Context,
+    *,
+    stats: dict | None = None,
+    cache=None,
 ):
     """One depth: (hidden before its norm, normed hidden for the head, cache, aux).
 
@@ -44,12 +58,12 @@ def mtp_step(
       state: router state of this depth.
       hidden_BSD: h^{k-1}.
       next_tokens_BS: t_{i+k}.
-      cfg: the model's config.
-      where: positions and documents of the trunk's tokens.
-      **args: as for `transformer.block`, with `load` the global loads of this depth.
+      ctx: of the trunk's tokens.
+      stats: this depth's router stats over the global batch, or None.
+      cache: of this depth, or None.
     """
-    load = args.pop("load", (None, None))
-    e_BSD = transformer.embed(params, next_tokens_BS, where.positions_BS, cfg)
+    cfg = ctx.cfg
+    e_BSD = embed(params, next_tokens_BS, ctx.where.positions_BS, cfg, ctx.compute.dtype)
     both = jnp.concatenate(
         [
             norm(depth_params["embed_norm"], e_BSD, cfg.norm_eps),
@@ -59,38 +73,59 @@ def mtp_step(
     )
     x_BSD = jnp.dot(both, depth_params["proj"].astype(both.dtype))
     index = cfg.num_layers + depth
-    layer = transformer.LayerInput(depth_params["block"], state, index, depth, None, load, None)
-    x_BSD, cache, aux = transformer.block(x_BSD, layer, cfg, where, **args)
+    layer = LayerInput(depth_params["block"], index, depth, state=state, stats=stats)
+    x_BSD, cache, aux = block(x_BSD, layer, ctx, cache=cache)
     return x_BSD, norm(depth_params["norm"], x_BSD, cfg.norm_eps), cache, aux
 
 
-def mtp_targets(batch: dict, depth: int):
-    """For depth k (1-based): (t_{i+k}, target t_{i+k+1}, loss mask), all BS; never across documents."""
-    tokens = shift(batch["targets"], depth - 1)
-    targets = shift(batch["targets"], depth)
-    same = shift(batch["segment_ids"], depth) == batch["segment_ids"]
-    return tokens, targets, shift(batch["loss_mask"], depth) * same
+class Targets(NamedTuple):
+    """What depth k (1-based) reads and predicts, all BS; never across documents.
+
+    Attributes:
+      tokens_BS: t_{i+k}, its input.
+      targets_BS: t_{i+k+1}.
+      real_BS: 1 where there is such a target; only these positions are routed and balanced.
+      mask_BS: of these, where the target counts in the loss.
+    """
+
+    tokens_BS: jax.Array
+    targets_BS: jax.Array
+    real_BS: jax.Array
+    mask_BS: jax.Array
 
 
-def mtp_forward(params, router_state, hidden_BSD, batch, cfg: ModelConfig, where, totals, **args):
-    """All depths in training. Yields (hidden for the head, targets, mask, aux) for each depth."""
+def mtp_targets(batch: dict, depth: int) -> Targets:
+    """`Targets` of depth k = `depth`."""
+    ids = batch["segment_ids"]
+    real = ((shift(ids, depth) == ids) & (ids > 0)).astype(ids.dtype)
+    return Targets(
+        shift(batch["targets"], depth - 1),
+        shift(batch["targets"], depth),
+        real,
+        shift(batch["loss_mask"], depth) * real,
+    )
 
-    def step(depth_params, depth, state, hidden_BSD, tokens, load):
-        extra = {"totals": totals} if cfg.num_moe_layers else {}
-        return mtp_step(
-            *(params, depth_params, depth, state, hidden_BSD, tokens, cfg, where),
-            load=load,
-            **extra,
-            **args,
-        )
 
-    if cfg.remat != "none":
-        policy = transformer.REMAT_POLICIES[cfg.remat]
-        step = jax.checkpoint(step, policy=policy, static_argnums=(1,))
-    for k in range(cfg.mtp_depth):
+def mtp_forward(
+    params: dict,
+    router_state: dict,
+    hidden_BSD: jax.Array,
+    batch: dict,
+    ctx: Context,
+    totals: tuple[BatchTotals, ...],
+    stats: dict | None,
+):
+    """All depths in training. `totals`: of each depth over the global batch; `stats`: of their routers,
+    stacked, or None. Yields (hidden for the head, Targets, aux) for each depth."""
+
+    def step(depth_params, depth, state, hidden_BSD, tokens, real_BS, totals, stats):
+        here = dataclasses.replace(ctx, mask_BS=real_BS, totals=totals)
+        return mtp_step(params, depth_params, depth, state, hidden_BSD, tokens, here, stats=stats)
+
+    step = rematerialised(step, ctx.compute, static_argnums=(1,))
+    for k in range(ctx.cfg.mtp_depth):
         pick = lambda tree, k=k: jax.tree.map(lambda a: a[k], tree)  # noqa: E731
-        tokens, targets, mask = mtp_targets(batch, k + 1)
-        load = (None, None) if totals is None else pick((totals.load_E, totals.group_load_G))
-        state = pick(router_state.get("mtp", {}))
-        hidden_BSD, normed, _, aux = step(pick(params["mtp"]), k, state, hidden_BSD, tokens, load)
-        yield normed, targets, mask, aux
+        of = mtp_targets(batch, k + 1)
+        here = (pick(params["mtp"]), k, pick(router_state.get("mtp", {})), hidden_BSD)
+        hidden_BSD, normed, _, aux = step(*here, of.tokens_BS, of.real_BS, totals[k], pick(stats))
+        yield normed, of, aux

@@ -1,4 +1,4 @@
-"""FFNs: the activations, parameters, one dense FFN, and E expert FFNs over slots. Over routed tokens:
+"""Activations, FFN parameters, the dense FFN, and expert FFNs over fixed slots. For routed tokens see
 `routed_ffn`.
 
 Gated:      y = down(act(gate x, up x))      SwiGLU (2002.05202) and its clamped variants
@@ -7,6 +7,7 @@ Not gated:  y = down(act(up x))              GPT-2's tanh GELU
 An activation is a line of ACTIVATIONS, not an `if`.
 """
 
+import functools
 import types
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -15,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from moejax import axes
-from moejax.config import MoEConfig
+from moejax.config import ModelConfig, MoEConfig
 from moejax.linear import linear
 from moejax.params import ParamSpec
 
@@ -25,12 +26,12 @@ Params = Mapping[str, Any]
 class Activation(NamedTuple):
     """Attributes:
     gated: whether there is a gate projection beside the up projection.
-    apply: (gate, up, limit) -> hidden, elementwise; `gate` is None where not gated. `limit` is that of
-      the clamped activations.
+    apply: (gate, up) -> hidden, elementwise; `gate` is None where not gated. In ACTIVATIONS it takes
+      the `limit` of the clamped ones, too.
     """
 
     gated: bool
-    apply: Callable[[Any, jax.Array, float], jax.Array]
+    apply: Callable[..., jax.Array]
 
 
 def _swiglu(gate, up, limit):
@@ -65,6 +66,22 @@ ACTIVATIONS: Mapping[str, Activation] = types.MappingProxyType(
 )
 
 
+def activation(name: str, limit: float) -> Activation:
+    """A line of ACTIVATIONS with its limit."""
+    gated, apply = ACTIVATIONS[name]
+    return Activation(gated, functools.partial(apply, limit=limit))
+
+
+def of_experts(moe: MoEConfig) -> Activation:
+    """The activation of routed and shared experts."""
+    return activation(moe.activation, moe.activation_limit)
+
+
+def of_dense(cfg: ModelConfig) -> Activation:
+    """The activation of dense FFNs."""
+    return activation(cfg.activation, cfg.moe.activation_limit)
+
+
 # --------------------------------------------------------------------------------------------------
 # One FFN: dense layers and shared experts.
 
@@ -77,11 +94,10 @@ def ffn_param_specs(
     return _specs((), (axes.EMBED, axes.MLP), d_model, width, activation, bias, std)
 
 
-def ffn(params: Params, x: jax.Array, activation: str, limit: float = 0.0) -> jax.Array:
+def ffn(params: Params, x: jax.Array, act: Activation) -> jax.Array:
     """The FFN of x (..., D) -> (..., D), computed in x's dtype."""
-    act = ACTIVATIONS[activation]
     gate = _linear(params, "gate", x) if act.gated else None
-    return _linear(params, "down", act.apply(gate, _linear(params, "up", x), limit))
+    return _linear(params, "down", act.apply(gate, _linear(params, "up", x)))
 
 
 def _linear(params, name, x):
@@ -122,9 +138,8 @@ def _specs(leading, names, d_model, width, activation, bias, std):
     return specs
 
 
-def expert_ffn_slots(params: Params, x_ECD: jax.Array, moe: MoEConfig) -> jax.Array:
-    """Expert e's FFN over its C slots: (E, C, D) -> (E, C, D) in x's dtype, for the dense and
-    capacity dispatchers."""
+def expert_ffn_slots(params: Params, x_ECD: jax.Array, act: Activation) -> jax.Array:
+    """Expert e's FFN over its C slots: (E, C, D) -> (E, C, D) in x's dtype."""
 
     def linear(name, x):
         y = jnp.einsum("ecd,edf->ecf", x, params[f"w_{name}"].astype(x.dtype))
@@ -132,7 +147,5 @@ def expert_ffn_slots(params: Params, x_ECD: jax.Array, moe: MoEConfig) -> jax.Ar
             y = y + params[f"b_{name}"].astype(x.dtype)[:, None]
         return y
 
-    act = ACTIVATIONS[moe.activation]
     gate_ECF = linear("gate", x_ECD) if act.gated else None
-    hidden_ECF = act.apply(gate_ECF, linear("up", x_ECD), moe.activation_limit)
-    return linear("down", hidden_ECF)
+    return linear("down", act.apply(gate_ECF, linear("up", x_ECD)))

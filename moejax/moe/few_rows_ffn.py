@@ -14,9 +14,7 @@ from moejax.moe.varying import vary, varying_axes
 ROWS_PER_EXPERT = 2
 
 
-def forward(
-    stack: dict, first, x_TD, weight_R, token_R, group_sizes_E, act, limit: float
-) -> jax.Array:
+def forward(stack: dict, first, x_TD, weight_R, token_R, group_sizes_E, act) -> jax.Array:
     """y_TD, in x's dtype: for every token the sum over its rows of weight_r FFN_{e(r)}(x). Arguments as of
     `windowed_ffn.forward`."""
     end_E = jnp.cumsum(group_sizes_E)
@@ -31,7 +29,7 @@ def forward(
         through = lambda name, x: linear(x, mine[f"w_{name}"], mine.get(f"b_{name}"))  # noqa: E731
         x_1D = jax.lax.dynamic_slice_in_dim(x_TD, token_R[r], 1)
         gate_1F = through("gate", x_1D) if act.gated else None
-        y_1D = through("down", act.apply(gate_1F, through("up", x_1D), limit))
+        y_1D = through("down", act.apply(gate_1F, through("up", x_1D)))
         sum_1D = jax.lax.dynamic_slice_in_dim(y_TD, token_R[r], 1) + y_1D * weight_R[r]
         return jax.lax.dynamic_update_slice_in_dim(y_TD, sum_1D, token_R[r], 0)
 

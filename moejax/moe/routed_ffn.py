@@ -9,9 +9,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from moejax.config import MoEConfig
 from moejax.moe import few_rows_ffn, windowed_ffn
-from moejax.moe.experts import ACTIVATIONS, Params
+from moejax.moe.experts import Activation, Params
 from moejax.moe.grouped_matmul import grouped_matmul
 from moejax.moe.rows import SortedRoutes, take, to_rows, to_tokens
 from moejax.moe.varying import vary_together
@@ -22,7 +21,8 @@ def routed_ffn(
     x_TD: jax.Array,
     weights_TK: jax.Array,
     routes: SortedRoutes,
-    moe: MoEConfig,
+    act: Activation,
+    implementation: str = "auto",
     stack: tuple[Params, Any] | None = None,
 ) -> jax.Array:
     """Every token through its experts.
@@ -34,7 +34,8 @@ def routed_ffn(
       weights_TK: combine weights.
       routes: the rows; routes without a row (empty slots, dropped ones) contribute nothing and get no
         gradient.
-      moe: the activation, its limit and the grouped matmul implementation.
+      act: the activation.
+      implementation: 'auto' (by platform), or a key of `grouped_matmul.IMPLEMENTATIONS`.
       stack: the parameters of all layers (L, E, ...) and this layer's index, of which `params` is a slice.
         A path that reads expert by expert reads there, and `params` is never copied out of the stack; it
         still receives the gradient.
@@ -43,58 +44,54 @@ def routed_ffn(
       y_TD in x's dtype.
     """
     params, x_TD, weights_TK, routes = vary_together(dict(params), x_TD, weights_TK, routes)
-    if moe.grouped_matmul not in ("auto", "blocked"):
+    if implementation != "auto":
         x_RD, weight_R = to_rows(x_TD, routes), _weight_of_rows(weights_TK, routes)
-        inputs = _project(params, x_RD, routes.group_sizes_E, moe.grouped_matmul)
-        y_RD = _finish(params, inputs, weight_R, routes.group_sizes_E, moe, moe.grouped_matmul)
+        inputs = _project(params, x_RD, routes.group_sizes_E, implementation)
+        y_RD = _finish(params, inputs, weight_R, routes.group_sizes_E, act, implementation)
         return to_tokens(y_RD, routes)
     if stack is not None:
         stack = jax.lax.stop_gradient(stack[0]), stack[1]
-    return _by_platform(params, stack, x_TD, weights_TK, routes, moe)
+    return _by_platform(params, stack, x_TD, weights_TK, routes, act)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
-def _by_platform(params, stack, x_TD, weights_TK, routes, moe):
-    """'auto' and 'blocked'.
-
-    One stated gradient around the choice, so that both sides keep the same arrays for the backward
+def _by_platform(params, stack, x_TD, weights_TK, routes, act):
+    """One stated gradient around the choice, so that both sides keep the same arrays for the backward
     pass (the inputs of the activation) and nothing is kept for the side that does not run. Without a
     gradient, a few rows (decoding) take a path of their own on CPU.
     """
     if routes.route_R.size > few_rows_ffn.ROWS_PER_EXPERT * routes.group_sizes_E.shape[0]:
-        return _by_platform_forward(params, stack, x_TD, weights_TK, routes, moe)[0]
+        return _by_platform_forward(params, stack, x_TD, weights_TK, routes, act)[0]
 
     def few(params, stack, x_TD, weights_TK, routes):
-        act, limit = ACTIVATIONS[moe.activation], moe.activation_limit
-        return few_rows_ffn.forward(*_rows(params, stack, x_TD, weights_TK, routes), act, limit)
+        rows = _rows(params, stack, x_TD, weights_TK, routes)
+        return few_rows_ffn.forward(*rows, act)
 
     def grouped(*args):
-        return _grouped_forward(moe, *args)[0]
+        return _grouped_forward(act, *args)[0]
 
-    return _choose(moe, few, grouped, params, stack, x_TD, weights_TK, routes)
+    return _choose(few, grouped, params, stack, x_TD, weights_TK, routes)
 
 
-def _by_platform_forward(params, stack, x_TD, weights_TK, routes, moe):
+def _by_platform_forward(params, stack, x_TD, weights_TK, routes, act):
     def windowed(params, stack, x_TD, weights_TK, routes):
-        act, limit = ACTIVATIONS[moe.activation], moe.activation_limit
         rows = _rows(params, stack, x_TD, weights_TK, routes)
-        y_RD, inputs = windowed_ffn.forward(*rows, act, limit)
+        y_RD, inputs = windowed_ffn.forward(*rows, act)
         return to_tokens(y_RD, routes), inputs
 
-    grouped = functools.partial(_grouped_forward, moe)
+    grouped = functools.partial(_grouped_forward, act)
     args = (params, stack, x_TD, weights_TK, routes)
-    y_TD, inputs = _choose(moe, windowed, grouped, *args)
+    y_TD, inputs = _choose(windowed, grouped, *args)
     return y_TD, (*args, inputs)
 
 
-def _by_platform_backward(moe, residuals, dy_TD):
+def _by_platform_backward(act, residuals, dy_TD):
     def windowed(params, stack, x_TD, weights_TK, routes, inputs, dy_TD):
-        act, limit = ACTIVATIONS[moe.activation], moe.activation_limit
         rows = _rows(params, stack, x_TD, weights_TK, routes)
-        return windowed_ffn.backward(*rows, inputs, dy_TD, act, limit)
+        return windowed_ffn.backward(*rows, inputs, dy_TD, act)
 
-    grouped = functools.partial(_grouped_backward, moe)
-    dparams, dx_RD, dweight_R = _choose(moe, windowed, grouped, *residuals, dy_TD)
+    grouped = functools.partial(_grouped_backward, act)
+    dparams, dx_RD, dweight_R = _choose(windowed, grouped, *residuals, dy_TD)
     routes = residuals[4]
     return dparams, None, to_tokens(dx_RD, routes), take(dweight_R, routes.row_TK, routes), None
 
@@ -102,9 +99,7 @@ def _by_platform_backward(moe, residuals, dy_TD):
 _by_platform.defvjp(_by_platform_forward, _by_platform_backward)
 
 
-def _choose(moe, windowed, grouped, *args):
-    if moe.grouped_matmul == "blocked":
-        return windowed(*args)
+def _choose(windowed, grouped, *args):
     return jax.lax.platform_dependent(*args, cpu=windowed, default=grouped)
 
 
@@ -126,20 +121,20 @@ def _weight_of_rows(weights_TK, routes):
 # Three grouped matmuls.
 
 
-def _grouped_forward(moe, params, stack, x_TD, weights_TK, routes):
+def _grouped_forward(act, params, stack, x_TD, weights_TK, routes):
     del stack
     weight_R = _weight_of_rows(weights_TK, routes)
     inputs = _project(params, to_rows(x_TD, routes), routes.group_sizes_E, "ragged")
-    y_RD = _finish(params, inputs, weight_R, routes.group_sizes_E, moe, "ragged")
+    y_RD = _finish(params, inputs, weight_R, routes.group_sizes_E, act, "ragged")
     return to_tokens(y_RD, routes), inputs
 
 
-def _grouped_backward(moe, params, stack, x_TD, weights_TK, routes, inputs, dy_TD):
+def _grouped_backward(act, params, stack, x_TD, weights_TK, routes, inputs, dy_TD):
     del stack
     sizes_E, weight_R = routes.group_sizes_E, _weight_of_rows(weights_TK, routes)
     # The values of both halves are not used, and XLA drops the products that compute them.
     _, finish_pullback = jax.vjp(
-        lambda p, inputs, weight: _finish(p, inputs, weight, sizes_E, moe, "ragged"),
+        lambda p, inputs, weight: _finish(p, inputs, weight, sizes_E, act, "ragged"),
         params,
         inputs,
         weight_R,
@@ -159,11 +154,10 @@ def _project(params, x_RD, group_sizes_E, implementation):
     return tuple(_grouped_linear(params, n, x_RD, group_sizes_E, implementation) for n in names)
 
 
-def _finish(params, inputs, weight_R, group_sizes_E, moe, implementation):
+def _finish(params, inputs, weight_R, group_sizes_E, act: Activation, implementation):
     """From the inputs of the activation to the weighted result."""
-    act = ACTIVATIONS[moe.activation]
     gate_RF = inputs[0] if act.gated else None
-    hidden_RF = act.apply(gate_RF, inputs[-1], moe.activation_limit)
+    hidden_RF = act.apply(gate_RF, inputs[-1])
     hidden_RF = (hidden_RF * weight_R[:, None]).astype(hidden_RF.dtype)
     return _grouped_linear(params, "down", hidden_RF, group_sizes_E, implementation, weight_R)
 

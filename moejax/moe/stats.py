@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from moejax.moe.routing import Routing
+from moejax.routers.contract import Routing, SoftRouting
 
 
 def max_violation(load_E: jax.Array) -> jax.Array:
@@ -24,29 +24,42 @@ def dead_experts(load_E: jax.Array) -> jax.Array:
     return (load_E == 0).sum(axis=-1)
 
 
-def summarize(load_LE: jax.Array, dropped_L: jax.Array) -> dict[str, jax.Array]:
-    """Scalars for logging from one step's loads, each computed per layer and then averaged."""
-    return {
+def summarize(stats: dict[str, jax.Array], num_experts: int, num_tokens) -> dict[str, jax.Array]:
+    """Scalars for logging from one step's stats (`MoEAux.stats`, a leading axis of layers), each computed per
+    layer and then averaged. Special experts are used, not balanced."""
+    routes_L = stats["load"].sum(axis=-1)
+    load_LE = stats["load"][:, :num_experts]
+    out = {
         "max_vio": max_violation(load_LE).mean(),
         "load_entropy": load_entropy(load_LE).mean(),
         "dead_experts": dead_experts(load_LE).astype(jnp.float32).mean(),
-        "drop_fraction": dropped_L.sum() / jnp.maximum(load_LE.sum(), 1.0),
+        "drop_fraction": stats["dropped"].sum() / jnp.maximum(routes_L.sum(), 1.0),
+        "experts_per_token": (load_LE.sum(axis=-1) / jnp.maximum(num_tokens, 1.0)).mean(),
     }
+    if "stray" in stats:
+        out["stray_routes"] = stats["stray"].sum()
+    if "score_entropy" in stats:
+        out["score_entropy"] = (stats["score_entropy"] / jnp.maximum(num_tokens, 1.0)).mean()
+    return out
 
 
 def load_by_label(routing, label_T: jax.Array, num_labels: int, num_experts: int) -> jax.Array:
     """Routes to each expert of the tokens with each label (domains, vocabulary entries), int32 [label, E].
 
-    `routing` is a `Routing` or a `SlotRouting`, see moejax.moe.routing; empty slots do not count.
+    `routing` is of any form of `moejax.routers.contract`; empty slots and special experts do not count. A soft
+    routing has no routes: a token counts by the share of an expert's slots that it fills, float32.
     """
+    if isinstance(routing, SoftRouting):
+        share_TE = routing.dispatch_TEC.sum(axis=2)
+        return jnp.zeros((num_labels, num_experts), share_TE.dtype).at[label_T].add(share_TE)
     if isinstance(routing, Routing):
         expert = routing.expert_index_TK
         label = jnp.broadcast_to(label_T[:, None], expert.shape)
-        filled = expert >= 0
+        filled = (expert >= 0) & (expert < num_experts)
     else:
         token_EC = routing.token_index_EC
         expert = jnp.broadcast_to(jnp.arange(num_experts)[:, None], token_EC.shape)
         label = label_T[token_EC]
         filled = token_EC >= 0
     zeros = jnp.zeros((num_labels, num_experts), jnp.int32)
-    return zeros.at[label, expert].add(filled.astype(jnp.int32))
+    return zeros.at[label, jnp.where(filled, expert, 0)].add(filled.astype(jnp.int32))

@@ -6,6 +6,8 @@ parameters slice by slice, and keeps only the inputs of the activation for the b
 
 Rows of a window that are not its own repeat a row that exists and weigh nothing: so they need no mask
 on anything of the model's width, and a token that holds NaN but has no expert is never read.
+
+Here: S windows side by side, C rows of a window.
 """
 
 import jax
@@ -15,7 +17,7 @@ from moejax.moe.grouped_matmul import windows as win
 from moejax.moe.varying import vary, varying_axes
 
 
-def forward(stack: dict, first, x_TD, weight_R, token_R, group_sizes_E, act, limit: float):
+def forward(stack: dict, first, x_TD, weight_R, token_R, group_sizes_E, act):
     """y_r = weight_r FFN_{e(r)}(x_{token_r}).
 
     Args:
@@ -25,7 +27,7 @@ def forward(stack: dict, first, x_TD, weight_R, token_R, group_sizes_E, act, lim
       x_TD: tokens.
       weight_R, token_R: of every row; rows are sorted by expert.
       group_sizes_E: rows of each expert.
-      act, limit: the activation.
+      act: the activation.
 
     Returns:
       y_RD, and the activation's inputs: (gate_RF, up_RF), or (up_RF,) where not gated.
@@ -41,16 +43,14 @@ def forward(stack: dict, first, x_TD, weight_R, token_R, group_sizes_E, act, lim
         params_S = {k: win.read_experts(w, windows, x_TD.dtype, first) for k, w in stack.items()}
         x_SCD, weight_SC = _read(windows, x_TD, weight_R, token_R)
         inputs_S = _project(params_S, x_SCD)
-        y_SCD = _finish(params_S, inputs_S, weight_SC, act, limit)
+        y_SCD = _finish(params_S, inputs_S, weight_SC, act)
         inputs = tuple(win.write_rows(a, b, windows) for a, b in zip(inputs, inputs_S))
         return win.write_rows(y_RD, y_SCD, windows), inputs
 
     return _run(stack, group_sizes_E, num_rows, (y_RD, inputs), body)
 
 
-def backward(
-    stack: dict, first, x_TD, weight_R, token_R, group_sizes_E, inputs, dy_TD, act, limit: float
-):
+def backward(stack: dict, first, x_TD, weight_R, token_R, group_sizes_E, inputs, dy_TD, act):
     """Gradients, given that of sum_rows y: of the E experts (in their dtype), of the token in every row
     (dx_RD) and of weight_R."""
     axes = varying_axes(x_TD, group_sizes_E, dy_TD, *stack.values())
@@ -72,7 +72,7 @@ def backward(
         # Both halves are differentiated where they were evaluated. Their values (all but the
         # activation's) are not used, and XLA drops the products that would compute them.
         _, finish_pullback = jax.vjp(
-            lambda params, inputs, weight: _finish(params, inputs, weight, act, limit),
+            lambda params, inputs, weight: _finish(params, inputs, weight, act),
             params_S,
             inputs_S,
             weight_SC,
@@ -139,11 +139,11 @@ def _project(params_S, x_SCD):
     return tuple(jnp.split(both, len(names), axis=2))
 
 
-def _finish(params_S, inputs, weight_SC, act, limit):
+def _finish(params_S, inputs, weight_SC, act):
     """From the activation's inputs to the weighted result. The weight meets the hidden values, which are
     fewer than the result's, in its own precision."""
     gate = inputs[0] if act.gated else None
-    hidden_SCF = act.apply(gate, inputs[-1], limit)
+    hidden_SCF = act.apply(gate, inputs[-1])
     hidden_SCF = (hidden_SCF * weight_SC[..., None]).astype(hidden_SCF.dtype)
     y_SCD = _batched_rows(hidden_SCF, params_S["w_down"])
     if "b_down" not in params_S:

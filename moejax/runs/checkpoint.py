@@ -23,7 +23,8 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 from jax.sharding import SingleDeviceSharding
 
-from moejax.config import ConfigError, ExperimentConfig, ModelConfig, to_json
+from moejax.config import ConfigError, ExperimentConfig, ModelConfig
+from moejax.config_io import to_json
 from moejax.models import transformer
 from moejax.params import abstract_params, path_name
 from moejax.runs import folder
@@ -222,7 +223,7 @@ def abstract_model(cfg: ModelConfig, layout: Layout | None) -> dict:
     specs = transformer.param_specs(cfg)
     shapes = {
         "params": abstract_params(specs),
-        "router_state": jax.eval_shape(lambda: transformer.init_router_state(cfg)),
+        "router_state": transformer.abstract_router_state(cfg),
     }
     whole = SingleDeviceSharding(jax.devices()[0]) if layout is None else layout.replicated
     shardings = jax.tree.map(lambda _: whole, shapes)

@@ -16,7 +16,8 @@ import os
 import pathlib
 import warnings
 
-from moejax.config import ConfigError, ExperimentConfig, to_json
+from moejax.config import ConfigError, ExperimentConfig
+from moejax.config_io import from_stored, to_json
 from moejax.data.tokenizer import JsonTokenizer, Tokenizer
 
 CONFIG = "config.json"
@@ -29,34 +30,11 @@ TENSORBOARD = "tensorboard"
 REPORT = "report.html"
 HF = "hf"
 
-# How a model is computed, and on what; none of it changes what a checkpoint means.
-FREE = (
-    "name",
-    "train",
-    "mesh",
-    "model.scan_layers",
-    "model.remat",
-    "model.loss_chunk",
-    "model.moe.grouped_matmul",
-    "model.moe.expert_parallel",
-    "model.moe.buffer_factor",
-)
-
+# Groups of options (and a name) that may change when a run goes on: none of them changes what a checkpoint
+# means.
+FREE = ("name", "train", "mesh", "compute")
 # How an imported model goes on to be trained is a choice of the one who trains it.
-FREE_ONCE_IMPORTED = (
-    "data",
-    "optimizer",
-    "model.dtype",
-    "model.mtp_loss_weight",
-    "model.moe.bias_update",
-    "model.moe.bias_rate",
-    "model.moe.balance_groups",
-    "model.moe.expert_loss",
-    "model.moe.sequence_loss",
-    "model.moe.device_loss",
-    "model.moe.communication_loss",
-    "model.moe.z_loss",
-)
+FREE_ONCE_IMPORTED = ("data", "optimizer", "objective")
 
 
 class SaveError(OSError):
@@ -82,8 +60,8 @@ def check_workdir(workdir: pathlib.Path, cfg: ExperimentConfig) -> None:
         return
     only_imported = bool(_steps(workdir)) and not is_trained(workdir)
     free = FREE + (FREE_ONCE_IMPORTED if only_imported else ())
-    theirs = read_config_values(workdir)
-    lines = _differences(theirs, json.loads(to_json(cfg)), "", free)
+    theirs = from_stored(read_config_values(workdir))
+    lines = _differences(json.loads(to_json(theirs)), json.loads(to_json(cfg)), "", free)
     if lines:
         raise ConfigError(
             f"{workdir} belongs to a run with another config:\n"

@@ -3,7 +3,8 @@
 import pathlib
 from typing import NamedTuple
 
-from moejax.config import ConfigError, ExperimentConfig, from_config_dict
+from moejax.config import ConfigError, ExperimentConfig
+from moejax.config_io import from_stored
 from moejax.data import Tokenizer, load_tokenizer
 from moejax.runs import folder
 from moejax.runs.checkpoint import Checkpoints
@@ -29,7 +30,7 @@ def read_config(workdir: pathlib.Path) -> ExperimentConfig:
     """The config of the run in `workdir`; ConfigError if that is not the folder of a run."""
     values = folder.read_config_values(workdir)
     try:
-        return from_config_dict(values)
+        return from_stored(values)
     except ConfigError as e:
         raise ConfigError(f"{workdir / folder.CONFIG}: {e}") from e
 

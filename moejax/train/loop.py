@@ -1,7 +1,8 @@
-"""The training loop: the only place with side effects. Reads data, steps, logs, evaluates, saves."""
+"""The training loop: reads data, steps, logs, evaluates, saves. All side effects of training are here."""
 
 import dataclasses
 import pathlib
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -37,12 +38,12 @@ from moejax.train.step import compile_step
 
 
 class Diverged(RuntimeError):
-    """Too many steps in a row were not finite."""
+    """Too many steps in a row had a NaN or infinite loss or gradient."""
 
 
 @dataclasses.dataclass
 class Session:
-    """What the loop works with, besides the state of training."""
+    """Everything the loop uses besides the training state."""
 
     cfg: ExperimentConfig
     layout: Layout | None
@@ -62,11 +63,11 @@ class Session:
 def train(cfg: ExperimentConfig, workdir: pathlib.Path) -> dict:
     """Run or resume an experiment, on all devices of its mesh. Returns the last validation metrics.
 
-    With several processes (see `processes.start`) every one calls this; process 0 speaks and logs, and
-    `workdir` is on a file system that all see.
+    With several processes (see `processes.start`) each of them calls this. Only process 0 prints and logs, and
+    `workdir` must be on a file system that all of them share.
 
-    Raises ConfigError or DataError before any compute for bad input, and Diverged after
-    `train.max_bad_steps` non-finite steps in a row, with the last good checkpoint intact.
+    Raises ConfigError or DataError for bad input before anything is computed, and Diverged after
+    `train.max_bad_steps` non-finite steps in a row; the last good checkpoint stays intact.
     """
     devices = processes.ordered_devices()
     _check_devices(cfg, devices)
@@ -74,7 +75,7 @@ def train(cfg: ExperimentConfig, workdir: pathlib.Path) -> dict:
     folder.check_writable(workdir)
     corpus = load_corpus(cfg.data)
     with processes.first_goes_first():
-        # Nothing is written before everything is checked: a refused command leaves other runs alone.
+        # Check everything before writing anything, so that a refused command does not damage another run.
         tokenizer = load_tokenizer(cfg.data, corpus, workdir / folder.TOKENIZER)
         cfg = with_vocabulary(cfg, tokenizer.vocab_size)
         folder.check_workdir(workdir, cfg)
@@ -107,9 +108,9 @@ def train(cfg: ExperimentConfig, workdir: pathlib.Path) -> dict:
 
 
 def _check_devices(cfg: ExperimentConfig, devices: list) -> None:
-    """What can be said of dtype and mesh before the corpus is read: all but whether the vocabulary divides."""
-    if cfg.model.dtype == "float64" and not jax.config.jax_enable_x64:  # pyright: ignore
-        raise ConfigError("model.dtype='float64' needs JAX_ENABLE_X64=1 in the environment")
+    """Check dtype and mesh before the corpus is read: everything except whether the vocabulary divides."""
+    if cfg.compute.dtype == "float64" and not jax.config.jax_enable_x64:  # pyright: ignore
+        raise ConfigError("compute.dtype='float64' needs JAX_ENABLE_X64=1 in the environment")
     mesh = mesh_sizes(cfg.mesh, len(devices))
     check_layout(cfg, mesh, devices[0].platform, vocabulary=False)
     processes.check_devices(mesh.devices)
@@ -188,7 +189,7 @@ def _run(s: Session, state: TrainState, key: jax.Array, stop: StopRequest) -> di
 
 
 def _check_finite(s: Session, done: int, bad_in_a_row: int) -> None:
-    """Raises Diverged after too many steps whose update was left out."""
+    """Raises Diverged if too many steps in a row were skipped."""
     if bad_in_a_row >= s.cfg.train.max_bad_steps:
         raise Diverged(
             f"{bad_in_a_row} steps in a row had a NaN or infinite loss or gradient; "
@@ -198,13 +199,16 @@ def _check_finite(s: Session, done: int, bad_in_a_row: int) -> None:
 
 
 def _log_step(s: Session, done: int, values: dict, meter: Meter) -> dict:
-    """Write the metrics of a step; raises Diverged. Returns what the progress bar shows."""
+    """Write the metrics of a step, and return what the progress bar shows. Raises Diverged."""
     _check_finite(s, done, values["bad_in_a_row"])
     values["tokens_per_second"] = speed = meter.read()
     values["flops_per_second"] = speed * model_flops_per_token(s.cfg)
     s.log.write(done, "train", scalars(values, s.domains))
-    if "load/moe_blocks" in values:
-        s.log.append(done, "load", {"load_LE": values["load/moe_blocks"].tolist()})
+    if "stats/moe_blocks/load" in values:
+        s.log.append(done, "load", {"load_LE": values["stats/moe_blocks/load"].tolist()})
+        own = re.compile("(stats|state)/moe_blocks/(?!load$)")
+        arrays = {k: v.tolist() for k, v in values.items() if own.match(k)}
+        s.log.append(done, "router", {k.replace("/moe_blocks", ""): v for k, v in arrays.items()})
     return {"loss": f"{values['cross_entropy']:.3f}", "tok_s": f"{speed:.0f}"}
 
 
@@ -230,10 +234,12 @@ def _evaluate(s: Session, eval_fn, state: TrainState):
 
 
 def _finish(s: Session, done: int, meter: Meter) -> None:
-    """Wait until the last step is saved, then say what the run achieved."""
+    """Wait until the last step is saved, then print the receipt."""
     s.checkpoints.wait()
     if done < s.cfg.train.steps:
-        s.say(f"stopped on request; saved step {done}, the same command goes on from there")
+        s.say(
+            f"stopped on request at step {done}, which is saved; the same command continues from there"
+        )
     speed = meter.typical()
     if speed is not None and s.plan is not None:
         planned = s.plan.step.tokens_per_second

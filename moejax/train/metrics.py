@@ -13,7 +13,7 @@ from moejax.runs import folder
 
 
 def scalars(values: dict, domains) -> dict:
-    """The scalar metrics of a step as floats, the loss of each domain among them."""
+    """The scalar metrics of a step as floats, including the loss of each domain."""
     out = {k: float(v) for k, v in values.items() if np.ndim(v) == 0}
     for i, d in enumerate(domains):
         if values["domain_targets"][i]:
@@ -25,7 +25,8 @@ class Log:
     """metrics.jsonl and TensorBoard, written by process 0 alone (`write=False` in the others).
 
     Rows of metrics.jsonl have `step` and `kind`: 'train', 'validation', 'load' (routes per layer and
-    expert of one step), 'routing' (the same over the validation batches, by domain), 'receipt'.
+    expert of one step), 'router' (its other counts and its state), 'routing' (routes of the validation
+    batches, by domain), 'receipt'.
     """
 
     def __init__(self, workdir: pathlib.Path, *, write: bool = True):
@@ -34,15 +35,15 @@ class Log:
         self.board = SummaryWriter(str(workdir / folder.TENSORBOARD)) if write else None
 
     def write(self, step: int, kind: str, values: dict) -> None:
-        """Scalars: to both."""
-        # First to the file that says so if it cannot be written: TensorBoard's own thread would not.
+        """Write scalars to both."""
+        # First the file, which reports a failed write; TensorBoard's thread would not.
         self.append(step, kind, values)
         if self.board is not None:
             for name, value in values.items():
                 self.board.add_scalar(f"{kind}/{name}", value, step)
 
     def append(self, step: int, kind: str, values: dict) -> None:
-        """Anything JSON holds: to metrics.jsonl alone. Raises folder.SaveError if the disk is full."""
+        """Write any JSON values to metrics.jsonl only. Raises folder.SaveError if the disk is full."""
         if self.file is None:
             return
         try:
@@ -51,18 +52,18 @@ class Log:
         except OSError as e:
             raise folder.SaveError(
                 f"{self.path} cannot be written at step {step}: {e.strerror}. Free some space: the "
-                "checkpoints are whole, and the same command goes on from the newest"
+                "checkpoints are intact, and the same command continues from the newest"
             ) from e
 
     def close(self) -> None:
         for writer in (self.file, self.board):
-            with contextlib.suppress(OSError):  # of a disk that is full, which append has reported
+            with contextlib.suppress(OSError):  # the disk is full, and append has said so
                 if writer is not None:
                     writer.close()
 
 
 def _open_at_line(path: pathlib.Path):
-    """Opened to append; a last line that a crash cut off is ended, so that the next is a line of its own."""
+    """Open a file to append. Ends a last line that a crash cut off, so that rows stay on their own lines."""
     file = path.open("ab+")
     file.seek(max(file.seek(0, 2) - 1, 0))
     if file.read() not in (b"", b"\n"):
@@ -72,7 +73,7 @@ def _open_at_line(path: pathlib.Path):
 
 
 class Meter:
-    """Tokens per second between readings; pauses (evaluation, saving) and compilation do not count."""
+    """Measures tokens per second between readings, without evaluation, saving and compilation."""
 
     def __init__(self):
         self.tokens, self.started = 0, time.monotonic()
@@ -95,5 +96,5 @@ class Meter:
         self.tokens, self.started = 0, time.monotonic()
 
     def typical(self) -> float | None:
-        """Median of the readings, without the first, in which the step was compiled."""
+        """The median reading, without the first one, which includes compilation."""
         return statistics.median(self.readings) if self.readings else None

@@ -1,4 +1,4 @@
-"""Optimisers as a table, what each parameter's role and group make of them, and the schedules of the papers."""
+"""The table of optimisers, how they treat each parameter's role and group, and the papers' schedules."""
 
 from collections.abc import Callable
 
@@ -62,14 +62,14 @@ def _adamw(cfg: OptimizerConfig, rate: optax.Schedule, specs: Tree, decay: Tree)
 def _muon(cfg: OptimizerConfig, rate: optax.Schedule, specs: Tree, decay: Tree):
     """Muon (Jordan 2024; 2502.16982) for the roles in `muon_roles`, AdamW for the rest.
 
-    Each layer's and each expert's matrix is orthogonalised by itself. Left to itself, optax's muon takes the
-    leaves with two axes: stacked norms (L, D) and the embedding, but no stacked matrix.
+    Each layer's and each expert's matrix is orthogonalised by itself. By default optax's muon takes all
+    leaves with two axes, so stacked norms (L, D) and the embedding, but no stacked matrix.
     """
     coefficients = tuple(row[1:] for row in cfg.newton_schulz for _ in range(int(row[0])))
     same = len(cfg.newton_schulz) == 1  # optax then unrolls instead of scanning
     labels = map_specs(lambda s: "muon" if s.role in cfg.muon_roles else "adamw", specs)
 
-    def dimensions(params):  # which have holes where AdamW's are
+    def dimensions(params):  # with masked nodes in place of AdamW's parameters
         return map_specs(_muon_dimensions, specs, params)
 
     orthogonal = muon(
@@ -99,8 +99,8 @@ def _lion(cfg: OptimizerConfig, rate: optax.Schedule, specs: Tree, decay: Tree):
 
 
 def _adafactor(cfg: OptimizerConfig, rate: optax.Schedule, specs: Tree, decay: Tree):
-    """Adafactor (1804.04235) without momentum, its learning rate absolute as that of the others: second
-    moments as a row and a column of each matrix of at least 128 x 128, updates clipped to an RMS of 1."""
+    """Adafactor (1804.04235) without momentum, with an absolute learning rate like the others. It keeps a row
+    and a column of second moments of each matrix of at least 128 x 128, and clips updates to an RMS of 1."""
     scale = optax.chain(optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0))
     return optax.chain(
         _each_instance(scale, specs),
@@ -112,8 +112,8 @@ def _adafactor(cfg: OptimizerConfig, rate: optax.Schedule, specs: Tree, decay: T
 def _each_instance(
     inner: optax.GradientTransformation, specs: Tree
 ) -> optax.GradientTransformation:
-    """`inner` on every layer's and every expert's array by itself. optax would factor a stack (L, E, D, F)
-    over its two longest axes, whichever they are, and clip all experts together."""
+    """Apply `inner` to the array of each layer and each expert separately. optax would factor a stack
+    (L, E, D, F) over its two longest axes, whichever they are, and clip all experts together."""
 
     def mapped(f: Callable, spec: ParamSpec) -> Callable:
         for _ in range(spec.batch_dims):
@@ -146,8 +146,8 @@ OPTIMIZERS: dict[str, Callable[..., optax.GradientTransformation]] = {
 
 
 def make_optimizer(cfg: OptimizerConfig, specs: dict, steps: int) -> optax.GradientTransformation:
-    """The optimiser of the trained part of the parameters that `specs` describe (all of them, without
-    `groups`): see `split_trained`. ConfigError for a group that does not fit them."""
+    """The optimiser for the trained part (see `split_trained`) of the parameters that `specs` describe. Raises
+    ConfigError for a group that does not fit them."""
     treated = cfg.treatments(roles(specs))
     trained = select(specs, _trained(treated))
 
@@ -176,7 +176,7 @@ def optimizer_of(cfg: ExperimentConfig) -> optax.GradientTransformation:
 
 
 def split_trained(params: dict, cfg: ExperimentConfig) -> tuple[dict, dict]:
-    """(trained, frozen) parts of `params`; `params.merge` puts them together again."""
+    """Split `params` into (trained, frozen); `params.merge` joins them again."""
     if not cfg.optimizer.groups:
         return params, {}
     treated = cfg.optimizer.treatments(roles(transformer.param_specs(cfg.model)))

@@ -1,7 +1,7 @@
-"""Several processes, one program: starting them, who goes first, whose devices take part.
+"""Starts and coordinates several processes of one program.
 
-Every process runs the same loop on its own devices. `jax.distributed` finds the others; nothing else talks
-between them but the compiled step, orbax, `moejax.train.signals` and the few functions here.
+Every process runs the same loop on its own devices. `jax.distributed` finds the others. Only the compiled
+step, orbax, `moejax.train.signals` and the few functions here communicate between them.
 """
 
 import contextlib
@@ -20,12 +20,12 @@ def start(
     num_processes: int | None = None,
     process_id: int | None = None,
 ) -> None:
-    """Join the other processes of this run; must come before anything else touches a device.
+    """Join the other processes of this run. Call it before anything uses a device.
 
     Args:
-      mode: 'auto' lets jax find the cluster (Slurm, Open MPI, Kubernetes, TPU pods); 'none': this process
+      mode: 'auto' lets jax find the cluster (Slurm, Open MPI, Kubernetes, TPU pods). With 'none' this process
         is alone unless `coordinator` is given.
-      coordinator: 'host:port' of process 0, where no cluster says so.
+      coordinator: 'host:port' of process 0, if no cluster provides it.
       num_processes, process_id: needed with `coordinator`.
 
     Raises ConfigError if a value is missing or no cluster is found.
@@ -54,7 +54,7 @@ def start(
             f"--distributed={mode}: {e} No cluster was found (Slurm, Open MPI, Kubernetes, TPU pod)? "
             "Then give --coordinator=HOST:PORT --num_processes=N --process_id=I"
         ) from e
-    except RuntimeError as e:  # a cluster that does not answer, or does not allow to be asked
+    except RuntimeError as e:  # the cluster does not answer, or refuses
         raise ConfigError(f"could not join the other processes: {e}") from e
 
 
@@ -65,9 +65,9 @@ def is_first() -> bool:
 
 @contextlib.contextmanager
 def first_goes_first():
-    """Process 0 runs the body before the others do: they find what it wrote.
+    """Process 0 runs the body before the others, which then find the files that it wrote.
 
-    If it raises, the others are let in all the same, to meet the same error rather than to wait.
+    If it raises, the others run the body too, so that they fail with the same error instead of waiting.
     """
     if not is_first():
         multihost_utils.sync_global_devices("first")
@@ -79,14 +79,14 @@ def first_goes_first():
 
 
 def ordered_devices() -> list[jax.Device]:
-    """All devices, those of one process side by side, so that it holds neighbouring rows of a batch."""
+    """All devices, sorted by process, so that each process holds neighbouring rows of a batch."""
     return sorted(jax.devices(), key=lambda d: (d.process_index, d.id))
 
 
 def check_devices(used: int) -> None:
-    """ConfigError if a mesh of `used` devices leaves out one of another process: all must take part."""
+    """Raises ConfigError if several processes would not all take part in a mesh of `used` devices."""
     if jax.process_count() > 1 and used != jax.device_count():
         raise ConfigError(
             f"the mesh has {used} devices, but {jax.process_count()} processes hold "
-            f"{jax.device_count()}: with several processes it must use them all; mesh.data=-1 would"
+            f"{jax.device_count()}: with several processes it must use them all; mesh.data=-1 would work"
         )

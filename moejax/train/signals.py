@@ -1,4 +1,4 @@
-"""Stopping a run: what Ctrl-C and SIGTERM mean to the loop."""
+"""Stops a run on Ctrl-C and SIGTERM."""
 
 import os
 import signal
@@ -8,17 +8,17 @@ from jax.experimental import multihost_utils
 
 
 class StopRequest:
-    """Ctrl-C and SIGTERM, as a question to ask after every step. As a context manager it takes the two
-    signals over, and gives them back.
+    """Remembers Ctrl-C and SIGTERM, so that the loop can ask for them after every step.
 
-    With several processes a SIGTERM to any of them stops all after the same step: jax's preemption
-    service, which `jax.distributed` starts, agrees on it.
+    A context manager: it handles the two signals inside, and restores the old handlers at the end. With several
+    processes, a SIGTERM to any of them stops all after the same step; jax's preemption service, which
+    `jax.distributed` starts, agrees on that step.
     """
 
     def __enter__(self):
         self.asked = False
         several = jax.process_count() > 1
-        # The preemption service has taken SIGTERM itself; Ctrl-C is handed on to it.
+        # The preemption service handles SIGTERM itself; pass Ctrl-C on to it.
         numbers = (signal.SIGINT,) if several else (signal.SIGINT, signal.SIGTERM)
         self.before = {n: signal.getsignal(n) for n in numbers}
         for number in numbers:
@@ -40,5 +40,5 @@ class StopRequest:
         os.kill(os.getpid(), signal.SIGTERM)
 
     def now(self, step: int) -> bool:
-        """Whether to save and leave after this step; to be asked once a step, in every process."""
+        """Whether to save and stop after this step. Every process must ask once a step."""
         return self.asked or multihost_utils.reached_preemption_sync_point(step)

@@ -1,4 +1,4 @@
-"""The training state: everything that a run is, as one pytree, created sharded."""
+"""The training state: everything that a step reads and changes, as one pytree, created sharded."""
 
 import functools
 from typing import NamedTuple
@@ -17,12 +17,12 @@ from moejax.train.optimizer import optimizer_of, split_trained
 
 class TrainState(NamedTuple):
     """Attributes:
-    step: optimiser steps begun, int32 (skipped ones included: it is the position in the data).
+    step: optimiser steps so far, int32, including skipped ones (so it is also the position in the data).
     params: float32 master weights.
-    opt_state: optax's, of the trained parameters.
-    router_state: what rules learn; no gradient, no decay.
-    skipped: steps whose update was not finite and left out.
-    bad_in_a_row: of those, how many came last without a good one between.
+    opt_state: optax's state for the trained parameters.
+    router_state: updated by the routers' rules, without gradients or decay.
+    skipped: steps whose update was not finite, so that it was not applied.
+    bad_in_a_row: the number of skipped steps since the last good one.
     """
 
     step: jax.Array
@@ -45,7 +45,9 @@ def _fresh(cfg: ExperimentConfig, params: dict, router_state: dict) -> TrainStat
 
 
 def _zero() -> jax.Array:
-    return jnp.zeros((), jnp.int32)  # a buffer of its own for every counter: the state is donated
+    return jnp.zeros(
+        (), jnp.int32
+    )  # a separate buffer for each counter, because the state is donated
 
 
 def abstract_state(cfg: ExperimentConfig) -> TrainState:
@@ -54,9 +56,9 @@ def abstract_state(cfg: ExperimentConfig) -> TrainState:
 
 def state_shardings(cfg: ExperimentConfig, layout: Layout | None) -> TrainState:
     """A sharding for every array of the state: parameters by their logical axes, the optimiser's moments
-    like the parameter whose path theirs contains, everything else replicated. A moment of another shape (a
-    row or column of each matrix) is split as its parameter is over layers and experts.
-    Without a layout, all on the first device."""
+    like the parameter whose path they contain, everything else replicated. A moment of another shape (a row or
+    column of each matrix) is split over layers and experts only, like its parameter.
+    Without a layout, everything is on the first device."""
     abstract = abstract_state(cfg)
     if layout is None:
         return jax.tree.map(lambda _: SingleDeviceSharding(jax.devices()[0]), abstract)
@@ -84,7 +86,7 @@ def create_state(cfg: ExperimentConfig, key: jax.Array, layout: Layout | None) -
 def state_of_model(
     cfg: ExperimentConfig, params: dict, router_state: dict, layout: Layout | None
 ) -> TrainState:
-    """The state at step 0 of a model that exists already (an import): a fresh optimiser."""
+    """The state at step 0 of an existing model (an import), with a fresh optimiser."""
     shardings = None if layout is None else state_shardings(cfg, layout)
     fresh = functools.partial(_fresh, cfg)
     return jax.jit(fresh, out_shardings=shardings)(params, router_state)

@@ -11,9 +11,8 @@ from moejax import axes
 from moejax.config import ExperimentConfig
 from moejax.evals.validation import domain_sums
 from moejax.models import transformer
-from moejax.models.loss import LossParts, StepTotals, batch_totals, loss_fn
+from moejax.models.loss import LossParts, batch_totals, loss_fn
 from moejax.moe import stats
-from moejax.moe.routers import ROUTERS
 from moejax.params import merge
 from moejax.train.optimizer import optimizer_of, schedule, split_trained
 from moejax.train.state import TrainState
@@ -30,67 +29,61 @@ def micro_batches(batch: dict, count: int, layout=None) -> dict:
     return jax.tree.map(one, batch)
 
 
-def needs_global_load(cfg: ExperimentConfig) -> bool:
-    """Whether a loss multiplies a count over the whole batch with a mean over the micro-batch."""
-    m = cfg.model.moe
-    return bool(cfg.model.num_moe_layers) and not ROUTERS[m.router].linear_losses(m)
+def counts_first(cfg: ExperimentConfig) -> bool:
+    """Whether a loss multiplies counts over the whole batch by means, so the batch must be counted first."""
+    router = cfg.model.router
+    return router is not None and not router.linear_losses(cfg.model.router_config(cfg.objective))
 
 
-def count_loads(params, router_state, micro, cfg, totals, layout, key) -> dict:
-    """Loads over all micro-batches: name -> (load_LE, group_load_LG). A forward pass, no gradient."""
+def count_stats(loss_of, micro) -> dict:
+    """The routers' stats (name -> stacked over layers), summed over all micro-batches in a forward pass without
+    gradients. `loss_of` takes a micro-batch."""
 
-    def loads(part):
-        batch, number = part
-        return _loads_of(params, router_state, batch, cfg, totals, layout, _fold(key, number))
+    def count(part):
+        return {n: a.stats for n, a in loss_of(part)[1].aux.items()}
 
     def one(carry, part):
-        return jax.tree.map(jnp.add, carry, loads(part)), None
+        return jax.tree.map(jnp.add, carry, count(part)), None
 
-    shapes = jax.eval_shape(loads, jax.tree.map(lambda a: a[0], micro))
+    shapes = jax.eval_shape(count, jax.tree.map(lambda a: a[0], micro))
     zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
     return jax.lax.scan(one, zeros, micro)[0]
 
 
-def _fold(key, number):
-    return None if key is None else jax.random.fold_in(key, number)
-
-
-def _loads_of(params, router_state, batch, cfg, totals, layout, key):
-    _, parts = loss_fn(
-        params, router_state, batch, cfg.model, totals=totals, layout=layout, key=key
-    )
-    return {n: (a.load_E, a.group_load_G) for n, a in parts.aux.items()}
-
-
 def loss_and_grads(params, router_state, batch, cfg: ExperimentConfig, layout=None, key=None):
-    """Loss, LossParts (summed over micro-batches) and gradients of one global batch, the latter with respect
-    to what is trained (see `split_trained`).
+    """Loss, LossParts (summed over micro-batches) and gradients of one global batch. Gradients are only of the
+    trained parameters (see `split_trained`).
 
     The result does not depend on `cfg.train.accumulation`: denominators are global, and losses that
     multiply counts with means get the counts of the whole batch from a first pass.
     """
     trained, frozen = split_trained(params, cfg)
-
-    def loss_of(trained, *args, **kwargs):
-        return loss_fn(merge(trained, frozen), *args, **kwargs)
-
-    grad_fn = jax.value_and_grad(loss_of, has_aux=True)
     totals = batch_totals(batch, cfg.model)
+    how = dict(objective=cfg.objective, compute=cfg.compute, layout=layout)
+
+    def loss_of(trained, rows, key, totals):
+        whole = merge(trained, frozen)
+        return loss_fn(whole, router_state, rows, cfg.model, totals=totals, key=key, **how)
+
     n = cfg.train.accumulation
     if n == 1:
-        (loss, parts), grads = grad_fn(
-            trained, router_state, batch, cfg.model, totals=totals, layout=layout, key=key
-        )
+        grad_fn = jax.value_and_grad(loss_of, has_aux=True)
+        (loss, parts), grads = grad_fn(trained, batch, key, totals)
         return loss, parts, grads
     micro = micro_batches(batch, n, layout), jnp.arange(n)
-    if needs_global_load(cfg):
-        loads = count_loads(params, router_state, micro, cfg, totals, layout, key)
-        totals = StepTotals(totals.targets, totals.mtp_targets, totals.tokens, loads)
+
+    def loss_of_part(trained, part, totals):
+        rows, number = part
+        here = None if key is None else jax.random.fold_in(key, number)
+        return loss_of(trained, rows, here, totals)
+
+    if counts_first(cfg):
+        stats = count_stats(lambda part: loss_of_part(trained, part, totals), micro)
+        totals = totals._replace(stats=stats)
 
     def one(grads, part):
-        rows, number = part
-        args = dict(totals=totals, layout=layout, key=_fold(key, number))
-        (loss, parts), g = grad_fn(trained, router_state, rows, cfg.model, **args)
+        grad_fn = jax.value_and_grad(loss_of_part, has_aux=True)
+        (loss, parts), g = grad_fn(trained, part, totals)
         return jax.tree.map(jnp.add, grads, g), (loss, parts)
 
     zeros = jax.tree.map(jnp.zeros_like, trained)
@@ -99,17 +92,13 @@ def loss_and_grads(params, router_state, batch, cfg: ExperimentConfig, layout=No
 
 
 def _join(parts: LossParts, shape) -> LossParts:
-    """Micro-batches' parts as the batch's: shares add up, per-token arrays go back to their rows."""
+    """Join the parts of micro-batches: add up sums, and put per-token arrays back in the rows of the batch."""
     nll_BS = parts.nll_BS.swapaxes(0, 1).reshape(shape)
-    total = jax.tree.map(lambda a: a.sum(axis=0), parts._replace(nll_BS=None, aux=None))
+    add_up = functools.partial(jax.tree.map, lambda a: a.sum(axis=0))
+    total = add_up(parts._replace(nll_BS=None, aux=None))
     aux = {
         name: a._replace(
-            losses=jax.tree.map(lambda x: x.sum(axis=0), a.losses),
-            load_E=a.load_E.sum(axis=0),
-            group_load_G=a.group_load_G.sum(axis=0),
-            dropped=a.dropped.sum(axis=0),
-            routing=None,
-            score_entropy=a.score_entropy.sum(axis=0),
+            losses=add_up(a.losses), stats=add_up(a.stats), routing=None, scores_TE=None
         )
         for name, a in parts.aux.items()
     }
@@ -139,7 +128,8 @@ def train_step(
       seed_key: the run's key; the step folds in `state.step`.
 
     Returns:
-      The next state, and metrics: scalars, `load/<blocks>` [L, E], `domain_nll` and `domain_targets`.
+      The next state, and metrics: scalars, `stats/<blocks>/<stat>` and `state/<blocks>/<array>` of the routers
+      with a leading axis of layers, `domain_nll` and `domain_targets`.
     """
     key = None if seed_key is None else jax.random.fold_in(seed_key, state.step)
     loss, parts, grads = loss_and_grads(state.params, state.router_state, batch, cfg, layout, key)
@@ -148,8 +138,10 @@ def train_step(
     trained, frozen = split_trained(state.params, cfg)
     updates, opt_state = optimizer_of(cfg).update(grads, state.opt_state, trained)
     learned: Any = optax.apply_updates(trained, updates)
-    loads = {name: a.load_E for name, a in parts.aux.items()}
-    router_state = transformer.update_router_state(state.router_state, loads, cfg.model)
+    seen = {name: a.stats for name, a in parts.aux.items()}
+    router_state = transformer.update_router_state(
+        state.router_state, seen, cfg.model, cfg.objective
+    )
 
     keep = functools.partial(jax.tree.map, lambda new, old: jnp.where(finite, new, old))
     bad = (~finite).astype(jnp.int32)
@@ -165,7 +157,7 @@ def train_step(
         "loss": loss,
         "cross_entropy": parts.cross_entropy,
         "grad_norm": grad_norm,
-        # The optimiser does not count the steps that were left out.
+        # The optimiser does not count skipped steps.
         "learning_rate": schedule(cfg.optimizer, cfg.train.steps)(state.step - state.skipped),
         "tokens": (batch["segment_ids"] > 0).sum(),
         "skipped": new_state.skipped,
@@ -175,20 +167,21 @@ def train_step(
     }
     if cfg.model.mtp_depth:
         metrics["mtp_loss"] = parts.mtp
-    for name, a in parts.aux.items():
-        metrics[f"load/{name}"] = a.load_E
-    if "moe_blocks" in parts.aux:
-        a = parts.aux["moe_blocks"]
-        metrics |= stats.summarize(a.load_E, a.dropped)
-        metrics["score_entropy"] = a.score_entropy.mean()
+    for kind, of in (("stats", seen), ("state", new_state.router_state)):
+        for name, values in of.items():
+            # Only numbers per layer, or per layer and expert; a table of the vocabulary is too large.
+            metrics |= {f"{kind}/{name}/{k}": v for k, v in values.items() if v.ndim <= 2}
+    if "moe_blocks" in seen:
+        tokens = metrics["tokens"].astype(jnp.float32)
+        metrics |= stats.summarize(seen["moe_blocks"], cfg.model.moe.num_experts, tokens)
     return new_state, metrics
 
 
 def compile_step(
     cfg: ExperimentConfig, *, num_domains=1, layout=None, seed_key=None, shardings=None
 ):
-    """`train_step` jitted once, the state donated. `shardings` pins the state's (see `state_shardings`);
-    the metrics are then whole on every device."""
+    """Jit `train_step` and donate the state. With `shardings` (see `state_shardings`) the state keeps these,
+    and the metrics are replicated on every device."""
     step = functools.partial(
         train_step, cfg=cfg, num_domains=num_domains, layout=layout, seed_key=seed_key
     )

@@ -1,4 +1,4 @@
-"""`moejax plan --verify`: the plan's predictions against XLA's analysis and a short real run."""
+"""`moejax plan --verify`: compares a plan with XLA's own analysis and with a short real run."""
 
 import dataclasses
 import time
@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from moejax.config import ExperimentConfig
+from moejax.config import ComputeConfig, ExperimentConfig
 from moejax.cost import memory
 from moejax.cost.architecture import of_model
 from moejax.cost.flops import flops_per_token
@@ -26,8 +26,8 @@ FIELDS = ("tokens", "targets", "segment_ids", "positions", "loss_mask", "domain"
 
 
 def verify(cfg: ExperimentConfig, *, steps: int = 3) -> list[Table]:
-    """Compiles the real step of `cfg` on this machine's devices, runs it `steps` times on random
-    tokens, and compares FLOPs, memory and speed with the plan."""
+    """Compile the real step of `cfg` for this machine's devices, run it `steps` times on random tokens, and
+    compare FLOPs, memory and speed with the plan."""
     layout = make_layout(cfg)
     plan = plan_run(cfg, layout)
     compiled = _compile(cfg, layout)
@@ -35,7 +35,7 @@ def verify(cfg: ExperimentConfig, *, steps: int = 3) -> list[Table]:
     memory_rows = compare_memory(plan.memory, compiled.memory_analysis())
     seconds = measure(cfg, compiled, layout, steps)
     tokens = cfg.data.batch_size * cfg.data.seq_len
-    peak = total_peak(cfg.model.dtype, plan.setup.mesh.devices)
+    peak = total_peak(cfg.compute.dtype, plan.setup.mesh.devices)
     return [
         Table("XLA's FLOPs of loss and gradient", ["", "plan", "XLA", "error"], flops_rows),
         Table("XLA's bytes per device", ["", "plan", "XLA", "error"], memory_rows),
@@ -50,20 +50,19 @@ def verify(cfg: ExperimentConfig, *, steps: int = 3) -> list[Table]:
 def countable(cfg: ExperimentConfig) -> ExperimentConfig:
     """The same mathematics in a form whose FLOPs XLA can count.
 
-    XLA counts the body of a loop once, so layers are unrolled and the loss is one chunk; grouped
-    matmuls, which differ by platform, become the capacity dispatcher's batched ones, with exactly
-    T K rows. Recomputation is left out: it is not part of the plan's model FLOPs.
+    XLA counts the body of a loop once, so layers are unrolled and the loss is one chunk. Grouped matmuls
+    differ by platform, so they are replaced by batched ones with a capacity of exactly T K rows. Nothing is
+    recomputed, because the plan's model FLOPs do not count that.
     """
-    model = cfg.model
     tokens = cfg.data.batch_size * cfg.data.seq_len
-    moe = model.moe
-    if model.num_moe_layers and moe.router == "token_choice":
-        moe = dataclasses.replace(moe, dispatcher="capacity", capacity_factor=1.0)
-    model = dataclasses.replace(
-        model, scan_layers=False, remat="none", loss_chunk=tokens, dtype="float32", moe=moe
-    )
+    router, objective = cfg.model.router, cfg.objective
+    if router is not None and router.form == "token":
+        objective = dataclasses.replace(objective, capacity_factor=1.0)
     return dataclasses.replace(
-        cfg, model=model, train=dataclasses.replace(cfg.train, accumulation=1)
+        cfg,
+        objective=objective,
+        compute=ComputeConfig(scan_layers=False, loss_chunk=tokens),
+        train=dataclasses.replace(cfg.train, accumulation=1),
     )
 
 
@@ -72,10 +71,10 @@ def xla_flops(cfg: ExperimentConfig, *, gradient: bool = True) -> float:
     cfg = countable(cfg)
     model = cfg.model
     params = abstract_params(transformer.param_specs(model))
-    state = jax.eval_shape(lambda: transformer.init_router_state(model))
+    state = transformer.abstract_router_state(model)
 
     def loss(p, s, b):
-        return loss_fn(p, s, b, model)[0]
+        return loss_fn(p, s, b, model, objective=cfg.objective, compute=cfg.compute)[0]
 
     f = jax.grad(loss) if gradient else loss
     compiled = jax.jit(f).lower(params, state, _abstract_batch(cfg)).compile()
@@ -92,7 +91,7 @@ def compare_flops(cfg: ExperimentConfig) -> list[list[str]]:
 
 
 def predicted_flops(cfg: ExperimentConfig, phase: str = "train") -> float:
-    """The plan's count for one batch, every attention score computed, as our code does."""
+    """The plan's count for one batch. Like the code, it computes every attention score."""
     model, seq_len = cfg.model, cfg.data.seq_len
     f = flops_per_token(of_model(model), phase, seq_len, causal=False, mtp=model.mtp_depth > 0)
     assert f.total is not None
@@ -124,7 +123,7 @@ def _compile(cfg: ExperimentConfig, layout):
 
 
 def compare_memory(held: memory.TrainingMemory, xla: Any) -> list[list[str]]:
-    """State (weights and moments, which live across steps) and what a step needs besides."""
+    """Compare the state (weights and moments) and the working memory of a step with XLA's numbers."""
     state = held.weights + held.optimizer
     rows = [("state", state, xla.argument_size_in_bytes)]
     rows.append(("working memory", held.total - state, xla.temp_size_in_bytes))
@@ -137,7 +136,7 @@ def compare_memory(held: memory.TrainingMemory, xla: Any) -> list[list[str]]:
 
 
 def measure(cfg: ExperimentConfig, compiled, layout, steps: int) -> float:
-    """Seconds of one step: the fastest of `steps`, after one to warm up."""
+    """Seconds of one step: the fastest of `steps`, after a warm-up step."""
     state = create_state(cfg, jax.random.key(0), layout)
     batch = place_whole(random_batch(cfg), layout)
     state, metrics = compiled(state, batch)

@@ -12,6 +12,7 @@ from moejax.cost.published import published
 from moejax.models import zoo
 from moejax.models.transformer import param_specs
 from moejax.params import count, init_params
+from moejax.routers import router_options
 
 ALL, NO_INPUT, NONE = "with embeddings", "without input embedding", "without embeddings"
 
@@ -228,7 +229,7 @@ ODD = ModelConfig(
     attention=AttentionConfig(qkv_bias=True, out_bias=True, qk_norm="full", sinks=True),
     moe=MoEConfig(
         num_experts=6, d_expert=24, shared_experts=1, d_shared=40, shared_gate=True, ffn_bias=True,
-        router_bias=True, activation="gelu_tanh", bias_update="sign",
+        activation="gelu_tanh", router=router_options(router_bias=True, expert_bias=True),
     ),
 )  # fmt: skip
 

@@ -30,13 +30,21 @@ from moejax.text import (
     render,
     seconds_text,
 )
+from tests.flat import change
 
 H100 = hardware.load_device("h100")
-MOE = ModelConfig(
-    vocab_size=256, d_model=64, num_layers=3, num_dense_layers=1, d_ff=128,
-    attention=AttentionConfig(num_heads=4, num_kv_heads=4, head_dim=16),
-    moe=MoEConfig(num_experts=8, experts_per_token=2, d_expert=32),
-)  # fmt: skip
+MOE = ExperimentConfig(
+    model=ModelConfig(
+        vocab_size=256,
+        d_model=64,
+        num_layers=3,
+        num_dense_layers=1,
+        d_ff=128,
+        attention=AttentionConfig(num_heads=4, num_kv_heads=4, head_dim=16),
+        moe=MoEConfig(num_experts=8, experts_per_token=2, d_expert=32),
+    )
+)
+LLAMA = ExperimentConfig(model=zoo.load_preset("llama-2-7b"))  # fmt: skip
 
 
 # --------------------------------------------------------------------------------------------------
@@ -107,7 +115,7 @@ def test_cpu_is_measured():
 
 def test_training_memory_of_one_device():
     held = memory.training(MOE, MeshSizes(), 4, 32)
-    parameters = sum(p.total for p in of_model(MOE).parts)
+    parameters = sum(p.total for p in of_model(MOE.model).parts)
     assert (held.weights, held.gradients, held.optimizer) == (4 * parameters,) * 2 + (
         8 * parameters,
     )
@@ -116,7 +124,7 @@ def test_training_memory_of_one_device():
 
 
 def test_sharding_divides_weights():
-    experts = of_model(MOE).part("routed experts")
+    experts = of_model(MOE.model).part("routed experts")
     assert experts is not None
     one, many = (memory.training(MOE, m, 8, 32) for m in (MeshSizes(), MeshSizes(data=2, expert=4)))
     assert one.weights - many.weights == 4 * experts.total * 3 / 4
@@ -127,7 +135,7 @@ def test_sharding_divides_weights():
 
 def test_remat_and_accumulation_and_dtype():
     kept = {
-        r: memory.training(dataclasses.replace(MOE, remat=r), MeshSizes(), 8, 32).activations
+        r: memory.training(change(MOE, remat=r), MeshSizes(), 8, 32).activations
         for r in ("none", "dots", "full")
     }
     assert kept["full"] < kept["dots"] < kept["none"]
@@ -135,7 +143,7 @@ def test_remat_and_accumulation_and_dtype():
     assert (
         memory.training(MOE, MeshSizes(), 8, 32, accumulate=True).gradients == 2 * plain.gradients
     )
-    half = memory.training(dataclasses.replace(MOE, dtype="bfloat16"), MeshSizes(), 8, 32)
+    half = memory.training(change(MOE, dtype="bfloat16"), MeshSizes(), 8, 32)
     assert half.cast == plain.weights / 2 and half.weights == plain.weights
 
 
@@ -143,8 +151,7 @@ def test_expert_parallel_buffers():
     mesh = MeshSizes(expert=4)
     sizes = {}
     for way, factor in (("ring", 0.0), ("all_to_all", 0.0), ("all_to_all", 1.0)):
-        moe = dataclasses.replace(MOE.moe, expert_parallel=way, buffer_factor=factor)
-        cfg = dataclasses.replace(MOE, moe=moe)
+        cfg = change(MOE, expert_parallel=way, buffer_factor=factor)
         sizes[way, factor] = memory.training(cfg, mesh, 8, 32).buffers
     one = 8 * 32 / 4 * 64 * 4  # a device's tokens, float32
     assert sizes["ring", 0.0] == 2 * 4 * one
@@ -156,19 +163,17 @@ def test_rows_of_split_experts():
     """8 experts, 2 per token, over 4 devices: each holds 2, and 4 peers may send both routes of every
     token to it; no more than buffer_factor times 2 routes if there is one."""
     mesh = MeshSizes(expert=4)
-    bounded = dataclasses.replace(MOE.moe, buffer_factor=1.5)
     assert memory.rows_per_token(MOE, MeshSizes(data=4)) == 2
     assert memory.rows_per_token(MOE, mesh) == 8
-    assert memory.rows_per_token(dataclasses.replace(MOE, moe=bounded), mesh) == 3
-    generous = dataclasses.replace(MOE.moe, buffer_factor=100.0)
-    assert memory.rows_per_token(dataclasses.replace(MOE, moe=generous), mesh) == 8
+    assert memory.rows_per_token(change(MOE, buffer_factor=1.5), mesh) == 3
+    assert memory.rows_per_token(change(MOE, buffer_factor=100.0), mesh) == 8
 
 
 def test_mesh_rules_move_the_experts():
     """'expert=data': experts split over the devices that hold the batch."""
-    experts, attention = (of_model(MOE).part(n) for n in ("routed experts", "attention"))
+    experts, attention = (of_model(MOE.model).part(n) for n in ("routed experts", "attention"))
     assert experts and attention
-    cfg = ExperimentConfig(model=MOE, mesh=MeshConfig(data=4, rules=("expert=data",)))
+    cfg = dataclasses.replace(MOE, mesh=MeshConfig(data=4, rules=("expert=data",)))
     _, setup = of_experiment(cfg, H100, 4)
     assert (experts.shards(setup.mesh), attention.shards(setup.mesh), setup.mesh.peers) == (4, 1, 4)
     moved, plain = (memory.training(MOE, m, 8, 32) for m in (setup.mesh, MeshSizes(data=4)))
@@ -188,23 +193,22 @@ def test_deepseek_moe_16b_fits_a_40gb_device():
 
 
 def test_training_estimate_by_hand():
-    cfg = dataclasses.replace(MOE, dtype="bfloat16")
+    cfg = change(MOE, dtype="bfloat16")
     e = roofline.training_step(cfg, H100, MeshSizes(), 4, 32, efficiency=0.5)
-    model = flops_per_token(of_model(cfg), "train", 32, causal=False).total or 0
+    model = flops_per_token(of_model(cfg.model), "train", 32, causal=False).total or 0
     assert e.compute == pytest.approx(128 * model / (0.5 * 989e12))
     assert e.network == 0 and e.limit == "memory" and e.seconds == e.memory
     assert e.tokens_per_second == 128 / e.seconds
     assert e.intensity == e.flops / e.bytes
     again = roofline.training_step(
-        dataclasses.replace(cfg, remat="full"), H100, MeshSizes(), 4, 32, efficiency=0.5
+        change(cfg, remat="full"), H100, MeshSizes(), 4, 32, efficiency=0.5
     )
     assert again.compute == pytest.approx(e.compute * 4 / 3)
 
 
 def test_counting_loads_before_accumulation_is_a_forward_pass_more():
     def compute(loss, accumulation):
-        moe = dataclasses.replace(MOE.moe, expert_loss=loss)
-        cfg = dataclasses.replace(MOE, moe=moe)
+        cfg = change(MOE, expert_loss=loss)
         run = roofline.training_step(cfg, H100, MeshSizes(), 4, 32, accumulation=accumulation)
         return run.compute
 
@@ -213,9 +217,9 @@ def test_counting_loads_before_accumulation_is_a_forward_pass_more():
 
 
 def test_large_batches_are_bound_by_arithmetic():
-    cfg = dataclasses.replace(zoo.load_preset("llama-2-7b"), dtype="bfloat16")
+    cfg = change(LLAMA, dtype="bfloat16")
     assert roofline.training_step(cfg, H100, MeshSizes(), 64, 4096).limit == "compute"
-    arch = of_model(cfg)
+    arch = of_model(cfg.model)
     small = roofline.decode_step(arch, H100, MeshSizes(), 1, 128)
     large = roofline.decode_step(arch, H100, MeshSizes(), 4096, 1)
     assert small and small.limit == "memory"
@@ -223,7 +227,7 @@ def test_large_batches_are_bound_by_arithmetic():
 
 
 def test_network_binds_without_a_batch_to_hide_it():
-    cfg = dataclasses.replace(zoo.load_preset("llama-2-7b"), dtype="bfloat16")
+    cfg = change(LLAMA, dtype="bfloat16")
     assert roofline.training_step(cfg, H100, MeshSizes(fsdp=64), 64, 128).limit == "network"
 
 
@@ -239,7 +243,7 @@ def test_decoding_reads_only_the_experts_in_use():
 
 
 def test_nearest_fit_changes_as_little_as_it_can():
-    cfg = dataclasses.replace(zoo.load_preset("llama-2-7b"), dtype="bfloat16", remat="dots")
+    cfg = change(LLAMA, dtype="bfloat16", remat="dots")
     tight = dataclasses.replace(H100, memory=200e9)
     fit = roofline.nearest_fit(cfg, tight, MeshSizes(), 64, 4096)
     # Alone, 7B takes 16 + 4 (accumulated gradients) + 2 bytes a parameter: 148 GB, and room for
@@ -248,7 +252,11 @@ def test_nearest_fit_changes_as_little_as_it_can():
     fit = roofline.nearest_fit(cfg, H100, MeshSizes(), 64, 4096)
     assert fit is not None and fit.mesh.devices in (2, 4) and fit.bytes < 0.9 * H100.memory
     held = memory.training(
-        dataclasses.replace(cfg, remat=fit.remat), fit.mesh, fit.micro_batch, 4096, accumulate=True
+        dataclasses.replace(cfg, compute=fit.compute),
+        fit.mesh,
+        fit.micro_batch,
+        4096,
+        accumulate=True,
     )
     assert held.total == fit.bytes
     check_setup(cfg, Setup(H100, fit.mesh, 64, fit.micro_batch))  # the mesh it names is a legal one
@@ -259,7 +267,7 @@ def test_nearest_fit_changes_as_little_as_it_can():
 
 
 def test_meshes_are_legal():
-    for mesh in roofline.meshes(MOE, 8):
+    for mesh in roofline.meshes(MOE.model, 8):
         check_setup(MOE, Setup(H100, mesh, batch=8, micro_batch=8, context=32))
         assert mesh.devices == 8
 
@@ -269,8 +277,8 @@ def test_meshes_are_legal():
 
 
 def test_of_experiment():
-    cfg = ExperimentConfig(
-        model=MOE,
+    cfg = dataclasses.replace(
+        MOE,
         data=DataConfig(batch_size=16, seq_len=32),
         train=TrainConfig(steps=10, accumulation=2),
         mesh=MeshConfig(data=-1, expert=4),
@@ -283,13 +291,13 @@ def test_of_experiment():
         32,
         10 * 16 * 32,
     )
-    assert plan(arch, MOE, setup)
+    assert plan(arch, cfg, setup)
     with pytest.raises(ConfigError, match="multiple of 4"):
         of_experiment(cfg, H100, 6)
 
 
 @pytest.mark.parametrize(
-    "change, text",
+    "changes, text",
     [
         ({"batch": 0}, "batch=0"),
         ({"batch": 9, "micro_batch": 2}, "multiple of micro_batch=2"),
@@ -299,9 +307,9 @@ def test_of_experiment():
         ({"mesh": MeshSizes(fsdp=2)}, "micro_batch=1 does not divide"),
     ],
 )
-def test_impossible_setups(change, text):
+def test_impossible_setups(changes, text):
     with pytest.raises(ConfigError) as e:
-        check_setup(MOE, Setup(H100, **change))
+        check_setup(MOE, Setup(H100, **changes))
     assert text in str(e.value)
 
 

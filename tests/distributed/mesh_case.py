@@ -12,26 +12,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from moejax.config import (
-    AttentionConfig,
-    DataConfig,
-    ExperimentConfig,
-    MeshConfig,
-    ModelConfig,
-    MoEConfig,
-    OptimizerConfig,
-    TrainConfig,
-)
+from moejax.config import ExperimentConfig, MeshConfig
 from moejax.data import synthetic_batch
 from moejax.models import transformer
-from moejax.params import init_params
 from moejax.sharding import Layout, make_layout
 from moejax.train.step import loss_and_grads
+from tests.flat import change, experiment
 
 # Gradients and losses here are of order 1e-4 to 10, sums have up to a few thousand terms.
 TOLERANCE = {"rtol": 1e-9, "atol": 1e-12}
 
-MOE = MoEConfig(
+CFG = experiment(
     num_experts=8,
     experts_per_token=2,
     d_expert=4,
@@ -40,6 +31,7 @@ MOE = MoEConfig(
     normalize_weights=True,
     routed_scaling=1.5,
     router_bias=True,
+    expert_bias=True,
     bias_update="sign",
     bias_rate=0.1,
     balance_groups=4,
@@ -48,10 +40,7 @@ MOE = MoEConfig(
     device_loss=0.1,
     communication_loss=0.1,
     z_loss=0.01,
-    ffn_bias=True,
-    capacity_factor=4.0,  # C = T K / E * 4 = T: an expert holds every token, nothing is dropped
-)
-MODEL = ModelConfig(
+    moe_ffn_bias=True,
     vocab_size=32,
     d_model=8,
     num_layers=2,
@@ -59,35 +48,24 @@ MODEL = ModelConfig(
     d_ff=8,
     init_std=0.3,
     dtype="float64",
-    attention=AttentionConfig(num_heads=2, num_kv_heads=2, head_dim=4),
-    moe=MOE,
+    num_heads=2,
+    num_kv_heads=2,
+    head_dim=4,
+    seq_len=4,
+    batch_size=16,
+    warmup_steps=1,
+    learning_rate=0.01,
+    steps=10,
 )
-CFG = ExperimentConfig(
-    model=MODEL,
-    data=DataConfig(seq_len=4, batch_size=16),
-    optimizer=OptimizerConfig(warmup_steps=1, learning_rate=0.01),
-    train=TrainConfig(steps=10),
-)
+MODEL, MOE = CFG.model, CFG.model.moe
+# C = T K / E * 4 = T: an expert holds every token, nothing is dropped.
+ALL_SLOTS = 4.0
 
 
-def config(
-    *, mesh=None, accumulation=1, remat="none", scan=True, dtype="float64", mtp=0, **moe
-) -> ExperimentConfig:
-    """CFG with one way of computing it. `mesh`: sizes by axis and `rules`; `moe`: fields of MoEConfig."""
-    model = dataclasses.replace(
-        MODEL,
-        remat=remat,
-        scan_layers=scan,
-        dtype=dtype,
-        mtp_depth=mtp,
-        moe=dataclasses.replace(MOE, **moe),
-    )
-    return dataclasses.replace(
-        CFG,
-        model=model,
-        train=dataclasses.replace(CFG.train, accumulation=accumulation),
-        mesh=dataclasses.replace(MeshConfig(data=1), **(mesh or {})),
-    )
+def config(*, mesh=None, mtp=0, scan=True, **how) -> ExperimentConfig:
+    """CFG with one way of computing it. `mesh`: sizes by axis and `rules`; `how`: see `flat.change`."""
+    cfg = change(CFG, mtp_depth=mtp, scan_layers=scan, **how)
+    return dataclasses.replace(cfg, mesh=dataclasses.replace(MeshConfig(data=1), **(mesh or {})))
 
 
 def layout_of(cfg: ExperimentConfig) -> Layout | None:
@@ -104,14 +82,13 @@ def make_batch() -> dict:
     return batch
 
 
-def make_inputs(model: ModelConfig, skewed: bool):
+def make_inputs(cfg: ExperimentConfig, skewed: bool):
     """Parameters, router state and batch. `skewed`: every token prefers experts 0 and 1, which one
     device holds."""
-    params = init_params(transformer.param_specs(model), jax.random.key(0))
-    params = jax.tree.map(lambda a: a.astype(model.dtype), params)
+    params, state = transformer.init_model(cfg.model, jax.random.key(0))
+    params = jax.tree.map(lambda a: a.astype(cfg.compute.dtype), params)
     # Biases start at zero, where a bias added twice would not show.
     params = jax.tree_util.tree_map_with_path(_shake, params)
-    state = transformer.init_router_state(model)
     if skewed:
         state = jax.tree.map(lambda a: a.at[..., :2].set(10.0), state)
     return params, state, jax.tree.map(jnp.asarray, make_batch())
@@ -129,18 +106,15 @@ QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes
 @functools.partial(jax.jit, static_argnames=("cfg", "layout"), compiler_options=QUICK)
 def step(params, state, batch, cfg, layout):
     loss, parts, grads = loss_and_grads(params, state, batch, cfg, layout)
-    loads = {n: a.load_E for n, a in parts.aux.items()}
+    stats = {n: a.stats for n, a in parts.aux.items()}
     return {
         "loss": loss,
         "cross_entropy": parts.cross_entropy,
         "mtp": parts.mtp,
         "balance": parts.balance,
         "nll_BS": parts.nll_BS,
-        "score_entropy": {n: a.score_entropy for n, a in parts.aux.items()},
-        "load": loads,
-        "group_load": {n: a.group_load_G for n, a in parts.aux.items()},
-        "dropped": {n: a.dropped.astype(jnp.int32) for n, a in parts.aux.items()},
-        "router_state": transformer.update_router_state(state, loads, cfg.model),
+        "stats": stats,
+        "router_state": transformer.update_router_state(state, stats, cfg.model, cfg.objective),
         "grads": grads,
     }
 
@@ -148,9 +122,9 @@ def step(params, state, batch, cfg, layout):
 def run(*, skewed=False, **how) -> dict:
     """Everything that must not depend on `how` (see `config`), as NumPy arrays."""
     cfg = config(**how)
-    with jax.enable_x64(cfg.model.dtype == "float64"):
+    with jax.enable_x64(cfg.compute.dtype == "float64"):
         layout = layout_of(cfg)
-        params, state, batch = make_inputs(cfg.model, skewed)
+        params, state, batch = make_inputs(cfg, skewed)
         if layout is not None:
             params = jax.device_put(params, layout.of_specs(transformer.param_specs(cfg.model)))
             state = jax.device_put(state, layout.replicated)

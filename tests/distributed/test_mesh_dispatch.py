@@ -1,7 +1,6 @@
 """Expert parallelism at the level of one dispatch: which collectives, how many rows, what is dropped."""
 
 import collections
-import dataclasses
 import functools
 import re
 
@@ -13,12 +12,12 @@ import pytest
 from mesh_case import MOE, QUICK, config, layout_of, make_inputs
 
 from moejax import axes
-from moejax.config import MeshConfig
-from moejax.moe.dispatch import DISPATCHERS
+from moejax.config import ComputeConfig, MeshConfig
+from moejax.moe.dispatch.dense import dense as dense_dispatch
 from moejax.moe.dispatch.expert_parallel import expert_parallel
-from moejax.moe.experts import expert_param_specs
-from moejax.moe.routing import Routing
+from moejax.moe.experts import expert_param_specs, of_experts
 from moejax.params import init_params
+from moejax.routers.contract import Routing
 from moejax.sharding import Layout, make_mesh
 
 D, TOKENS = 8, 32
@@ -45,17 +44,17 @@ def layout_for(**mesh) -> Layout:
     return layout
 
 
-def compiled(layout: Layout, cfg, gradient: bool):
+def compiled(layout: Layout, compute, gradient: bool):
     """The dispatch (and its gradient in all inputs), its inputs laid out as in training."""
     params, x_TD, routing, target = problem()
-    params = jax.device_put(params, layout.of_specs(expert_param_specs(cfg, D, 0.5)))
+    params = jax.device_put(params, layout.of_specs(expert_param_specs(MOE, D, 0.5)))
     x_TD, routing, target = jax.device_put(
         (x_TD, routing, target), layout.sharding(axes.BATCH, None)
     )
 
     def value(params, x_TD, weights_TK):
         y_TD, dropped = expert_parallel(
-            params, x_TD, Routing(routing.expert_index_TK, weights_TK), cfg, layout
+            params, x_TD, Routing(routing.expert_index_TK, weights_TK), MOE, compute, layout
         )
         return (y_TD * target).sum(), (y_TD, dropped)
 
@@ -80,17 +79,17 @@ COLLECTIVES = {
 
 @pytest.mark.parametrize("strategy", COLLECTIVES)
 def test_collectives_of_a_layer(strategy):
-    cfg = dataclasses.replace(MOE, expert_parallel=strategy)
-    program, _ = compiled(layout_for(expert=4), cfg, gradient=True)
+    compute = ComputeConfig(expert_parallel=strategy)
+    program, _ = compiled(layout_for(expert=4), compute, gradient=True)
     assert collectives(program) == COLLECTIVES[strategy]
 
 
 def test_axes_of_size_one_cost_nothing():
     """On a mesh of one device nothing is exchanged; on one that only splits the batch, no token."""
     alone = Layout(make_mesh(MeshConfig(data=1), jax.devices()[:1]), layout_for(data=8).rules)
-    program, _ = compiled(alone, dataclasses.replace(MOE, expert_parallel="all_to_all"), True)
+    program, _ = compiled(alone, ComputeConfig(expert_parallel="all_to_all"), True)
     assert collectives(program) == {}
-    program, _ = compiled(layout_for(data=8), MOE, gradient=False)
+    program, _ = compiled(layout_for(data=8), ComputeConfig(), gradient=False)
     assert collectives(program) == {"all-reduce": 1}  # of the loss
 
 
@@ -102,9 +101,8 @@ def dense():
     params, x_TD, routing, target = problem()
 
     def value(params, x_TD, weights_TK):
-        y_TD, _ = DISPATCHERS["dense"](
-            params, x_TD, routing._replace(combine_weights_TK=weights_TK), MOE
-        )
+        weighed = routing._replace(combine_weights_TK=weights_TK)
+        y_TD = dense_dispatch(params, x_TD, weighed, of_experts(MOE))
         return (y_TD * target).sum(), y_TD
 
     args = (params, x_TD, routing.combine_weights_TK)
@@ -116,9 +114,9 @@ def dense():
 the_dense = functools.cache(dense)
 
 
-def run(layout: Layout, **moe):
+def run(layout: Layout, **how):
     """Value, y_TD, dropped and gradients, with everything that may differ in the last bits."""
-    program, args = compiled(layout, dataclasses.replace(MOE, **moe), gradient=True)
+    program, args = compiled(layout, ComputeConfig(**how), gradient=True)
     (value, (y_TD, dropped)), grads = jax.device_get(program(*args))
     return value, y_TD, int(dropped), grads
 
@@ -165,11 +163,11 @@ def test_few_tokens(num_tokens):
     layout = layout_for(data=2, expert=2, tensor=2)
     params, x_TD, (index_TK, weights_TK), _ = problem()
     x_TD, routing = x_TD[:num_tokens], Routing(index_TK[:num_tokens], weights_TK[:num_tokens])
-    cfg = dataclasses.replace(MOE, expert_parallel="all_to_all")
+    compute = ComputeConfig(expert_parallel="all_to_all")
     y_TD, dropped = jax.jit(
-        lambda p, x: expert_parallel(p, x, routing, cfg, layout), compiler_options=QUICK
+        lambda p, x: expert_parallel(p, x, routing, MOE, compute, layout), compiler_options=QUICK
     )(params, x_TD)
-    want, _ = DISPATCHERS["dense"](params, x_TD, routing, MOE)
+    want = dense_dispatch(params, x_TD, routing, of_experts(MOE))
     np.testing.assert_allclose(y_TD, want, rtol=1e-4, atol=1e-5)
     assert dropped == 0
 
@@ -182,7 +180,7 @@ def test_few_tokens(num_tokens):
 def test_overflow_is_counted_and_contributes_nothing(strategy):
     """All routes go to experts 0 and 1 of device 0 of 4; a factor of 1 leaves room for a quarter."""
     layout = layout_for(expert=4)
-    cfg = dataclasses.replace(MOE, expert_parallel=strategy, buffer_factor=1.0)
+    compute = ComputeConfig(expert_parallel=strategy, buffer_factor=1.0)
     params, x_TD, routing, _ = problem()
     index_TK = jnp.broadcast_to(jnp.array([0, 1], jnp.int32)[None], (TOKENS, 2))
     routing = Routing(index_TK, jnp.ones((TOKENS, 2)))
@@ -190,7 +188,7 @@ def test_overflow_is_counted_and_contributes_nothing(strategy):
     @functools.partial(jax.jit, compiler_options=QUICK)
     def value_and_grad(params, x_TD):
         def value(x_TD):
-            y_TD, dropped = expert_parallel(params, x_TD, routing, cfg, layout)
+            y_TD, dropped = expert_parallel(params, x_TD, routing, MOE, compute, layout)
             return y_TD.sum(), (y_TD, dropped)
 
         return jax.value_and_grad(value, has_aux=True)(x_TD)
@@ -208,7 +206,8 @@ def test_overflow_is_counted_and_contributes_nothing(strategy):
 
 def expert_alone(params, x_TD, expert: int):
     index_TK = jnp.full((TOKENS, 1), expert, jnp.int32)
-    return DISPATCHERS["dense"](params, x_TD, Routing(index_TK, jnp.ones((TOKENS, 1))), MOE)[0]
+    routing = Routing(index_TK, jnp.ones((TOKENS, 1)))
+    return dense_dispatch(params, x_TD, routing, of_experts(MOE))
 
 
 @pytest.mark.parametrize("strategy", COLLECTIVES)
@@ -221,9 +220,10 @@ def test_drops_of_a_step_are_reported():
     how = dict(buffer_factor=0.5, expert_parallel="all_to_all")
     got = mesh_case.run(mesh=dict(expert=4), skewed=True, accumulation=2, **how)
     tokens = int((mesh_case.make_batch()["segment_ids"] > 0).sum())
-    (dropped_L,) = got["dropped"].values()
+    (stats,) = got["stats"].values()
+    dropped_L = stats["dropped"]
     # Per micro-batch and device: 8 tokens, 16 routes, room for 2 rows to the device of the busy experts.
-    np.testing.assert_array_equal(got["load"]["moe_blocks"].sum(axis=1), 2 * tokens)
+    np.testing.assert_array_equal(stats["load"].sum(axis=1), 2 * tokens)
     assert (dropped_L >= 2 * tokens - 2 * 4 * 2).all() and (dropped_L < 2 * tokens).all()
 
 
@@ -236,7 +236,7 @@ def test_drops_of_a_step_are_reported():
 def test_step_lowers_for_accelerators(platform, strategy):
     cfg = config(mesh=dict(fsdp=2, expert=2, tensor=2), dtype="bfloat16", expert_parallel=strategy)
     layout = layout_of(cfg)
-    params, state, batch = make_inputs(cfg.model, skewed=False)
+    params, state, batch = make_inputs(cfg, skewed=False)
     lowered = mesh_case.step.trace(params, state, batch, cfg, layout).lower(
         lowering_platforms=(platform,)
     )

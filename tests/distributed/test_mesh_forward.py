@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from mesh_case import MODEL, QUICK, TOLERANCE, config, layout_of, make_inputs
+from mesh_case import CFG, MODEL, QUICK, TOLERANCE, config, layout_of, make_inputs
 
 from moejax.models import transformer
 from moejax.models.cache import init_cache
@@ -19,6 +19,7 @@ def step(params, router_state, tokens_BS, positions_BS, cache, layout, prefill):
         router_state,
         tokens_BS,
         MODEL,
+        compute=CFG.compute,
         positions_BS=positions_BS,
         cache=cache,
         prefill=prefill,
@@ -30,12 +31,12 @@ def step(params, router_state, tokens_BS, positions_BS, cache, layout, prefill):
 def logits(rows: int, layout):
     """Of four tokens read at once and a fifth decoded."""
     with jax.enable_x64(True):
-        params, state, batch = make_inputs(MODEL, skewed=False)
+        params, state, batch = make_inputs(CFG, skewed=False)
         if layout is not None:
             params = jax.device_put(params, layout.of_specs(transformer.param_specs(MODEL)))
         tokens = batch["tokens"][4 : 4 + rows]
         positions = jnp.broadcast_to(jnp.arange(4)[None], tokens.shape)
-        cache = init_cache(MODEL, rows, 8)
+        cache = init_cache(MODEL, rows, 8, dtype=CFG.compute.dtype)
         first, cache = step(params, state, tokens, positions, cache, layout, True)
         last = jnp.full((rows, 1), 4), tokens[:, :1]
         second, _ = step(params, state, last[1], last[0], cache, layout, False)

@@ -9,7 +9,7 @@ import functools
 import jax
 import numpy as np
 import pytest
-from mesh_case import QUICK, assert_same, config, layout_of, make_inputs, oracle, run
+from mesh_case import ALL_SLOTS, QUICK, assert_same, config, layout_of, make_inputs, oracle, run
 
 from moejax.train.state import state_of_model, state_shardings
 from moejax.train.step import train_step
@@ -30,7 +30,9 @@ CORE: dict[str, dict] = {
     "experts on the batch's axis": dict(
         mesh=dict(data=4, rules=EXPERTS_ON_DATA), expert_parallel="all_to_all", accumulation=2
     ),
-    "capacity": dict(mesh=dict(data=2, fsdp=2, tensor=2), dispatcher="capacity", accumulation=4),
+    "capacity": dict(
+        mesh=dict(data=2, fsdp=2, tensor=2), capacity_factor=ALL_SLOTS, accumulation=4
+    ),
 }
 
 
@@ -38,10 +40,10 @@ def check(skewed=False, mtp=0, **how):
     want = the_oracle(skewed=skewed, mtp=mtp)
     got = run(skewed=skewed, mtp=mtp, **how)
     assert set(got["balance"]) == {"expert", "sequence", "device", "communication", "z"}
-    assert all(np.all(d == 0) for d in got["dropped"].values())
+    assert all(np.all(s["dropped"] == 0) and "group_load" in s for s in got["stats"].values())
     assert_same(got, want)
     if skewed:  # one device of the expert axis owns every busy expert, the others none
-        for load_LE in got["load"].values():
+        for load_LE in (stats["load"] for stats in got["stats"].values()):
             assert (load_LE[:, 2:] == 0).all() and (load_LE[:, :2] > 0).all()
 
 
@@ -59,10 +61,10 @@ def test_float32():
 def two_steps(**how):
     """Parameters, optimiser and router state after two steps of `train_step`, and metrics. With fewer
     kinds of parameters: each is one more update to compile."""
-    cfg = config(ffn_bias=False, router_bias=False, shared_experts=0, **how)
+    cfg = config(moe_ffn_bias=False, router_bias=False, shared_experts=0, **how)
     with jax.enable_x64(True):
         layout = layout_of(cfg)
-        params, router_state, batch = make_inputs(cfg.model, False)
+        params, router_state, batch = make_inputs(cfg, False)
         state = state_of_model(cfg, params, router_state, layout)
         one = functools.partial(train_step, cfg=cfg, layout=layout)
         step = jax.jit(
@@ -97,7 +99,7 @@ MESHES: dict[str, dict] = {
 }
 WAYS: dict[str, dict] = {
     "dense": dict(dispatcher="dense"),
-    "capacity": dict(dispatcher="capacity", accumulation=2, remat="full"),
+    "capacity": dict(capacity_factor=ALL_SLOTS, accumulation=2, remat="full"),
     "ring": dict(skewed=True, accumulation=2, scan=False),
     "ring, MTP": dict(mtp=1, remat="full"),
     "all_to_all": dict(expert_parallel="all_to_all", skewed=True, remat="full"),

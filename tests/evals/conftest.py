@@ -11,8 +11,10 @@ from moejax.config import (
     MeshConfig,
     ModelConfig,
     MoEConfig,
+    ObjectiveConfig,
     TrainConfig,
 )
+from moejax.routers import router_options
 from moejax.train.loop import train
 
 
@@ -35,9 +37,7 @@ def trained(tmp_path_factory) -> pathlib.Path:
             experts_per_token=2,
             d_expert=8,
             shared_experts=1,
-            score="sigmoid",
-            normalize_weights=True,
-            bias_update="sign",
+            router=router_options(score="sigmoid", normalize_weights=True, expert_bias=True),
         ),
     )
     data = DataConfig(
@@ -48,6 +48,13 @@ def trained(tmp_path_factory) -> pathlib.Path:
         validation_fraction=0.1,
     )
     times = TrainConfig(steps=20, log_every=2, eval_every=10, eval_batches=2, checkpoint_every=10)
-    cfg = ExperimentConfig("tiny", model, data, train=times, mesh=MeshConfig(data=1))
+    cfg = ExperimentConfig(
+        name="tiny",
+        model=model,
+        objective=ObjectiveConfig(bias_update="sign"),
+        data=data,
+        train=times,
+        mesh=MeshConfig(data=1),
+    )
     train(cfg, folder / "run")
     return folder / "run"

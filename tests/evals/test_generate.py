@@ -13,6 +13,7 @@ from moejax.evals.sample import Sampling, row_keys, sample
 from moejax.models import transformer
 from moejax.models.cache import init_cache
 from moejax.params import init_params
+from moejax.routers import router_options
 
 CFG = ModelConfig(
     vocab_size=32,
@@ -94,15 +95,9 @@ def test_finished_rows_take_no_part(model, greedy):
     assert stats.passes == 7 and stats.new_tokens == 8 + 2 and stats.prompt_tokens == 8
 
 
-def test_capacity_model_generates_without_dropping(model, greedy):
-    """With so small a capacity, rows would push each other's routes out."""
-    moe = dataclasses.replace(CFG.moe, dispatcher="capacity", capacity_factor=0.01)
-    assert generate(*model, dataclasses.replace(CFG, moe=moe), PROMPTS, 8) == greedy
-
-
 def test_prepared_parameters_give_the_same_text(model, greedy):
-    assert generate(prepare(model[0], CFG), model[1], CFG, PROMPTS, 8) == greedy
-    half = prepare(model[0], dataclasses.replace(CFG, dtype="bfloat16"))
+    assert generate(prepare(model[0]), model[1], CFG, PROMPTS, 8) == greedy
+    half = prepare(model[0], "bfloat16")
     assert half["moe_blocks"][0]["moe"]["experts"]["w_up"].dtype == jnp.bfloat16
     assert half["moe_blocks"][0]["moe"]["router"]["kernel"].dtype == jnp.float32
     assert half["final_norm"]["scale"].dtype == jnp.float32
@@ -113,10 +108,10 @@ def test_cache_holds_kv_lora_and_rope_for_mla():
     mla = AttentionConfig(
         kind="mla", kv_lora_rank=12, qk_nope_head_dim=8, qk_rope_head_dim=4, v_head_dim=8
     )
-    cfg = dataclasses.replace(CFG, attention=mla, dtype="bfloat16")
-    cache = init_cache(cfg, 3, 10)
+    cfg = dataclasses.replace(CFG, attention=mla)
+    cache = init_cache(cfg, 3, 10, dtype=jnp.bfloat16)
     assert sum(a.size for a in cache.values()) == cfg.num_layers * 3 * 10 * (12 + 4)
-    assert sum(a.nbytes for a in cache.values()) == cache_bytes(cfg, 3, 10)
+    assert sum(a.nbytes for a in cache.values()) == cache_bytes(cfg, 3, 10, "bfloat16")
     assert {a.dtype for a in cache.values()} == {jnp.dtype(jnp.bfloat16)}
 
 
@@ -156,6 +151,6 @@ def test_bad_requests_are_refused(model, prompts, max_new, options, message):
 
 
 def test_routers_that_look_ahead_are_refused(model):
-    moe = MoEConfig(num_experts=4, d_expert=8, router="expert_choice", dispatcher="capacity")
+    moe = MoEConfig(num_experts=4, d_expert=8, router=router_options("expert_choice"))
     with pytest.raises(ConfigError, match="not causal"):
         generate(*model, ModelConfig(moe=moe), [[1]], 4)

@@ -16,6 +16,7 @@ from moejax.evals.writer import mesh_layout
 from moejax.models import transformer
 from moejax.models.cache import init_cache
 from moejax.params import init_params
+from moejax.routers import router_options
 
 CFG = ModelConfig(
     vocab_size=32,
@@ -26,7 +27,9 @@ CFG = ModelConfig(
     init_std=0.3,
     mtp_depth=1,
     attention=AttentionConfig(num_heads=4, num_kv_heads=2, head_dim=8),
-    moe=MoEConfig(num_experts=8, experts_per_token=2, d_expert=8, bias_update="sign"),
+    moe=MoEConfig(
+        num_experts=8, experts_per_token=2, d_expert=8, router=router_options(expert_bias=True)
+    ),
 )
 # Three rows over two, four or eight shards of the batch: idle rows fill it up.
 PROMPTS = [[3, 7, 1, 30, 2], [5, 9], [11]]

@@ -9,9 +9,11 @@ import numpy as np
 import pytest
 
 from moejax.commands import report as report_command
-from moejax.config import MoEConfig, to_json
+from moejax.config import MoEConfig, ObjectiveConfig
+from moejax.config_io import to_json
 from moejax.evals import report
 from moejax.evals.token_counts import count_tokens, domain_information, favourite_tokens
+from moejax.routers import router_options
 from moejax.runs.metrics import read_metrics
 from moejax.runs.open import load_run, read_config
 from moejax.train.loop import train
@@ -55,13 +57,13 @@ def test_a_model_that_cannot_generate_has_a_report_too(trained, tmp_path):
         num_experts=8,
         experts_per_token=2,
         d_expert=8,
-        router="expert_choice",
-        dispatcher="capacity",
+        router=router_options("expert_choice"),
     )
     cfg = read_config(trained)
     cfg = dataclasses.replace(
         cfg,
         model=dataclasses.replace(cfg.model, moe=moe),
+        objective=ObjectiveConfig(),
         train=dataclasses.replace(cfg.train, steps=2),
     )
     train(cfg, tmp_path)
@@ -77,7 +79,7 @@ def test_routes_by_token(trained):
         "positions": np.tile(np.arange(32, dtype=np.int32), (2, 1)),
         "segment_ids": (np.arange(32) < 24).astype(np.int32) * np.ones((2, 1), np.int32),
     }
-    counts = count_tokens(run.params, run.router_state, run.cfg.model, [batch, batch], [1])[1]
+    counts = count_tokens(run.params, run.router_state, run.cfg, [batch, batch], [1])[1]
     # 2 batches x 2 rows x 6 times each token (the rest is padding) x 2 experts per token.
     assert counts.sum() == 2 * 2 * 24 * 2
     assert set(np.flatnonzero(counts.sum(axis=0))) == {97, 98, 99, 48}

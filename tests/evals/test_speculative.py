@@ -7,11 +7,19 @@ import jax.numpy as jnp
 import optax
 import pytest
 
-from moejax.config import AttentionConfig, ConfigError, ModelConfig, MoEConfig
+from moejax.config import (
+    AttentionConfig,
+    ComputeConfig,
+    ConfigError,
+    ModelConfig,
+    MoEConfig,
+    ObjectiveConfig,
+)
 from moejax.evals.generate import Stats, generate
 from moejax.models import transformer
 from moejax.models.loss import loss_fn
 from moejax.params import init_params
+from moejax.routers import router_options
 
 MHA = AttentionConfig(num_heads=2, num_kv_heads=1, head_dim=8)
 MLA = AttentionConfig(
@@ -26,7 +34,9 @@ CFG = ModelConfig(
     init_std=0.3,
     mtp_depth=1,
     attention=MHA,
-    moe=MoEConfig(num_experts=4, experts_per_token=2, d_expert=8, bias_update="sign"),
+    moe=MoEConfig(
+        num_experts=4, experts_per_token=2, d_expert=8, router=router_options(expert_bias=True)
+    ),
 )
 PROMPTS = [[3, 7, 1, 3, 7], [5, 9], [11]]
 
@@ -53,13 +63,13 @@ def trained_model(cfg, steps):
     }
     optimizer = optax.adam(1e-2)
     # The oracle compiles in a fraction of the time.
-    plain = dataclasses.replace(cfg, moe=dataclasses.replace(cfg.moe, dispatcher="dense"))
+    how = dict(objective=ObjectiveConfig(), compute=ComputeConfig(dispatcher="dense"))
 
     @jax.jit
     def train(params):
         def step(carry, _):
             params, opt_state = carry
-            grads = jax.grad(lambda p: loss_fn(p, router_state, batch, plain)[0])(params)
+            grads = jax.grad(lambda p: loss_fn(p, router_state, batch, cfg, **how)[0])(params)
             updates, opt_state = optimizer.update(grads, opt_state)
             return (optax.apply_updates(params, updates), opt_state), None
 

@@ -283,6 +283,7 @@ def test_any_value_of_any_field_is_a_model_or_a_clear_error(tmp_path, family):
         for value in ODD_VALUES:
             try:
                 cfg = zoo.config_from_hf({**config, field: value})
+                zoo.objective_from_hf({**config, field: value})
                 wanted = mapping.targets(cfg, family)
                 mapping.account(cfg, zoo.FAMILIES[family].NAMES, wanted, opened.tensors, "x")
                 accepted += 1

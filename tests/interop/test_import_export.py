@@ -24,10 +24,12 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from moejax.__main__ import main
 from moejax.commands import export, import_
-from moejax.config import ConfigError, DataConfig, ExperimentConfig, ModelConfig, MoEConfig, to_json
+from moejax.config import ConfigError, DataConfig, ExperimentConfig, ModelConfig, MoEConfig
+from moejax.config_io import to_json
 from moejax.interop import convert
 from moejax.models import transformer
 from moejax.params import init_params
+from moejax.routers import router_options
 from moejax.runs.checkpoint import Checkpoints
 from moejax.runs.open import load_run
 
@@ -157,10 +159,10 @@ def test_export_of_a_run_that_was_trained_here(tmp_path, key):
     config = json.loads((tmp_path / "out/config.json").read_text())
     assert (config["model_type"], config["eos_token_id"]) == ("llama", 256)
     assert config["torch_dtype"] == "float32"
-    sigmoid = MoEConfig(num_experts=4, d_expert=8, score="sigmoid")
-    with pytest.raises(ConfigError, match=r"- deepseek: .*moe\.score='sigmoid'"):
+    sigmoid = MoEConfig(num_experts=4, d_expert=8, router=router_options(score="sigmoid"))
+    with pytest.raises(ConfigError, match=r"- deepseek: .*moe\.router\.score='sigmoid'"):
         convert._only_family(dataclasses.replace(cfg, num_dense_layers=0, moe=sigmoid))
-    softmax = dataclasses.replace(sigmoid, score="softmax", normalize_weights=True)
+    softmax = dataclasses.replace(sigmoid, router=router_options(normalize_weights=True))
     with pytest.raises(ConfigError, match=r"--model_type=deepseek\|mixtral"):
         wide = dataclasses.replace(cfg, d_model=128, num_dense_layers=0, moe=softmax)
         convert._only_family(wide)

@@ -9,10 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moejax.config import AttentionConfig, ModelConfig, MoEConfig, RopeConfig
+from moejax.config import AttentionConfig, ModelConfig, MoEConfig, ObjectiveConfig, RopeConfig
 from moejax.models import transformer
 from moejax.models.loss import loss_fn
 from moejax.params import map_specs
+from moejax.routers import router_options
 
 MLA = AttentionConfig(
     kind="mla", num_heads=2, q_lora_rank=7, kv_lora_rank=6, qk_nope_head_dim=4, qk_rope_head_dim=4,
@@ -20,13 +21,17 @@ MLA = AttentionConfig(
 )  # fmt: skip
 CFG = ModelConfig(
     vocab_size=23, d_model=12, num_layers=2, num_dense_layers=1, d_ff=14, norm_eps=1e-5,
-    attention=MLA, mtp_depth=2, mtp_loss_weight=0.3,
+    attention=MLA, mtp_depth=2,
     moe=MoEConfig(
-        num_experts=6, experts_per_token=2, d_expert=5, shared_experts=1, score="sigmoid",
-        normalize_weights=True, routed_scaling=2.5, num_groups=3, topk_groups=2,
-        group_score="top2_sum", bias_update="sign", sequence_loss=0.1,
+        num_experts=6, experts_per_token=2, d_expert=5, shared_experts=1,
+        router=router_options(
+            score="sigmoid", normalize_weights=True, routed_scaling=2.5, expert_bias=True,
+            num_groups=3, topk_groups=2, group_score="top2_sum",
+        ),
     ),
 )  # fmt: skip
+ROUTER = CFG.moe.router
+OBJECTIVE = ObjectiveConfig(mtp_loss_weight=0.3, sequence_loss=0.1, bias_update="sign")
 S = 9
 # A row of two documents and padding, and a row of one document.
 SEGMENTS_BS = np.array([[1, 1, 1, 1, 1, 2, 2, 2, 0], [1] * S])
@@ -98,16 +103,18 @@ def swiglu(p, x, at=()):
 def moe(p, bias_E, x_TD):
     """2412.19437 eq. 12-16; also (scores, chosen) of each token."""
     m, y_TD, seen = CFG.moe, swiglu(p["shared"], x_TD), []
-    size = m.num_experts // m.num_groups
+    size = m.num_experts // ROUTER.num_groups
     for t, x_D in enumerate(x_TD):
         s_E = 1 / (1 + np.exp(-(x_D @ p["router"]["kernel"])))
         c_E = s_E + bias_E
-        worth = [np.sort(c_E[g * size : (g + 1) * size])[-2:].sum() for g in range(m.num_groups)]
-        kept = np.argsort(worth)[-m.topk_groups :]
+        worth = [
+            np.sort(c_E[g * size : (g + 1) * size])[-2:].sum() for g in range(ROUTER.num_groups)
+        ]
+        kept = np.argsort(worth)[-ROUTER.topk_groups :]
         allowed = [i for i in range(m.num_experts) if i // size in kept]
         chosen = sorted(allowed, key=lambda i: c_E[i])[-m.experts_per_token :]
         for i in chosen:
-            weight = m.routed_scaling * s_E[i] / s_E[chosen].sum()
+            weight = ROUTER.routed_scaling * s_E[i] / s_E[chosen].sum()
             y_TD[t] += weight * swiglu(p["experts"], x_D, i)
         seen.append((s_E, chosen))
     return y_TD, seen
@@ -136,7 +143,7 @@ def sequence_loss(routes) -> float:
 
 
 def oracle(params, state):
-    """(mean cross-entropy, mean over depths of the MTP cross-entropy, balance loss)."""
+    """(mean cross-entropy, mean over depths of the MTP cross-entropy, balance loss of each MoE layer)."""
     pick = lambda tree, i: jax.tree.map(lambda a: a[i], tree)  # noqa: E731
     layers = 1 + CFG.mtp_depth
     main, depths = [], [[] for _ in range(CFG.mtp_depth)]
@@ -162,12 +169,13 @@ def oracle(params, state):
                  rms_norm(p["hidden_norm"], h_TD, CFG.norm_eps)], axis=-1,
             )  # fmt: skip
             bias_E = state["mtp"]["expert_bias"][k - 1]
-            h_TD, _ = block(p["block"], both @ p["proj"], bias_E)
+            h_TD, seen = block(p["block"], both @ p["proj"], bias_E)
             counted = max(read - k, 0)
+            routes[k, row] += seen[:counted]  # who predicts nothing is not routed
             normed = rms_norm(p["norm"], h_TD[:counted], CFG.norm_eps)
             depths[k - 1] += nll(params, normed, tokens[k + 1 : k + 1 + counted])
-    balance = [sequence_loss(routes[0, row]) for row in range(2)]
-    return np.mean(main), np.mean([np.mean(d) for d in depths]), np.mean(balance)
+    balance = [np.mean([sequence_loss(routes[i, row]) for row in range(2)]) for i in range(layers)]
+    return np.mean(main), np.mean([np.mean(d) for d in depths]), balance
 
 
 @pytest.fixture(scope="module")
@@ -187,14 +195,29 @@ def model():
 
 def test_losses_equal_the_equations(model):
     params, state = model
-    loss, parts = jax.jit(lambda p, s, b: loss_fn(p, s, b, CFG))(params, state, batch())
+    step = jax.jit(lambda p, s, b: loss_fn(p, s, b, CFG, objective=OBJECTIVE))
+    loss, parts = step(params, state, batch())
     exact = jax.tree.map(lambda a: np.asarray(a, np.float64), (params, state))
-    main, mtp, trunk_balance = oracle(*exact)
+    main, mtp, balance = oracle(*exact)
     # float32 against float64: losses near 3, three blocks deep.
     np.testing.assert_allclose(parts.cross_entropy, main, rtol=1e-5)
     np.testing.assert_allclose(parts.mtp, mtp, rtol=1e-5)
     assert abs(main - mtp) > 1e-2
-    per_layer = parts.aux["moe_blocks"].losses["sequence"]
-    np.testing.assert_allclose(per_layer, [0.1 * trunk_balance], rtol=1e-5)
-    every = [*per_layer, *parts.aux["mtp"].losses["sequence"]]
-    np.testing.assert_allclose(loss, main + 0.3 * mtp + np.mean(every), rtol=1e-5)
+    per_layer = [*(parts.aux[n].losses["sequence"] for n in ("moe_blocks", "mtp"))]
+    np.testing.assert_allclose(np.concatenate(per_layer), 0.1 * np.array(balance), rtol=1e-5)
+    np.testing.assert_allclose(loss, main + 0.3 * mtp + 0.1 * np.mean(balance), rtol=1e-5)
+
+
+def test_padding_and_its_ids_count_nowhere(model):
+    """At depth 2 a document's last two positions have no target: neither they nor padding, whatever its ids,
+    are routed, balanced or counted."""
+    params, state = model
+    step = jax.jit(lambda p, s, b: loss_fn(p, s, b, CFG, objective=OBJECTIVE))
+    one, other = batch(), batch()
+    other["tokens"] = jnp.where(one["segment_ids"] > 0, one["tokens"], 17)
+    other["targets"] = jnp.where(one["segment_ids"] > 0, one["targets"], 5)
+    (loss, parts), (again, _) = step(params, state, one), step(params, state, other)
+    assert loss == again
+    # Documents of 5, 3 and 9 targets: 4 + 2 + 8 of them have one more token ahead, 3 + 1 + 7 two more.
+    routed = parts.aux["mtp"].stats["load"].sum(axis=1)
+    np.testing.assert_array_equal(routed, [2 * 14, 2 * 11])

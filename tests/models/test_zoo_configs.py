@@ -11,12 +11,20 @@ from moejax.models import zoo
 from moejax.models.zoo.architecture import architecture
 
 
+def load(name):
+    return zoo.load_preset(name), zoo.load_objective(name)
+
+
+def read(hf):
+    return zoo.config_from_hf(hf), zoo.objective_from_hf(hf)
+
+
 @pytest.mark.parametrize("name", zoo.PRESETS)
 def test_preset_round_trips(name):
-    cfg = zoo.load_preset(name)
-    assert not model_problems(cfg)
+    cfg, objective = load(name)
+    assert not model_problems(cfg, objective=objective)
     kind = zoo.load_hf(name)["model_type"]
-    text = json.dumps(zoo.config_to_hf(cfg, kind))
+    text = json.dumps(zoo.config_to_hf(cfg, kind, objective))
     assert architecture(zoo.config_from_hf(json.loads(text))) == architecture(cfg)
 
 
@@ -27,41 +35,43 @@ def test_every_config_file_has_a_name():
 
 def test_deepseek_moe_16b():
     """2401.06066 section 5.1."""
-    cfg = zoo.load_preset("deepseek-moe-16b")
-    m = cfg.moe
+    cfg, objective = load("deepseek-moe-16b")
+    m, r = cfg.moe, cfg.moe.router
     assert (cfg.num_layers, cfg.d_model, cfg.d_ff, cfg.num_dense_layers) == (28, 2048, 10944, 1)
     assert (m.num_experts, m.experts_per_token, m.shared_width) == (64, 6, 2816)
-    assert (m.score, m.normalize_weights, m.routed_scaling) == ("softmax", False, 1.0)
-    assert (cfg.init_std, m.expert_loss, m.sequence_loss) == (0.006, 0.001, 0.0)
+    assert (r.score, r.normalize_weights, r.routed_scaling) == ("softmax", False, 1.0)
+    assert (cfg.init_std, objective.expert_loss, objective.sequence_loss) == (0.006, 0.001, 0.0)
     assert not cfg.attention.rope.interleaved
 
 
 def test_deepseek_v2():
     """2405.04434 sections 2 and 3.1; V2 limits routing to 3 of 8 groups by their best member."""
-    v2, lite = zoo.load_preset("deepseek-v2"), zoo.load_preset("deepseek-v2-lite")
-    m, a = v2.moe, v2.attention
-    assert (m.num_groups, m.topk_groups, m.group_score, m.routed_scaling) == (8, 3, "max", 16.0)
-    assert (m.expert_loss, m.device_loss, m.communication_loss) == (0.003, 0.05, 0.02)
+    (v2, o), lite = load("deepseek-v2"), zoo.load_preset("deepseek-v2-lite")
+    r, a = v2.moe.router, v2.attention
+    assert (r.num_groups, r.topk_groups, r.group_score, r.routed_scaling) == (8, 3, "max", 16.0)
+    assert (o.expert_loss, o.device_loss, o.communication_loss) == (0.003, 0.05, 0.02)
     assert (a.kind, a.q_lora_rank, a.qk_head_dim, a.rope.interleaved) == ("mla", 1536, 192, True)
     assert (a.rope.yarn_factor, a.rope.yarn_mscale, a.rope.yarn_mscale_all_dim) == (
         40,
         0.707,
         0.707,
     )
-    assert (lite.moe.num_groups, lite.attention.q_lora_rank) == (1, 0)
+    assert (lite.moe.router.num_groups, lite.attention.q_lora_rank) == (1, 0)
     assert zoo.load_preset("deepseek-v2.5").attention.rope.yarn_mscale == 1.0
 
 
 def test_deepseek_v3_and_its_kin():
     """2412.19437 section 4.2; 2502.16982 appendix C."""
-    v3, moonlight = zoo.load_preset("deepseek-v3"), zoo.load_preset("moonlight-16b-a3b")
-    m = v3.moe
-    assert (m.score, m.normalize_weights, m.routed_scaling) == ("sigmoid", True, 2.5)
-    assert (m.num_groups, m.topk_groups, m.group_score) == (8, 4, "top2_sum")
-    assert (m.bias_update, m.bias_rate, m.sequence_loss, v3.mtp_depth) == ("sign", 0.001, 1e-4, 1)
-    assert (moonlight.moe.bias_update, moonlight.moe.routed_scaling) == ("sign_centered", 2.446)
+    (v3, o), (moonlight, its) = load("deepseek-v3"), load("moonlight-16b-a3b")
+    r = v3.moe.router
+    assert (r.score, r.normalize_weights, r.routed_scaling) == ("sigmoid", True, 2.5)
+    assert (r.num_groups, r.topk_groups, r.group_score) == (8, 4, "top2_sum")
+    assert (o.bias_update, o.bias_rate, o.sequence_loss, v3.mtp_depth) == ("sign", 0.001, 1e-4, 1)
+    assert (its.bias_update, moonlight.moe.router.routed_scaling) == ("sign_centered", 2.446)
     # The file alone does not say how the bias was learned.
-    assert zoo.config_from_hf(zoo.load_hf("deepseek-v3")).moe.bias_update == "frozen"
+    hf = zoo.load_hf("deepseek-v3")
+    assert zoo.config_from_hf(hf).moe.router.expert_bias
+    assert zoo.objective_from_hf(hf).bias_update == "none"
     assert zoo.load_preset("kimi-k2").moe.num_experts == 384
     assert architecture(zoo.load_preset("deepseek-r1")) == architecture(v3)
 
@@ -71,7 +81,7 @@ def test_gpt_oss():
     a, m = cfg.attention, cfg.moe
     assert a.windows == (128, 0) and a.sinks and a.qkv_bias and a.out_bias
     assert (a.rope.yarn_factor, a.rope.yarn_truncate, a.rope.theta) == (32, False, 150_000)
-    assert (m.activation, m.activation_limit, m.ffn_bias, m.router_bias) == (
+    assert (m.activation, m.activation_limit, m.ffn_bias, m.router.router_bias) == (
         "swiglu_oai",
         7.0,
         True,
@@ -86,14 +96,14 @@ def test_gpt_oss():
 def test_attention_and_routing_of_the_others():
     olmoe, qwen3 = zoo.load_preset("olmoe-1b-7b"), zoo.load_preset("qwen3-30b-a3b")
     qwen2, gpt2 = zoo.load_preset("qwen1.5-moe-a2.7b"), zoo.load_preset("gpt-2")
-    assert (olmoe.attention.qk_norm, olmoe.moe.normalize_weights) == ("full", False)
-    assert (qwen3.attention.qk_norm, qwen3.moe.normalize_weights) == ("head", True)
+    assert (olmoe.attention.qk_norm, olmoe.moe.router.normalize_weights) == ("full", False)
+    assert (qwen3.attention.qk_norm, qwen3.moe.router.normalize_weights) == ("head", True)
     assert (qwen2.moe.shared_width, qwen2.moe.shared_gate, qwen2.attention.qkv_bias) == (
         5632,
         True,
         True,
     )
-    assert zoo.load_preset("mixtral-8x7b").moe.normalize_weights
+    assert zoo.load_preset("mixtral-8x7b").moe.router.normalize_weights
     assert zoo.load_preset("llama-1-65b").attention.num_kv_heads == 64  # no such key in the file
     assert (gpt2.norm, gpt2.positions, gpt2.tie_embeddings, gpt2.d_ff) == (
         "layernorm",
@@ -105,9 +115,9 @@ def test_attention_and_routing_of_the_others():
 
 def test_balance_coefficient_of_transformers_counts_k_times():
     """Its loss is K times 2401.06066 eq. 12: the coefficient 0.02 of Mixtral (K=2) becomes 0.04."""
-    cfg = zoo.load_preset("mixtral-8x7b")
-    assert cfg.moe.expert_loss == 0.04
-    assert zoo.config_to_hf(cfg, "mixtral")["router_aux_loss_coef"] == 0.02
+    cfg, objective = load("mixtral-8x7b")
+    assert objective.expert_loss == 0.04
+    assert zoo.config_to_hf(cfg, "mixtral", objective)["router_aux_loss_coef"] == 0.02
 
 
 def test_rope_parameters_of_newer_files():
@@ -115,13 +125,13 @@ def test_rope_parameters_of_newer_files():
     new = {k: v for k, v in hf.items() if k not in ("rope_theta", "rope_scaling")}
     scaling = {k: v for k, v in hf["rope_scaling"].items() if k != "type"}
     new["rope_parameters"] = {**scaling, "rope_type": "yarn", "rope_theta": 10000}
-    assert zoo.config_from_hf(new) == zoo.config_from_hf(hf)
+    assert read(new) == read(hf)
 
 
 def test_qwen3_saved_by_transformers_5():
     hf = zoo.load_hf("qwen3-30b-a3b")
     new = {k: v for k, v in hf.items() if k != "num_experts"} | {"num_local_experts": 128}
-    assert zoo.config_from_hf(new) == zoo.config_from_hf(hf)
+    assert read(new) == read(hf)
 
 
 BAD = {

@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from moejax.config import ConfigError
+from moejax.config import ConfigError, ObjectiveConfig
 from moejax.models import zoo
 from moejax.models.zoo import gpt_oss, keys
 from moejax.models.zoo.architecture import architecture
@@ -29,6 +29,11 @@ def published(family, **changes):
     return {**zoo.load_hf(ONE_OF[family]), **changes}
 
 
+def read(hf):
+    """The model and what it was trained for: together they read all of a file."""
+    return zoo.config_from_hf(hf), zoo.objective_from_hf(hf)
+
+
 @every_family
 def test_every_key_called_read_is_read(family):
     """An absurd value of any of them is an error with its name. rope_scaling goes before rope_parameters."""
@@ -37,16 +42,16 @@ def test_every_key_called_read_is_read(family):
         if key == "rope_parameters":
             hf.pop("rope_scaling", None)
         with pytest.raises(ConfigError) as e:
-            zoo.config_from_hf(hf)
+            read(hf)
         assert key in str(e.value) or key == "rope_parameters"
 
 
 @every_family
 def test_every_key_called_harmless_changes_nothing(family):
-    module, want = zoo.FAMILIES[family], zoo.config_from_hf(published(family))
+    module, want = zoo.FAMILIES[family], read(published(family))
     for key in (module.HARMLESS | keys.HARMLESS | keys.GENERATION) - {"model_type"}:
         assert key not in module.READ
-        assert zoo.config_from_hf(published(family, **{key: "absurd"})) == want
+        assert read(published(family, **{key: "absurd"})) == want
 
 
 @every_family
@@ -130,7 +135,7 @@ def test_gpt_oss_without_rope_scaling_is_its_own_yarn():
     cfg = zoo.config_from_hf(off)
     assert cfg.attention.rope.yarn_factor == 1
     # Written, it does not become YaRN again.
-    again = zoo.config_from_hf(gpt_oss.config_to_hf(cfg))
+    again = zoo.config_from_hf(gpt_oss.config_to_hf(cfg, ObjectiveConfig()))
     assert architecture(again) == architecture(cfg)
 
 
@@ -145,7 +150,7 @@ def test_defaults_of_the_class():
     """router_aux_loss_coef: 0.001, OLMoE's 0.01; times the experts of a token, see zoo.mixtral."""
     for family, want in (("mixtral", 0.002), ("qwen3_moe", 0.008), ("olmoe", 0.08)):
         hf = {k: v for k, v in published(family).items() if k != "router_aux_loss_coef"}
-        assert math.isclose(zoo.config_from_hf(hf).moe.expert_loss, want)
+        assert math.isclose(zoo.objective_from_hf(hf).expert_loss, want)
 
 
 def test_windows_of_qwen_by_another_key():

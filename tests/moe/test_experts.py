@@ -3,14 +3,15 @@
 import functools
 
 import chex
+import hypothesis
+import hypothesis.strategies as st
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import AxisType, PartitionSpec
 
-from moejax.config import MoEConfig
-from moejax.config_checks import CHOICES
+from moejax.config import ModelConfig, MoEConfig
 from moejax.moe.dispatch.dropless import dropless
 from moejax.moe.experts import (
     ACTIVATIONS,
@@ -18,16 +19,18 @@ from moejax.moe.experts import (
     expert_param_specs,
     ffn,
     ffn_param_specs,
+    of_experts,
 )
-from moejax.moe.routing import Routing
 from moejax.moe.rows import sort_routes
+from moejax.options import choices_of
 from moejax.params import init_params
+from moejax.routers.contract import Routing
 
 E, D, F, T, K = 6, 8, 5, 24, 3
 LIMIT = 1.5  # low enough to clamp about a tenth of the values below
 
 
-def _config(activation="swiglu", bias=False, implementation="auto"):
+def _config(activation="swiglu", bias=False):
     return MoEConfig(
         num_experts=E,
         experts_per_token=K,
@@ -35,7 +38,6 @@ def _config(activation="swiglu", bias=False, implementation="auto"):
         activation=activation,
         activation_limit=LIMIT,
         ffn_bias=bias,
-        grouped_matmul=implementation,
     )
 
 
@@ -83,6 +85,10 @@ def _layer(params, x_TD, index_TK, weights_TK, activation):
 
 def _routes(kind, seed=1):
     rng = np.random.default_rng(seed)
+    if kind == "many rows":
+        # 720 rows: windows of seven lengths (`windows.static_lengths`), groups longer than the longest.
+        index_TK = rng.choice(E, size=(240, K), p=[0.4, 0.3, 0.2, 0.08, 0.02, 0]).astype(np.int32)
+        return index_TK, rng.random((240, K))
     index_TK = np.stack([rng.permutation(E)[:K] for _ in range(T)]).astype(np.int32)
     if kind == "skewed":
         index_TK = rng.choice(E, size=(T, K), p=[0.8, 0.1, 0.06, 0.04, 0, 0]).astype(np.int32)
@@ -94,7 +100,7 @@ def _routes(kind, seed=1):
     return index_TK, rng.random((T, K))
 
 
-def _numerical_gradient(loss, array, entries=12, step=1e-6):
+def _numerical_gradient(loss, array, entries, step=1e-6):
     """Central differences of `loss` at random entries of `array` (changed in place and
     restored)."""
     rng = np.random.default_rng(2)
@@ -109,20 +115,24 @@ def _numerical_gradient(loss, array, entries=12, step=1e-6):
     return out
 
 
-@pytest.mark.parametrize("kind", ["uniform", "skewed", "with empty slots", "all empty"])
 # The implementations differ in the products alone: one activation, with biases, will do for the
-# others.
-@pytest.mark.parametrize(
-    ("implementation", "activation"),
-    [("auto", a) for a in ACTIVATIONS] + [("ragged", "swiglu_oai"), ("reference", "swiglu_oai")],
-)
+# others. Windows of many lengths are the CPU path's own.
+CASES = [
+    (implementation, activation, kind)
+    for implementation in ("auto", "ragged", "reference")
+    for activation in (ACTIVATIONS if implementation == "auto" else ("swiglu_oai",))
+    for kind in ("uniform", "skewed", "with empty slots", "all empty")
+] + [("auto", "swiglu_oai", "many rows")]
+
+
+@pytest.mark.parametrize(("implementation", "activation", "kind"), CASES)
 def test_dropless_against_numpy(implementation, activation, kind):
     """Value and every gradient (x, weights, each parameter), in float64."""
-    moe = _config(activation, bias=activation == "swiglu_oai", implementation=implementation)
+    moe = _config(activation, bias=activation == "swiglu_oai")
     params = _params(moe)
     rng = np.random.default_rng(3)
-    x_TD, target_TD = rng.normal(size=(T, D)), rng.normal(size=(T, D))
     index_TK, weights_TK = _routes(kind)
+    x_TD, target_TD = rng.normal(size=(2, len(index_TK), D))
 
     def numpy_loss():
         return np.sum(_layer(params, x_TD, index_TK, weights_TK, activation) * target_TD)
@@ -130,7 +140,8 @@ def test_dropless_against_numpy(implementation, activation, kind):
     @jax.jit
     def value_and_gradients(params, x, weights):
         def loss(params, x, weights):
-            y, dropped = dropless(params, x, Routing(index_TK, weights), moe)
+            routing = Routing(index_TK, weights)
+            y, dropped = dropless(params, x, routing, of_experts(moe), implementation)
             return jnp.sum(y * target_TD), (y, dropped)
 
         return jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True)(params, x, weights)
@@ -145,7 +156,8 @@ def test_dropless_against_numpy(implementation, activation, kind):
         ("weights", weights_TK, dweights),
         *((k, params[k], dparams[k]) for k in params),
     ]:
-        for i, slope in _numerical_gradient(numpy_loss, array):
+        entries = 4 if kind == "many rows" else 12  # the oracle takes a route at a time
+        for i, slope in _numerical_gradient(numpy_loss, array, entries):
             # Central differences: step^2 f'''/6 plus eps |loss| / step, about 1e-9 here.
             np.testing.assert_allclose(
                 np.asarray(got).flat[i], slope, rtol=1e-6, atol=1e-7, err_msg=f"{name}[{i}]"
@@ -164,7 +176,8 @@ def test_dropless_dtypes(dtype):
     x, weights = jnp.asarray(x_TD, dtype), jnp.asarray(weights_TK, jnp.float32)
 
     def forward(params, x, weights):
-        return dropless(params, x, Routing(jnp.asarray(index_TK), weights), moe)[0]
+        routing = Routing(jnp.asarray(index_TK), weights)
+        return dropless(params, x, routing, of_experts(moe))[0]
 
     y, pull = jax.vjp(jax.jit(forward), as_f32, x, weights)
     dparams, dx, dweights = pull(y)
@@ -178,13 +191,57 @@ def test_dropless_dtypes(dtype):
     np.testing.assert_array_equal(np.asarray(y[3], np.float32), 0)  # a token without experts
 
 
+# Few shapes, so few compiles; the groups within them are free.
+@hypothesis.settings(max_examples=40, deadline=None, derandomize=True)
+@hypothesis.given(
+    tokens=st.sampled_from([7, 150]),
+    shares=st.lists(st.integers(0, 9), min_size=E + 1, max_size=E + 1),
+    seed=st.integers(0, 2**16),
+)
+def test_windows_of_drawn_groups(tokens, shares, seed):
+    """The CPU path against one product per expert; `shares` of the experts, and of empty slots."""
+    rng = np.random.default_rng(seed)
+    total = sum(shares)
+    chance = [s / total for s in shares] if total else [0] * E + [1]
+    index = rng.choice([*range(E), -1], size=(tokens, 1), p=chance).astype(np.int32)
+    arrays = [rng.normal(size=shape) for shape in ((tokens, D), (tokens, 1), (tokens, D))]
+    x, weights, target = (jnp.asarray(a, jnp.float32) for a in arrays)
+    params = jax.tree.map(jnp.float32, _params(_config(bias=True)))
+    got, want = (_drawn(params, x, weights, index, target, how) for how in ("auto", "reference"))
+    # float32 sums of at most 150 terms of order 1, in another order.
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=5e-5), got, want)
+
+
+@functools.partial(jax.jit, static_argnames="implementation")
+def _drawn(params, x, weights, index, target, implementation):
+    def loss(params, x, weights):
+        act = of_experts(_config(bias=True))
+        y, _ = dropless(params, x, Routing(index, weights), act, implementation)
+        return jnp.sum(y * target), y
+
+    return jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True)(params, x, weights)
+
+
+@pytest.mark.parametrize("platform", ["cpu", "cuda", "tpu"])
+def test_the_path_is_chosen_at_lowering(platform):
+    """Windows in a loop on CPU; ragged products on accelerators, and no trace of the loop."""
+    params = jax.tree.map(jnp.float32, _params(_config()))
+    index, weights = _routes("many rows")
+    args = (params, jnp.ones((240, D)), jnp.asarray(weights, jnp.float32))
+    args += (jnp.asarray(index), jnp.ones((240, D)), "auto")
+    text = _drawn.trace(*args).lower(lowering_platforms=(platform,)).as_text()
+    assert ("stablehlo.while" in text) == (platform == "cpu")
+    assert ("ragged_dot" in text) == (platform != "cpu")
+
+
 def test_dropless_is_deterministic_and_gradients_need_no_scatter():
     moe, params = _config(), jax.tree.map(jnp.float32, _params(_config()))
     x = jnp.ones((T, D), jnp.float32)
     index_TK, weights_TK = _routes("uniform")
 
     def loss(params, x, weights):
-        return jnp.sum(dropless(params, x, Routing(jnp.asarray(index_TK), weights), moe)[0] ** 2)
+        routing = Routing(jnp.asarray(index_TK), weights)
+        return jnp.sum(dropless(params, x, routing, of_experts(moe))[0] ** 2)
 
     gradients = jax.jit(jax.grad(loss, argnums=(0, 1, 2)))
     args = (params, x, jnp.asarray(weights_TK, jnp.float32))
@@ -209,7 +266,7 @@ def test_dropless_in_shard_map():
     P = PartitionSpec
 
     def local(params, x, index, weights):
-        return dropless(params, x, Routing(index, weights), moe)[0]
+        return dropless(params, x, Routing(index, weights), of_experts(moe))[0]
 
     sharded = jax.shard_map(
         local, mesh=mesh, in_specs=(P(), P("data"), P("data"), P("data")), out_specs=P("data")
@@ -239,7 +296,7 @@ def test_tokens_without_experts_are_not_read():
     @jax.jit
     @functools.partial(jax.grad, argnums=(0, 1), has_aux=True)
     def gradients(params, x):
-        y, _ = dropless(params, x, routing, moe)
+        y, _ = dropless(params, x, routing, of_experts(moe))
         return jnp.sum(y**2), y
 
     got, want = gradients(params, x.at[3].set(jnp.nan)), gradients(params, x)
@@ -258,12 +315,13 @@ def test_experts_read_in_the_stack_of_layers(index):
 
     @jax.jit
     def alone(params):
-        return jnp.sum(dropless(params, x, routing, moe)[0] ** 2)
+        return jnp.sum(dropless(params, x, routing, of_experts(moe))[0] ** 2)
 
     @jax.jit
     def in_the_stack(stacked, i):
         params = jax.tree.map(lambda a: a[index], stacked)
-        return jnp.sum(dropless(params, x, routing, moe, stack=(stacked, i))[0] ** 2)
+        y, _ = dropless(params, x, routing, of_experts(moe), stack=(stacked, i))
+        return jnp.sum(y**2)
 
     want, dparams = jax.value_and_grad(alone)(layers[index])
     got, dstack = jax.value_and_grad(in_the_stack)(stacked, jnp.int32(index))
@@ -290,20 +348,23 @@ def test_slots_and_single_ffn(activation, bias):
     f32 = functools.partial(jax.tree.map, lambda a: jnp.asarray(a, jnp.float32))
     want = np.stack([[_expert(params, e, x, activation) for x in x_ECD[e]] for e in range(E)])
     atol = 5e-6  # float32 sums of 8 terms of about 1
-    np.testing.assert_allclose(expert_ffn_slots(f32(params), f32(x_ECD), moe), want, atol=atol)
+    np.testing.assert_allclose(
+        expert_ffn_slots(f32(params), f32(x_ECD), of_experts(moe)), want, atol=atol
+    )
     one = {k: v[2] for k, v in params.items()}
-    got = ffn(f32(one), f32(x_ECD)[2], activation, LIMIT)
+    got = ffn(f32(one), f32(x_ECD)[2], of_experts(moe))
     np.testing.assert_allclose(got, want[2], atol=atol)
     # A slice of the experts is a set of experts.
     part = {k: v[1:3] for k, v in params.items()}
     rows = f32(x_ECD)[1:3].reshape(8, D)
     routing = Routing(jnp.repeat(jnp.arange(2), 4)[:, None], jnp.ones((8, 1)))
-    got, _ = dropless(f32(part), rows, routing, moe)
+    got, _ = dropless(f32(part), rows, routing, of_experts(moe))
     np.testing.assert_allclose(got, want[1:3].reshape(8, D), atol=atol)
 
 
 def test_param_specs():
-    assert set(ACTIVATIONS) == set(CHOICES["moe.activation"]) == set(CHOICES["activation"])
+    for cls in (MoEConfig, ModelConfig):
+        assert set(ACTIVATIONS) == set(choices_of(cls, "activation"))
     specs = expert_param_specs(_config("swiglu_oai", bias=True), D, 0.02)
     assert {k: s.shape for k, s in specs.items()} == {
         "w_gate": (E, D, F),

@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 
 from moejax.config import MoEConfig
-from moejax.config_checks import CHOICES
 from moejax.moe.dispatch.dropless import dropless
-from moejax.moe.experts import expert_param_specs, ffn
+from moejax.moe.experts import expert_param_specs, ffn, of_experts
 from moejax.moe.few_rows_ffn import ROWS_PER_EXPERT
-from moejax.moe.routing import Routing
+from moejax.options import choices_of
 from moejax.params import init_params
+from moejax.routers.contract import Routing
 
 E, D, F, R = 5, 8, 6, 9
 EXPERT_R = np.array([0, 4, 0, 2, 4, -1, 4, 0, 4], np.int32)  # one token of R has no expert
@@ -30,12 +30,12 @@ def make(activation="swiglu", bias=False):
 
 def through_experts(params, x_RD, moe):
     routing = Routing(jnp.asarray(EXPERT_R)[:, None], jnp.ones((R, 1)))
-    return dropless(params, x_RD, routing, moe)[0]
+    return dropless(params, x_RD, routing, of_experts(moe))[0]
 
 
 def one_by_one(moe, params, x_RD):
     rows = [
-        ffn({k: w[e] for k, w in params.items()}, x, moe.activation, moe.activation_limit)
+        ffn({k: w[e] for k, w in params.items()}, x, of_experts(moe))
         if e >= 0
         else jnp.zeros((1, D))
         for e, x in zip(EXPERT_R, x_RD[:, None])
@@ -44,7 +44,7 @@ def one_by_one(moe, params, x_RD):
 
 
 @pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("activation", CHOICES["moe.activation"])
+@pytest.mark.parametrize("activation", choices_of(MoEConfig, "activation"))
 def test_each_row_through_its_expert(activation, bias):
     """float32, two short sums in either order: 1e-5 of values near 1."""
     moe, params, x_RD = make(activation, bias)

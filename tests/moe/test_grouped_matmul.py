@@ -14,10 +14,12 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, PartitionSpec
 
+from moejax.config import ComputeConfig
 from moejax.moe.grouped_matmul import IMPLEMENTATIONS, grouped_matmul
+from moejax.options import choices_of
 
 # tokamax is an optional extra for accelerators: see `test_tokamax_*` below.
-RUNNABLE = ("reference", "blocked", "ragged", "auto")
+RUNNABLE = ("reference", "ragged")
 E, D, F = 5, 8, 12
 
 GROUPS = {
@@ -27,8 +29,8 @@ GROUPS = {
     "all in the first": (40, [40, 0, 0, 0, 0]),
     "rows past the sum": (40, [5, 0, 11, 2, 3]),
     "all groups empty": (40, [0, 0, 0, 0, 0]),
-    # Longer than a block, no multiple of it, and a last slice that has to be shifted up.
-    "several blocks": (700, [300, 1, 0, 129, 265]),
+    # Longer than the tiles of a kernel, and no multiples of them.
+    "several tiles": (700, [300, 1, 0, 129, 265]),
 }
 
 
@@ -127,19 +129,15 @@ def test_zero_rows_and_one_group(implementation):
     filled=st.floats(0, 1),
     seed=st.integers(0, 2**16),
 )
-@pytest.mark.parametrize("implementation", ["blocked", "ragged"])
-def test_drawn_groups(implementation, rows, shares, filled, seed):
+def test_drawn_groups(rows, shares, filled, seed):
     total = max(sum(shares), 1)
     sizes = [int(filled * rows * s / total) for s in shares]
     x, w, dy, sizes = _inputs(rows, sizes, "float32", seed)
-    got = _value_and_gradients(
-        *(jnp.asarray(a, jnp.float32) for a in (x, w, dy)), sizes, implementation
-    )
+    got = _value_and_gradients(*(jnp.asarray(a, jnp.float32) for a in (x, w, dy)), sizes, "ragged")
     _compare(got, _oracle(x, w, dy, sizes), jnp.dtype("float32"), sizes)
 
 
-@pytest.mark.parametrize("implementation", ["blocked", "auto"])
-def test_under_scan_and_remat(implementation):
+def test_under_scan_and_remat():
     """Two layers by scan + remat give the gradients of the same two layers written out."""
     x, _, _, sizes = _inputs(*GROUPS["uneven"], "float32")
     w_LEDD = jnp.asarray(np.random.default_rng(1).normal(size=(2, E, D, D)), jnp.float32)
@@ -149,7 +147,7 @@ def test_under_scan_and_remat(implementation):
         return jnp.tanh(grouped_matmul(x, w, sizes, implementation=implementation))
 
     def scanned(w_LEDD):
-        step = jax.checkpoint(lambda x, w: (layer(x, w, implementation), None))
+        step = jax.checkpoint(lambda x, w: (layer(x, w, "ragged"), None))
         return jnp.sum(jax.lax.scan(step, x, w_LEDD)[0])
 
     def written_out(w_LEDD):
@@ -202,17 +200,14 @@ def test_lowers_for_accelerators(implementation, platform):
 
     exported = jax.export.export(jax.jit(value_and_gradients), platforms=[platform])(x, w, sizes)
     text = exported.mlir_module()
-    # The platform is chosen at lowering: ragged_dot there, and no trace of the CPU's loop.
-    assert ("ragged_dot" in text) == (implementation in ("ragged", "auto"))
+    assert ("ragged_dot" in text) == (implementation == "ragged")
     if implementation != "reference":  # its cumsum may be a loop
-        assert ("stablehlo.while" in text) == (implementation == "blocked")
+        assert "stablehlo.while" not in text
 
 
-def test_auto_is_blocked_on_cpu():
-    x, w = jnp.zeros((40, D)), jnp.zeros((E, D, F))
-    sizes = jnp.zeros(E, jnp.int32)
-    text = jax.jit(grouped_matmul).lower(x, w, sizes).as_text()
-    assert "stablehlo.while" in text and "ragged" not in text
+def test_the_config_lists_the_table():
+    """'auto' is no implementation of the product: it chooses a path for the whole FFN."""
+    assert choices_of(ComputeConfig, "grouped_matmul") == ("auto", *IMPLEMENTATIONS)
 
 
 def test_tokamax_missing(monkeypatch):
@@ -251,8 +246,8 @@ def test_tokamax_interface(monkeypatch):
 
 def test_bad_input():
     x, w, sizes = jnp.zeros((4, D)), jnp.zeros((E, D, F)), jnp.zeros(E, jnp.int32)
-    with pytest.raises(ValueError, match=r"'blokked'.*blocked"):
-        grouped_matmul(x, w, sizes, implementation="blokked")
+    with pytest.raises(ValueError, match=r"'raged'.*ragged"):
+        grouped_matmul(x, w, sizes, implementation="raged")
     with pytest.raises(ValueError, match=r"\(5, 7\)"):
         grouped_matmul(x[:, :7], w, sizes)
     with pytest.raises(ValueError, match="cast one"):

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from moejax.moe import stats
-from moejax.moe.routing import Routing, SlotRouting
+from moejax.routers.contract import Routing, SlotRouting, SoftRouting
 
 
 def test_max_violation():
@@ -23,17 +23,34 @@ def test_load_entropy():
 
 def test_summary_is_computed_per_layer_and_then_averaged():
     load_LE = jnp.array([[0.0, 4.0, 0.0, 4.0], [8.0, 0.0, 0.0, 0.0]])
-    got = stats.summarize(load_LE, jnp.array([1.0, 3.0]))
     want = {"max_vio": 2.0, "load_entropy": 0.25, "dead_experts": 2.5, "drop_fraction": 0.25}
+    want |= {"experts_per_token": 2.0}  # 8 routes of 4 tokens
+    seen = {"load": load_LE, "dropped": jnp.array([1.0, 3.0])}
+    got = stats.summarize(seen, 4, 4.0)
+    assert {k: float(v) for k, v in got.items()} == pytest.approx(want)
+    # A special expert is used, not balanced: its routes count where drops are compared with routes, only.
+    special_L1 = jnp.array([[3.0], [5.0]])
+    more = {"load": jnp.concatenate([load_LE, special_L1], axis=1), "dropped": seen["dropped"]}
+    more |= {"stray": jnp.array([0.0, 2.0]), "score_entropy": jnp.array([2.0, 6.0])}
+    got = stats.summarize(more, 4, 4.0)
+    want |= {"drop_fraction": 4 / 24, "stray_routes": 2.0, "score_entropy": 1.0}
     assert {k: float(v) for k, v in got.items()} == pytest.approx(want)
     # Averaging first would hide that layers collapse onto different experts.
     assert stats.max_violation(load_LE.mean(axis=0)) != got["max_vio"]
 
 
-def test_load_by_label_of_both_forms():
+def test_load_by_label_of_every_form():
     domain_T = jnp.array([0, 1, 1])
     token_form = Routing(jnp.array([[0, 2], [2, -1], [1, 2]]), jnp.ones((3, 2)))
     slot_form = SlotRouting(jnp.array([[0, -1, -1], [2, -1, -1], [0, 1, 2]]), jnp.ones((3, 3)))
     want = [[1, 0, 1], [0, 1, 2]]
     for routing in (token_form, slot_form):
         np.testing.assert_array_equal(stats.load_by_label(routing, domain_T, 2, 3), want)
+    special = Routing(
+        jnp.array([[0, 2], [2, 4], [1, 2]]), jnp.ones((3, 2))
+    )  # 3 and 4 are no experts
+    np.testing.assert_array_equal(stats.load_by_label(special, domain_T, 2, 3), want)
+    # Soft: the shares of a token in two slots of an expert add up.
+    mix_TEC = jnp.array([[[0.5, 0.5], [0, 0]], [[0.25, 0], [1, 0]], [[0.25, 0.5], [0, 1]]])
+    got = stats.load_by_label(SoftRouting(mix_TEC, mix_TEC), domain_T, 2, 2)
+    np.testing.assert_allclose(got, [[1.0, 0.0], [1.0, 2.0]])

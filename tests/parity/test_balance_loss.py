@@ -12,7 +12,9 @@ import pytest
 import torch
 from parity_cases import GQA, Case
 
+from moejax.interop.hf_folder import open_folder
 from moejax.interop.load import load_model
+from moejax.models import zoo
 from moejax.models.loss import loss_fn
 
 ONE_LAYER = {**GQA, "num_hidden_layers": 1, "router_aux_loss_coef": 0.05}
@@ -30,6 +32,7 @@ def test_balance_loss(case, record, tmp_path):
     original = oracle.build(case)
     oracle.save(original, case, tmp_path / "original")
     cfg, params, state = load_model(tmp_path / "original")
+    objective = zoo.objective_from_hf(open_folder(tmp_path / "original").hf)
     with torch.no_grad():
         out = original(
             torch.tensor(TOKENS), attention_mask=torch.tensor(MASK), output_router_logits=True
@@ -43,7 +46,7 @@ def test_balance_loss(case, record, tmp_path):
         "loss_mask": MASK,
     }
     batch = {k: jnp.asarray(v, jnp.int32) for k, v in batch.items()}
-    _, parts = jax.jit(lambda p, b: loss_fn(p, state, b, cfg))(params, batch)
+    _, parts = jax.jit(lambda p, b: loss_fn(p, state, b, cfg, objective=objective))(params, batch)
     want = 0.05 * out.aux_loss.item()
     difference = abs(float(parts.balance["expert"]) - want)
     assert difference <= 1e-6 * max(1.0, want)  # float32 sums of 13 tokens, near 0.1

@@ -13,11 +13,12 @@ import torch
 from parity_cases import CASES, Case
 from safetensors.numpy import load_file
 
-from moejax.config import ModelConfig
+from moejax.config import ModelConfig, ObjectiveConfig
 from moejax.evals.generate import generate
+from moejax.interop.hf_folder import open_folder
 from moejax.interop.load import load_model
 from moejax.interop.save import write_folder
-from moejax.models import transformer
+from moejax.models import transformer, zoo
 from moejax.models.loss import loss_fn
 
 # Both sides compute in float32 and sum in different orders. Logits are near 1 and three layers deep:
@@ -35,6 +36,7 @@ class Pair(NamedTuple):
 
     original: torch.nn.Module
     cfg: ModelConfig
+    objective: ObjectiveConfig
     params: Any
     router_state: Any
     forward: Any
@@ -51,6 +53,7 @@ def pair_of(tmp_path_factory, record_one):
         oracle.save(original, case, path)
         assert (len(list(path.glob("*.safetensors"))) > 1) == (case.shard is not None)
         cfg, params, state = load_model(path)
+        objective = zoo.objective_from_hf(open_folder(path).hf)
         record_one(case.family, "configurations")
 
         @jax.jit
@@ -61,7 +64,7 @@ def pair_of(tmp_path_factory, record_one):
             routes = [a.routing.expert_index_TK for a in out.aux.values()]
             return transformer.logits(params, out.hidden_BSD), routes
 
-        return Pair(original, cfg, params, state, forward)
+        return Pair(original, cfg, objective, params, state, forward)
 
     return one
 
@@ -151,7 +154,8 @@ def test_gradient(case, pair_of, record, tmp_path):
         "loss_mask": counted,
     }
     batch = {k: jnp.asarray(v, jnp.int32) for k, v in batch.items()}
-    grad = jax.jit(jax.value_and_grad(functools.partial(loss_fn, cfg=pair.cfg), has_aux=True))
+    loss_of = functools.partial(loss_fn, cfg=pair.cfg, objective=pair.objective)
+    grad = jax.jit(jax.value_and_grad(loss_of, has_aux=True))
     (loss, parts), grads = grad(pair.params, pair.router_state, batch)
     assert not parts.balance or max(map(abs, parts.balance.values())) == 0
 

@@ -13,9 +13,11 @@ from parity_cases import GROUPS, Case, yarn
 from safetensors.torch import load_file, save_file
 from transformers.modeling_layers import MtpModel
 
+from moejax.config import ComputeConfig
 from moejax.interop.load import load_model
 from moejax.interop.save import write_folder
 from moejax.models import transformer
+from moejax.models.blocks import Context, locate
 from moejax.models.mtp import mtp_step
 
 CASES = [
@@ -90,10 +92,11 @@ def test_mtp(case, record, record_one, tmp_path):
     def logits(tokens, next_tokens):
         hidden = transformer.forward(params, state, tokens, cfg).hidden_BSD
         first = lambda tree: jax.tree.map(lambda a: a[0], tree)  # noqa: E731
-        where = transformer.locate(tokens, cfg)
+        ctx = Context(cfg=cfg, compute=ComputeConfig(), where=locate(tokens, cfg))
         _, normed, _, aux = mtp_step(
-            params, first(params["mtp"]), 0, first(state["mtp"]), hidden, next_tokens, cfg, where
+            params, first(params["mtp"]), 0, first(state["mtp"]), hidden, next_tokens, ctx
         )
+        assert aux is not None  # a layer with experts
         return transformer.logits(params, normed), aux.routing.expert_index_TK
 
     got, routes = logits(TOKENS[:, :-1].astype(np.int32), TOKENS[:, 1:].astype(np.int32))

@@ -23,9 +23,11 @@ from moejax.config import (
     MeshConfig,
     ModelConfig,
     MoEConfig,
+    ObjectiveConfig,
     OptimizerConfig,
     TrainConfig,
 )
+from moejax.routers import router_options
 from moejax.runs.checkpoint import Checkpoints, abstract_model
 from moejax.runs.checksums import checksum
 from moejax.sharding import make_layout
@@ -44,8 +46,11 @@ CFG = ExperimentConfig(
         num_layers=2,
         d_ff=32,
         attention=AttentionConfig(num_heads=2, num_kv_heads=2, head_dim=8),
-        moe=MoEConfig(num_experts=4, d_expert=8, score="sigmoid", bias_update="sign"),
+        moe=MoEConfig(
+            num_experts=4, d_expert=8, router=router_options(score="sigmoid", expert_bias=True)
+        ),
     ),
+    objective=ObjectiveConfig(bias_update="sign"),
     data=DataConfig(seq_len=8, batch_size=8, tokenizer="byte"),
     optimizer=OptimizerConfig(warmup_steps=1),
     train=TrainConfig(keep_last=2, keep_every=4),

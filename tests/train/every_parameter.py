@@ -7,6 +7,7 @@ import numpy as np
 
 from moejax.config import AttentionConfig, ModelConfig, MoEConfig, OptimizerConfig
 from moejax.params import init_params, is_spec, path_name
+from moejax.routers import router_options
 
 # Every kind of parameter there is: with biases, sinks, gates, norms of heads, learned positions ...
 BIASED = ModelConfig(
@@ -34,7 +35,7 @@ BIASED = ModelConfig(
         d_expert=6,
         shared_experts=1,
         shared_gate=True,
-        router_bias=True,
+        router=router_options(router_bias=True),
         ffn_bias=True,
     ),
     mtp_depth=1,

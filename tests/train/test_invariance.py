@@ -1,24 +1,22 @@
 """How a step is computed changes nothing: accumulation, rematerialisation, scanned or unrolled layers."""
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moejax.config import AttentionConfig, DataConfig, ExperimentConfig, ModelConfig, MoEConfig
 from moejax.data import synthetic_batch
 from moejax.models import transformer
-from moejax.params import init_params
 from moejax.train.step import loss_and_grads
+from tests.flat import change, experiment
 
-MOE = MoEConfig(
+CFG = experiment(
     num_experts=4,
     experts_per_token=2,
     d_expert=8,
     score="sigmoid",
     normalize_weights=True,
+    expert_bias=True,
     bias_update="proportional",
     bias_rate=0.1,
     balance_groups=2,
@@ -27,36 +25,33 @@ MOE = MoEConfig(
     device_loss=0.1,
     communication_loss=0.1,
     z_loss=0.01,
-)
-MODEL = ModelConfig(
     vocab_size=32,
     d_model=16,
     num_layers=2,
     num_dense_layers=0,
     init_std=0.2,
-    attention=AttentionConfig(num_heads=2, num_kv_heads=2, head_dim=8),
-    moe=MOE,
+    num_heads=2,
+    num_kv_heads=2,
+    head_dim=8,
     mtp_depth=1,
+    seq_len=8,
+    batch_size=4,
 )
-CFG = ExperimentConfig(model=MODEL, data=DataConfig(seq_len=8, batch_size=4))
 
 
 def run(accumulation, remat, scan):
     batch = {k: np.array(v) for k, v in synthetic_batch(8, 4, 32).items()}
     for name in batch:  # row 1 is all padding, row 2 ends in padding
         batch[name][1], batch[name][2, 5:] = 0, 0
-    model = dataclasses.replace(MODEL, remat=remat, scan_layers=scan)
-    train = dataclasses.replace(CFG.train, accumulation=accumulation)
-    cfg = dataclasses.replace(CFG, model=model, train=train)
-    params = init_params(transformer.param_specs(MODEL), jax.random.key(0))
-    state = transformer.init_router_state(MODEL)
+    cfg = change(CFG, remat=remat, scan_layers=scan, accumulation=accumulation)
+    params, state = transformer.init_model(cfg.model, jax.random.key(0))
 
     @jax.jit
     def step(params, state, batch):
         loss, parts, grads = loss_and_grads(params, state, batch, cfg)
-        loads = {n: a.load_E for n, a in parts.aux.items()}
-        new = transformer.update_router_state(state, loads, model)
-        return loss, (parts.cross_entropy, parts.mtp), parts.balance, grads, new, loads
+        stats = {n: a.stats for n, a in parts.aux.items()}
+        new = transformer.update_router_state(state, stats, cfg.model, cfg.objective)
+        return loss, (parts.cross_entropy, parts.mtp), parts.balance, grads, new, stats
 
     return step(params, state, jax.tree.map(jnp.asarray, batch))
 

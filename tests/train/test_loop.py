@@ -17,9 +17,11 @@ from moejax.config import (
     MeshConfig,
     ModelConfig,
     MoEConfig,
+    ObjectiveConfig,
     OptimizerConfig,
     TrainConfig,
 )
+from moejax.routers import router_options
 from moejax.runs.checkpoint import Checkpoints
 from moejax.train.loop import Diverged, train, with_vocabulary
 from moejax.train.signals import StopRequest
@@ -42,8 +44,11 @@ def cfg(tmp_path_factory):
             num_layers=1,
             num_dense_layers=0,
             attention=AttentionConfig(num_heads=2, num_kv_heads=2, head_dim=8),
-            moe=MoEConfig(num_experts=4, d_expert=8, score="sigmoid", bias_update="sign"),
+            moe=MoEConfig(
+                num_experts=4, d_expert=8, router=router_options(score="sigmoid", expert_bias=True)
+            ),
         ),
+        objective=ObjectiveConfig(bias_update="sign"),
         data=DataConfig(
             sources=tuple(f"{d}={folder}/{d}*.txt" for d in ("vowels", "digits")),
             tokenizer="byte",

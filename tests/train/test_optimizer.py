@@ -10,8 +10,9 @@ import optax
 import pytest
 from every_parameter import BIASED, MLA, drawn, leaves, options
 
-from moejax.config import ConfigError, OptimizerConfig, from_config_dict
+from moejax.config import ConfigError, OptimizerConfig
 from moejax.config_checks import READS
+from moejax.config_io import from_config_dict
 from moejax.cost import memory
 from moejax.models import transformer
 from moejax.params import ParamSpec, by_path, path_name

@@ -10,6 +10,7 @@ import pytest
 from every_parameter import BIASED, leaves, options
 
 from moejax.config import (
+    ComputeConfig,
     DataConfig,
     ExperimentConfig,
     MeshConfig,
@@ -67,11 +68,15 @@ def test_how_a_step_is_computed_does_not_change_muon():
     A norm of a shard instead of the matrix, or experts taken together, would move all entries by about 0.1."""
     model = dataclasses.replace(SMALL, num_layers=4, num_dense_layers=2)
     want = leaves(one_step(experiment("muon", model)))
-    unrolled = dataclasses.replace(model, scan_layers=False)
     sizes: Any = dict(data=2, fsdp=2, expert=2)
     ways = {
         "accumulated, unrolled": one_step(
-            experiment("muon", unrolled, train=TrainConfig(steps=10, accumulation=2))
+            experiment(
+                "muon",
+                model,
+                train=TrainConfig(steps=10, accumulation=2),
+                compute=ComputeConfig(scan_layers=False),
+            )
         ),
         "mesh": one_step(experiment("muon", model, mesh=MeshConfig(**sizes)), sizes),
     }

@@ -10,13 +10,16 @@ import pytest
 
 from moejax.config import (
     AttentionConfig,
+    ComputeConfig,
     DataConfig,
     ExperimentConfig,
     ModelConfig,
     MoEConfig,
+    ObjectiveConfig,
     OptimizerConfig,
 )
 from moejax.data import synthetic_batch
+from moejax.routers import router_options
 from moejax.train.state import create_state
 from moejax.train.step import train_step
 
@@ -26,11 +29,14 @@ MODEL = ModelConfig(
     num_layers=2,
     d_ff=32,
     attention=AttentionConfig(num_heads=2, num_kv_heads=1, head_dim=8),
-    moe=MoEConfig(num_experts=4, d_expert=8, score="sigmoid", bias_update="sign"),
+    moe=MoEConfig(
+        num_experts=4, d_expert=8, router=router_options(score="sigmoid", expert_bias=True)
+    ),
     mtp_depth=1,
 )
 CFG = ExperimentConfig(
     model=MODEL,
+    objective=ObjectiveConfig(bias_update="sign"),
     data=DataConfig(seq_len=8, batch_size=4),
     optimizer=OptimizerConfig(learning_rate=1e-2, warmup_steps=5, schedule="constant"),
 )
@@ -55,7 +61,7 @@ def test_learns_a_batch_and_moves_the_bias_by_its_rate(step):
     assert int(state.skipped) == 0
     # After 30 steps of the sign rule every bias is a multiple of the rate, at most 30 of them.
     for name in ("moe_blocks", "mtp"):
-        moves = np.asarray(state.router_state[name]["expert_bias"]) / MODEL.moe.bias_rate
+        moves = np.asarray(state.router_state[name]["expert_bias"]) / CFG.objective.bias_rate
         np.testing.assert_allclose(moves, np.round(moves), atol=1e-3)
         assert 0 < np.abs(moves).max() <= 30.001
 
@@ -80,7 +86,7 @@ def test_a_step_that_is_not_finite_is_skipped_and_counted(step):
 
 def test_bfloat16_computes_and_float32_remembers(step):
     batch = synthetic_batch(8, 4, 32)
-    half = dataclasses.replace(CFG, model=dataclasses.replace(MODEL, dtype="bfloat16"))
+    half = dataclasses.replace(CFG, compute=ComputeConfig(dtype="bfloat16"))
     half_step = jax.jit(lambda state, batch: train_step(state, batch, half))
     ours, theirs = (create_state(CFG, jax.random.key(0), None) for _ in range(2))
     for _ in range(10):

@@ -1,7 +1,7 @@
 """Published models as data: `load_preset("deepseek-moe-16b")`, `config_from_hf(a config.json)`.
 
 `configs/*.json` are the published `config.json` files, with two keys of our own: `_note` says what
-is inferred, and `_training` holds the options of `ModelConfig` that the paper (its `source`) gives
+is inferred, and `_training` holds the options that the paper (its `source`) gives
 and config.json does not: initialiser, balance losses, bias rule. Several names share a file where
 the published architectures are the same.
 """
@@ -12,7 +12,7 @@ import json
 import pathlib
 from types import ModuleType
 
-from moejax.config import ConfigError, ModelConfig, from_config_dict
+from moejax.config import ConfigError, ModelConfig, ObjectiveConfig
 from moejax.config_checks import model_problems
 from moejax.models.zoo import (
     deepseek,
@@ -111,19 +111,26 @@ def load_hf(name: str) -> dict:
     return json.loads((CONFIGS / f"{files[name]}.json").read_text())
 
 
+def _stated(hf: dict, group: str) -> dict:
+    """What the paper states of one group of options: field -> value."""
+    keys = {k.partition("."): v for k, v in hf.get("_training", {}).items()}
+    return {field: v for (of, _, field), v in keys.items() if of == group}
+
+
 def load_preset(name: str) -> ModelConfig:
-    """The ModelConfig of a published model, with the training options its paper states.
+    """The ModelConfig of a published model, with the initialiser that its paper states.
 
     Raises ConfigError for an unknown name (with the nearest ones) and for a model that cannot run.
     """
     hf = load_hf(name)
-    cfg = config_from_hf(hf)
-    training = {k: v for k, v in hf.get("_training", {}).items() if k != "source"}
-    values = dataclasses.asdict(cfg)
-    for key, value in training.items():
-        *group, field = key.split(".")
-        (values[group[0]] if group else values)[field] = value
-    return from_config_dict(values, ModelConfig)
+    return dataclasses.replace(config_from_hf(hf), **_stated(hf, "model"))
+
+
+def load_objective(name: str) -> ObjectiveConfig:
+    """What a published model was trained for, as its config.json and its paper state it; errors as
+    `load_preset`."""
+    hf = load_hf(name)
+    return dataclasses.replace(objective_from_hf(hf), **_stated(hf, "objective"))
 
 
 def config_from_hf(hf: dict) -> ModelConfig:
@@ -153,8 +160,18 @@ def config_from_hf(hf: dict) -> ModelConfig:
     return cfg
 
 
-def config_to_hf(cfg: ModelConfig, model_type: str) -> dict:
-    """The config.json of `cfg` as a model of that type.
+def objective_from_hf(hf: dict) -> ObjectiveConfig:
+    """What a model with this config.json was trained for, as far as the file says; errors as
+    `config_from_hf`."""
+    config_from_hf(hf)
+    read = getattr(FAMILIES[hf["model_type"]], "objective_from_hf", None)
+    return read(hf) if read else ObjectiveConfig()
+
+
+def config_to_hf(
+    cfg: ModelConfig, model_type: str, objective: ObjectiveConfig | None = None
+) -> dict:
+    """The config.json of `cfg` as a model of that type, trained for `objective`.
 
     Raises ConfigError, naming the fields, when the family cannot express `cfg`: when reading the
     result back would give another model.
@@ -167,7 +184,7 @@ def config_to_hf(cfg: ModelConfig, model_type: str) -> dict:
             f"a {model_type} config.json cannot express this model: {'; '.join(lost)}. "
             f"Families that can: {', '.join(families_for(cfg)) or 'none'}"
         )
-    return FAMILIES[model_type].config_to_hf(cfg)
+    return FAMILIES[model_type].config_to_hf(cfg, objective or ObjectiveConfig())
 
 
 def families_for(cfg: ModelConfig) -> list[str]:
@@ -180,7 +197,7 @@ def lost_fields(cfg: ModelConfig, model_type: str) -> list[str]:
     family = FAMILIES[model_type]
     before = architecture(cfg)
     try:
-        after = architecture(family.config_from_hf(family.config_to_hf(cfg)))
+        after = architecture(family.config_from_hf(family.config_to_hf(cfg, ObjectiveConfig())))
     except ConfigError as e:
         return [str(e)]
     return [

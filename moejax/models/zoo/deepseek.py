@@ -1,7 +1,8 @@
 """DeepSeekMoE v1 (2401.06066): fine-grained and shared experts, raw softmax weights."""
 
-from moejax.config import AttentionConfig, ModelConfig, MoEConfig
-from moejax.models.zoo import fields, names
+from moejax.config import ModelConfig, MoEConfig, ObjectiveConfig
+from moejax.models.zoo import fields, llama, names
+from moejax.routers import router_options
 
 MODEL_TYPE = "deepseek"
 # What the readers below take, of this family and the later ones.
@@ -34,7 +35,7 @@ def moe_shape(hf: dict, family: str) -> dict:
     }
 
 
-def moe_shape_to_hf(cfg: ModelConfig) -> dict:
+def moe_shape_to_hf(cfg: ModelConfig, objective: ObjectiveConfig) -> dict:
     m = cfg.moe
     return {
         "intermediate_size": cfg.d_ff,
@@ -44,47 +45,33 @@ def moe_shape_to_hf(cfg: ModelConfig) -> dict:
         "moe_intermediate_size": m.d_expert,
         "n_shared_experts": m.shared_experts,
         "moe_layer_freq": 1,
-        "norm_topk_prob": m.normalize_weights,
-        "aux_loss_alpha": m.sequence_loss or m.expert_loss,
-        "seq_aux": m.sequence_loss > 0,
+        "norm_topk_prob": m.router.normalize_weights,
+        **fields.deepseek_objective_to_hf(objective),
     }
-
-
-def balance_loss(hf: dict, family: str, default: float) -> dict:
-    """`aux_loss_alpha` weighs the balance loss of each sequence (`seq_aux`) or of the batch."""
-    alpha = fields.number(hf, family, "aux_loss_alpha", default)
-    return {"sequence_loss" if fields.flag(hf, family, "seq_aux", True) else "expert_loss": alpha}
 
 
 def config_from_hf(hf: dict) -> ModelConfig:
     """The ModelConfig of a `deepseek` config.json; ConfigError names what does not work."""
     common = fields.decoder_from_hf(hf, MODEL_TYPE)
     fields.only(hf, MODEL_TYPE, "scoring_func", "softmax")
-    bias = fields.flag(hf, MODEL_TYPE, "attention_bias")
-    heads = fields.size(hf, MODEL_TYPE, "num_attention_heads")
     return ModelConfig(
         **common,
         num_dense_layers=fields.size(hf, MODEL_TYPE, "first_k_dense_replace", 0, least=0),
         d_ff=fields.size(hf, MODEL_TYPE, "intermediate_size"),
-        attention=AttentionConfig(
-            num_heads=heads,
-            num_kv_heads=fields.size(hf, MODEL_TYPE, "num_key_value_heads", heads),
-            head_dim=fields.head_dim(hf, MODEL_TYPE),
-            qkv_bias=bias,
-            out_bias=bias,
-            rope=fields.rope_from_hf(hf, MODEL_TYPE),
-        ),
+        attention=llama.attention(hf, MODEL_TYPE),
         moe=MoEConfig(
             **moe_shape(hf, MODEL_TYPE),
-            # The released model class counts 0.001 where the file is silent.
-            **balance_loss(hf, MODEL_TYPE, 0.001),
-            score="softmax",
-            normalize_weights=fields.flag(hf, MODEL_TYPE, "norm_topk_prob"),
+            router=router_options(normalize_weights=fields.flag(hf, MODEL_TYPE, "norm_topk_prob")),
         ),
     )
 
 
-def config_to_hf(cfg: ModelConfig) -> dict:
+def objective_from_hf(hf: dict) -> ObjectiveConfig:
+    """The released model class counts 0.001 where the file is silent."""
+    return fields.deepseek_objective(hf, MODEL_TYPE, 0.001)
+
+
+def config_to_hf(cfg: ModelConfig, objective: ObjectiveConfig) -> dict:
     """The config.json that DeepSeekMoE's published model class loads."""
     a = cfg.attention
     return fields.decoder_to_hf(
@@ -94,6 +81,6 @@ def config_to_hf(cfg: ModelConfig) -> dict:
         num_key_value_heads=a.num_kv_heads,
         attention_bias=a.qkv_bias,
         scoring_func="softmax",
-        **moe_shape_to_hf(cfg),
+        **moe_shape_to_hf(cfg, objective),
         **fields.rope_to_hf(a.rope),
     )

@@ -1,7 +1,8 @@
 """DeepSeek-V2, V2-Lite, V2.5 (2405.04434): latent attention, device-limited softmax routing."""
 
-from moejax.config import AttentionConfig, ConfigError, ModelConfig, MoEConfig
+from moejax.config import AttentionConfig, ConfigError, ModelConfig, MoEConfig, ObjectiveConfig
 from moejax.models.zoo import deepseek, fields, names
+from moejax.routers import router_options
 
 MODEL_TYPE = "deepseek_v2"
 # What this family and the next read. Widths of heads that follow from others are repeated by newer files.
@@ -82,26 +83,29 @@ def config_from_hf(hf: dict) -> ModelConfig:
         attention=latent_attention(hf, MODEL_TYPE),
         moe=MoEConfig(
             **deepseek.moe_shape(hf, MODEL_TYPE),
-            **deepseek.balance_loss(hf, MODEL_TYPE, 0.001),
-            **groups,
-            score="softmax",
-            routed_scaling=fields.number(hf, MODEL_TYPE, "routed_scaling_factor", 1.0),
+            router=router_options(
+                **groups,
+                routed_scaling=fields.number(hf, MODEL_TYPE, "routed_scaling_factor", 1.0),
+            ),
         ),
     )
 
 
-def config_to_hf(cfg: ModelConfig) -> dict:
+objective_from_hf = deepseek.objective_from_hf
+
+
+def config_to_hf(cfg: ModelConfig, objective: ObjectiveConfig) -> dict:
     """The config.json that `transformers` loads as DeepseekV2ForCausalLM."""
-    m = cfg.moe
+    router = cfg.moe.router
     return fields.decoder_to_hf(
         cfg,
         architectures=["DeepseekV2ForCausalLM"],
         model_type=MODEL_TYPE,
         scoring_func="softmax",
-        topk_method="group_limited_greedy" if m.num_groups > 1 else "greedy",
-        n_group=m.num_groups,
-        topk_group=m.topk_groups,
-        routed_scaling_factor=m.routed_scaling,
-        **deepseek.moe_shape_to_hf(cfg),
+        topk_method="group_limited_greedy" if router.num_groups > 1 else "greedy",
+        n_group=router.num_groups,
+        topk_group=router.topk_groups,
+        routed_scaling_factor=router.routed_scaling,
+        **deepseek.moe_shape_to_hf(cfg, objective),
         **latent_attention_to_hf(cfg),
     )

@@ -1,8 +1,9 @@
 """DeepSeek-V3, R1, V3.1, Moonlight, Kimi K2 (2412.19437): sigmoid scores, bias balancing, MTP."""
 
-from moejax.config import ModelConfig, MoEConfig
+from moejax.config import ModelConfig, MoEConfig, ObjectiveConfig
 from moejax.models.zoo import deepseek, fields, names
 from moejax.models.zoo.deepseek_v2 import MLA, latent_attention, latent_attention_to_hf
+from moejax.routers import router_options
 
 MODEL_TYPE = "deepseek_v3"
 READ = MLA | {"num_nextn_predict_layers", "num_mtp_layers", "num_local_experts"}
@@ -40,8 +41,8 @@ NAMES = names.Table(
 def config_from_hf(hf: dict) -> ModelConfig:
     """The ModelConfig of a `deepseek_v3` or `kimi_k2` config.json; ConfigError names what fails.
 
-    The file does not say how the selection bias was learned, so it is 'frozen'; the presets say
-    how ('sign', 'sign_centered').
+    The file does not say how the selection bias was learned, so no rule moves it; the presets say
+    how (objective.bias_update of 'sign', 'sign_centered').
     """
     # Names of transformers 5.
     hf = fields.same(hf, MODEL_TYPE, "n_routed_experts", "num_local_experts")
@@ -58,32 +59,37 @@ def config_from_hf(hf: dict) -> ModelConfig:
         attention=latent_attention(hf, MODEL_TYPE),
         moe=MoEConfig(
             **deepseek.moe_shape(hf, MODEL_TYPE),
-            **deepseek.balance_loss(hf, MODEL_TYPE, 0.0),
-            score="sigmoid",
-            normalize_weights=fields.flag(hf, MODEL_TYPE, "norm_topk_prob", True),
-            routed_scaling=fields.number(hf, MODEL_TYPE, "routed_scaling_factor", 1.0),
-            num_groups=fields.size(hf, MODEL_TYPE, "n_group", 1),
-            topk_groups=fields.size(hf, MODEL_TYPE, "topk_group", 1),
-            group_score="top2_sum",
-            bias_update="frozen",
+            router=router_options(
+                score="sigmoid",
+                normalize_weights=fields.flag(hf, MODEL_TYPE, "norm_topk_prob", True),
+                routed_scaling=fields.number(hf, MODEL_TYPE, "routed_scaling_factor", 1.0),
+                num_groups=fields.size(hf, MODEL_TYPE, "n_group", 1),
+                topk_groups=fields.size(hf, MODEL_TYPE, "topk_group", 1),
+                group_score="top2_sum",
+                expert_bias=True,
+            ),
         ),
         mtp_depth=fields.size(hf, MODEL_TYPE, "num_nextn_predict_layers", 0, least=0),
     )
 
 
-def config_to_hf(cfg: ModelConfig) -> dict:
+def objective_from_hf(hf: dict) -> ObjectiveConfig:
+    return fields.deepseek_objective(hf, MODEL_TYPE, 0.0)
+
+
+def config_to_hf(cfg: ModelConfig, objective: ObjectiveConfig) -> dict:
     """The config.json that `transformers` loads as DeepseekV3ForCausalLM (without MTP)."""
-    m = cfg.moe
+    router = cfg.moe.router
     return fields.decoder_to_hf(
         cfg,
         architectures=["DeepseekV3ForCausalLM"],
         model_type=MODEL_TYPE,
         scoring_func="sigmoid",
         topk_method="noaux_tc",
-        n_group=m.num_groups,
-        topk_group=m.topk_groups,
-        routed_scaling_factor=m.routed_scaling,
+        n_group=router.num_groups,
+        topk_group=router.topk_groups,
+        routed_scaling_factor=router.routed_scaling,
         num_nextn_predict_layers=cfg.mtp_depth,
-        **deepseek.moe_shape_to_hf(cfg),
+        **deepseek.moe_shape_to_hf(cfg, objective),
         **latent_attention_to_hf(cfg),
     )

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from moejax.config import ConfigError, RopeConfig
+from moejax.config import ConfigError, ModelConfig, ObjectiveConfig, RopeConfig
 from moejax.models.zoo.keys import words
 from moejax.text import shown
 
@@ -224,6 +224,35 @@ def rope_to_hf(rope: RopeConfig, *, mla: bool = False) -> dict:
     if not rope.yarn_truncate:
         scaling["truncate"] = False
     return {"rope_theta": rope.theta, "rope_scaling": scaling}
+
+
+def switch_objective(hf: dict, family: str, default: float = 0.001) -> ObjectiveConfig:
+    """The load-balancing loss of `transformers` as one of ours.
+
+    Its loss is E sum_i c_i P_i with c_i the routes to expert i per token, K times DeepSeekMoE's
+    (2401.06066 eq. 12-14), whose f_i are per token and chosen expert.
+    """
+    k = size(hf, family, "num_experts_per_tok")
+    return ObjectiveConfig(expert_loss=k * number(hf, family, "router_aux_loss_coef", default))
+
+
+def switch_objective_to_hf(cfg: ModelConfig, objective: ObjectiveConfig) -> dict:
+    return {"router_aux_loss_coef": objective.expert_loss / cfg.moe.experts_per_token}
+
+
+def deepseek_objective(hf: dict, family: str, default: float) -> ObjectiveConfig:
+    """`aux_loss_alpha` weighs the balance loss of each sequence (`seq_aux`) or of the batch."""
+    alpha = number(hf, family, "aux_loss_alpha", default)
+    if flag(hf, family, "seq_aux", True):
+        return ObjectiveConfig(sequence_loss=alpha)
+    return ObjectiveConfig(expert_loss=alpha)
+
+
+def deepseek_objective_to_hf(objective: ObjectiveConfig) -> dict:
+    return {
+        "aux_loss_alpha": objective.sequence_loss or objective.expert_loss,
+        "seq_aux": objective.sequence_loss > 0,
+    }
 
 
 def decoder_to_hf(cfg, **family_keys) -> dict:

@@ -1,6 +1,6 @@
 """GPT-2: dense, LayerNorm, learned positions, tied head, biases (Radford et al. 2019)."""
 
-from moejax.config import AttentionConfig, ConfigError, ModelConfig
+from moejax.config import AttentionConfig, ConfigError, ModelConfig, ObjectiveConfig
 from moejax.models.zoo import fields, keys, names
 
 MODEL_TYPE = "gpt2"
@@ -85,8 +85,9 @@ def config_from_hf(hf: dict) -> ModelConfig:
     )
 
 
-def config_to_hf(cfg: ModelConfig) -> dict:
+def config_to_hf(cfg: ModelConfig, objective: ObjectiveConfig) -> dict:
     """The config.json that `transformers` loads as GPT2LMHeadModel."""
+    del objective
     return {
         "architectures": ["GPT2LMHeadModel"],
         "model_type": MODEL_TYPE,

@@ -1,8 +1,9 @@
 """gpt-oss (2508.10925): attention sinks, alternating windows, clamped SwiGLU, biases everywhere."""
 
-from moejax.config import ConfigError, ModelConfig, MoEConfig
+from moejax.config import ConfigError, ModelConfig, MoEConfig, ObjectiveConfig
 from moejax.models.zoo import fields, names
 from moejax.models.zoo.mixtral import GROUPED, grouped_attention
+from moejax.routers import router_options
 from moejax.text import shown
 
 MODEL_TYPE = "gpt_oss"
@@ -68,11 +69,7 @@ def windows_from_hf(hf: dict) -> tuple[int, ...]:
 
 
 def config_from_hf(hf: dict) -> ModelConfig:
-    """The ModelConfig of a `gpt_oss` config.json; ConfigError names what is missing or unsupported.
-
-    `router_aux_loss_coef` is not read: the paper names no balance loss and the file's 0.9 is far
-    from any trained value.
-    """
+    """The ModelConfig of a `gpt_oss` config.json; ConfigError names what is missing or unsupported."""
     common = fields.decoder_from_hf(hf, MODEL_TYPE)
     n = fields.sizes(
         hf, MODEL_TYPE, "num_local_experts", "num_experts_per_tok", "intermediate_size"
@@ -96,8 +93,7 @@ def config_from_hf(hf: dict) -> ModelConfig:
             experts_per_token=n["num_experts_per_tok"],
             d_expert=n["intermediate_size"],
             # Softmax over the chosen logits = softmax over all of them, renormalised.
-            normalize_weights=True,
-            router_bias=True,
+            router=router_options(normalize_weights=True, router_bias=True),
             activation="swiglu_oai",
             activation_limit=fields.number(hf, MODEL_TYPE, "swiglu_limit", 7.0),
             ffn_bias=True,
@@ -105,8 +101,13 @@ def config_from_hf(hf: dict) -> ModelConfig:
     )
 
 
-def config_to_hf(cfg: ModelConfig) -> dict:
+# No `objective_from_hf`: the paper names no balance loss, and the file's router_aux_loss_coef of 0.9 is far
+# from any trained value.
+
+
+def config_to_hf(cfg: ModelConfig, objective: ObjectiveConfig) -> dict:
     """The config.json that `transformers` loads as GptOssForCausalLM (with BF16 experts)."""
+    del objective
     a, m = cfg.attention, cfg.moe
     rope = fields.rope_to_hf(a.rope)
     # Silence would mean SCALING.

@@ -1,7 +1,8 @@
 """Mixtral (2401.04088): 8 wide experts, the two chosen scores renormalised."""
 
-from moejax.config import AttentionConfig, ModelConfig, MoEConfig
+from moejax.config import AttentionConfig, ModelConfig, MoEConfig, ObjectiveConfig
 from moejax.models.zoo import fields, names
+from moejax.routers import router_options
 
 MODEL_TYPE = "mixtral"
 # What `grouped_attention` reads.
@@ -35,20 +36,6 @@ NAMES = names.Table(
 )
 
 
-def switch_loss(hf: dict, family: str, experts_per_token: int, default: float = 0.001) -> dict:
-    """The coefficient of the load-balancing loss of `transformers` as one of ours.
-
-    Its loss is E sum_i c_i P_i with c_i the routes to expert i per token, K times DeepSeekMoE's
-    (2401.06066 eq. 12-14), whose f_i are per token and chosen expert.
-    """
-    coefficient = fields.number(hf, family, "router_aux_loss_coef", default)
-    return {"expert_loss": experts_per_token * coefficient}
-
-
-def switch_loss_to_hf(cfg: ModelConfig) -> dict:
-    return {"router_aux_loss_coef": cfg.moe.expert_loss / cfg.moe.experts_per_token}
-
-
 def grouped_attention(
     hf: dict, family: str, default_scaling: dict | None = None, **kwargs
 ) -> AttentionConfig:
@@ -80,13 +67,16 @@ def config_from_hf(hf: dict) -> ModelConfig:
             num_experts=n["num_local_experts"],
             experts_per_token=n["num_experts_per_tok"],
             d_expert=n["intermediate_size"],
-            normalize_weights=True,
-            **switch_loss(hf, MODEL_TYPE, n["num_experts_per_tok"]),
+            router=router_options(normalize_weights=True),
         ),
     )
 
 
-def config_to_hf(cfg: ModelConfig) -> dict:
+def objective_from_hf(hf: dict) -> ObjectiveConfig:
+    return fields.switch_objective(hf, MODEL_TYPE)
+
+
+def config_to_hf(cfg: ModelConfig, objective: ObjectiveConfig) -> dict:
     """The config.json that `transformers` loads as MixtralForCausalLM."""
     a = cfg.attention
     return fields.decoder_to_hf(
@@ -99,6 +89,6 @@ def config_to_hf(cfg: ModelConfig) -> dict:
         num_local_experts=cfg.moe.num_experts,
         num_experts_per_tok=cfg.moe.experts_per_token,
         intermediate_size=cfg.moe.d_expert,
-        **switch_loss_to_hf(cfg),
+        **fields.switch_objective_to_hf(cfg, objective),
         **fields.rope_to_hf(a.rope),
     )

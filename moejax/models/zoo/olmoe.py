@@ -1,13 +1,9 @@
 """OLMoE (2409.02060): RMSNorm over all queries and keys before the split, unnormalised top-8."""
 
-from moejax.config import ModelConfig, MoEConfig
+from moejax.config import ModelConfig, MoEConfig, ObjectiveConfig
 from moejax.models.zoo import fields, names
-from moejax.models.zoo.mixtral import (
-    GROUPED,
-    grouped_attention,
-    switch_loss,
-    switch_loss_to_hf,
-)
+from moejax.models.zoo.mixtral import GROUPED, grouped_attention
+from moejax.routers import router_options
 
 MODEL_TYPE = "olmoe"
 READ = GROUPED | {
@@ -40,13 +36,16 @@ def config_from_hf(hf: dict) -> ModelConfig:
             num_experts=n["num_experts"],
             experts_per_token=n["num_experts_per_tok"],
             d_expert=n["intermediate_size"],
-            normalize_weights=fields.flag(hf, MODEL_TYPE, "norm_topk_prob"),
-            **switch_loss(hf, MODEL_TYPE, n["num_experts_per_tok"], default=0.01),
+            router=router_options(normalize_weights=fields.flag(hf, MODEL_TYPE, "norm_topk_prob")),
         ),
     )
 
 
-def config_to_hf(cfg: ModelConfig) -> dict:
+def objective_from_hf(hf: dict) -> ObjectiveConfig:
+    return fields.switch_objective(hf, MODEL_TYPE, default=0.01)
+
+
+def config_to_hf(cfg: ModelConfig, objective: ObjectiveConfig) -> dict:
     """The config.json that `transformers` loads as OlmoeForCausalLM."""
     return fields.decoder_to_hf(
         cfg,
@@ -59,7 +58,7 @@ def config_to_hf(cfg: ModelConfig) -> dict:
         num_experts=cfg.moe.num_experts,
         num_experts_per_tok=cfg.moe.experts_per_token,
         intermediate_size=cfg.moe.d_expert,
-        norm_topk_prob=cfg.moe.normalize_weights,
-        **switch_loss_to_hf(cfg),
+        norm_topk_prob=cfg.moe.router.normalize_weights,
+        **fields.switch_objective_to_hf(cfg, objective),
         **fields.rope_to_hf(cfg.attention.rope),
     )

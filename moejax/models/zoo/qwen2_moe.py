@@ -1,13 +1,9 @@
 """Qwen1.5-MoE and Qwen2-MoE: unnormalised softmax, a gated shared expert, biases on q, k, v."""
 
-from moejax.config import ConfigError, ModelConfig, MoEConfig
+from moejax.config import ConfigError, ModelConfig, MoEConfig, ObjectiveConfig
 from moejax.models.zoo import fields, names
-from moejax.models.zoo.mixtral import (
-    GROUPED,
-    grouped_attention,
-    switch_loss,
-    switch_loss_to_hf,
-)
+from moejax.models.zoo.mixtral import GROUPED, grouped_attention
+from moejax.routers import router_options
 from moejax.text import shown
 
 MODEL_TYPE = "qwen2_moe"
@@ -57,7 +53,7 @@ def leading_dense_layers(hf: dict, family: str) -> int:
     return len(layers)
 
 
-def moe_to_hf(cfg: ModelConfig) -> dict:
+def moe_to_hf(cfg: ModelConfig, objective: ObjectiveConfig) -> dict:
     return {
         "intermediate_size": cfg.d_ff,
         "mlp_only_layers": list(range(cfg.num_dense_layers)),
@@ -68,8 +64,8 @@ def moe_to_hf(cfg: ModelConfig) -> dict:
         "num_experts": cfg.moe.num_experts,
         "num_experts_per_tok": cfg.moe.experts_per_token,
         "moe_intermediate_size": cfg.moe.d_expert,
-        "norm_topk_prob": cfg.moe.normalize_weights,
-        **switch_loss_to_hf(cfg),
+        "norm_topk_prob": cfg.moe.router.normalize_weights,
+        **fields.switch_objective_to_hf(cfg, objective),
         **fields.rope_to_hf(cfg.attention.rope),
     }
 
@@ -82,8 +78,7 @@ def moe_from_hf(hf: dict, family: str, **kwargs) -> MoEConfig:
         num_experts=n["num_experts"],
         experts_per_token=n["num_experts_per_tok"],
         d_expert=n["moe_intermediate_size"],
-        normalize_weights=fields.flag(hf, family, "norm_topk_prob"),
-        **switch_loss(hf, family, n["num_experts_per_tok"]),
+        router=router_options(normalize_weights=fields.flag(hf, family, "norm_topk_prob")),
         **kwargs,
     )
 
@@ -107,7 +102,11 @@ def config_from_hf(hf: dict) -> ModelConfig:
     )
 
 
-def config_to_hf(cfg: ModelConfig) -> dict:
+def objective_from_hf(hf: dict) -> ObjectiveConfig:
+    return fields.switch_objective(hf, MODEL_TYPE)
+
+
+def config_to_hf(cfg: ModelConfig, objective: ObjectiveConfig) -> dict:
     """The config.json that `transformers` loads as Qwen2MoeForCausalLM."""
     return fields.decoder_to_hf(
         cfg,
@@ -115,5 +114,5 @@ def config_to_hf(cfg: ModelConfig) -> dict:
         model_type=MODEL_TYPE,
         qkv_bias=cfg.attention.qkv_bias,
         shared_expert_intermediate_size=cfg.moe.shared_width,
-        **moe_to_hf(cfg),
+        **moe_to_hf(cfg, objective),
     )

@@ -1,6 +1,6 @@
 """Qwen3-MoE (2505.09388): RMSNorm on query and key heads, renormalised top-8."""
 
-from moejax.config import ModelConfig
+from moejax.config import ModelConfig, ObjectiveConfig
 from moejax.models.zoo import fields, names
 from moejax.models.zoo.mixtral import grouped_attention
 from moejax.models.zoo.qwen2_moe import FFNS, MOE, leading_dense_layers, moe_from_hf, moe_to_hf
@@ -27,12 +27,16 @@ def config_from_hf(hf: dict) -> ModelConfig:
     )
 
 
-def config_to_hf(cfg: ModelConfig) -> dict:
+def objective_from_hf(hf: dict) -> ObjectiveConfig:
+    return fields.switch_objective(hf, MODEL_TYPE)
+
+
+def config_to_hf(cfg: ModelConfig, objective: ObjectiveConfig) -> dict:
     """The config.json that `transformers` loads as Qwen3MoeForCausalLM."""
     return fields.decoder_to_hf(
         cfg,
         architectures=["Qwen3MoeForCausalLM"],
         model_type=MODEL_TYPE,
         attention_bias=cfg.attention.qkv_bias,
-        **moe_to_hf(cfg),
+        **moe_to_hf(cfg, objective),
     )

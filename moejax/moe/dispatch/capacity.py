@@ -5,8 +5,8 @@ token loses its first choice to another's second.
 
 Tokens compete over all that one call sees: a slot may go to a later token (or another sequence's), and with
 gradient accumulation C is counted in every micro-batch. So a step depends on accumulation where something
-is dropped, and training is not strictly causal; evaluation and generation drop nothing
-(`ModelConfig.without_drops`).
+is dropped, and training is not strictly causal. Evaluation and generation drop nothing: a capacity is part of
+the objective.
 """
 
 import math
@@ -14,15 +14,13 @@ import math
 import jax
 import jax.numpy as jnp
 
-from moejax.config import MoEConfig
-from moejax.moe.experts import expert_ffn_slots
-from moejax.moe.routing import Routing, SlotRouting
+from moejax.moe.experts import Activation, Params, expert_ffn_slots
+from moejax.routers.contract import Routing, SlotRouting
 
 
-def slots_per_expert(num_tokens: int, cfg: MoEConfig) -> int:
-    """C = ceil(capacity_factor * T * K / E), at most T."""
-    wanted = cfg.capacity_factor * num_tokens * cfg.experts_per_token / cfg.num_experts
-    return min(num_tokens, math.ceil(wanted))
+def slots_per_expert(num_tokens: int, k: int, num_experts: int, factor: float) -> int:
+    """C = ceil(factor * T * K / E), at most T."""
+    return min(num_tokens, math.ceil(factor * num_tokens * k / num_experts))
 
 
 def fill_slots(routing: Routing, num_experts: int, capacity: int):
@@ -44,21 +42,22 @@ def fill_slots(routing: Routing, num_experts: int, capacity: int):
     return SlotRouting(token_EC.reshape(shape), weight_EC[:-1].reshape(shape)), dropped
 
 
-def slots(params: dict, x_TD: jax.Array, routing: SlotRouting, cfg: MoEConfig) -> jax.Array:
+def slots(params: Params, x_TD: jax.Array, routing: SlotRouting, act: Activation) -> jax.Array:
     """Gather each slot's token, run the experts, add the weighted results back to their tokens."""
     index_EC, weight_EC = routing
     taken_EC = index_EC >= 0
     x_ECD = jnp.where(taken_EC[..., None], x_TD[jnp.maximum(index_EC, 0)], 0)
-    y_ECD = expert_ffn_slots(params, x_ECD, cfg).astype(weight_EC.dtype) * weight_EC[..., None]
+    y_ECD = expert_ffn_slots(params, x_ECD, act).astype(weight_EC.dtype) * weight_EC[..., None]
     y_TD = jnp.zeros(x_TD.shape, weight_EC.dtype)
     y_TD = y_TD.at[jnp.maximum(index_EC, 0)].add(jnp.where(taken_EC[..., None], y_ECD, 0))
     return y_TD.astype(x_TD.dtype)
 
 
-def capacity(params: dict, x_TD: jax.Array, routing, cfg: MoEConfig):
-    """Returns (y_TD, dropped). Slot-form routing arrives with its slots filled and drops nothing."""
-    if isinstance(routing, SlotRouting):
-        return slots(params, x_TD, routing, cfg), jnp.zeros((), jnp.float32)
-    num_experts = params["w_down"].shape[0]
-    filled, dropped = fill_slots(routing, num_experts, slots_per_expert(x_TD.shape[0], cfg))
-    return slots(params, x_TD, filled, cfg), dropped
+def capacity(
+    params: Params, x_TD: jax.Array, routing: Routing, act: Activation, factor: float
+) -> tuple[jax.Array, jax.Array]:
+    """Token choice with `slots_per_expert` slots. Returns (y_TD, dropped routes)."""
+    num_experts, k = params["w_down"].shape[0], routing.expert_index_TK.shape[1]
+    size = slots_per_expert(x_TD.shape[0], k, num_experts, factor)
+    filled, dropped = fill_slots(routing, num_experts, size)
+    return slots(params, x_TD, filled, act), dropped

@@ -8,18 +8,18 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from moejax.config import MoEConfig
-from moejax.moe.experts import Params
+from moejax.moe.experts import Activation, Params
 from moejax.moe.routed_ffn import routed_ffn
-from moejax.moe.routing import Routing
 from moejax.moe.rows import limit_rows, sort_routes
+from moejax.routers.contract import Routing
 
 
 def dropless(
     params: Params,
     x_TD: jax.Array,
     routing: Routing,
-    moe: MoEConfig,
+    act: Activation,
+    implementation: str = "auto",
     *,
     num_rows: int | None = None,
     stack: tuple[Params, Any] | None = None,
@@ -31,7 +31,8 @@ def dropless(
       x_TD: tokens.
       routing: expert_index_TK (int32, -1 = empty slot, contributes nothing) and combine_weights_TK
         (float32).
-      moe: activation and grouped matmul implementation.
+      act: the activation.
+      implementation: of the grouped matmul, see `routed_ffn`.
       num_rows: rows to compute, where fewer than T K routes can be taken (most of them are another
         device's): no more than these are moved or held.
       stack: where `params` lies in the parameters of all layers (see `routed_ffn`).
@@ -43,4 +44,6 @@ def dropless(
     dropped = jnp.zeros((), jnp.int32)
     if num_rows is not None:
         routes, dropped = limit_rows(routes, num_rows)
-    return routed_ffn(params, x_TD, routing.combine_weights_TK, routes, moe, stack), dropped
+    return routed_ffn(
+        params, x_TD, routing.combine_weights_TK, routes, act, implementation, stack
+    ), dropped

@@ -10,10 +10,12 @@ Tokens are split over the batch's mesh axes, experts over the expert's. Two ways
 
 An expert's FFN width may be split over further axes (tensor parallelism: partial sums are added up), and
 its model width over axes that hold the batch (fsdp: weights are gathered for use, which makes their
-gradient a reduce-scatter; with remat='none' the backward pass keeps the gathered weights of every layer,
-with 'full' it gathers them again). The router runs outside, on global arrays. `check_vma=True` derives
+gradient a reduce-scatter; without rematerialisation the backward pass keeps the gathered weights of every
+layer, with full it gathers them again). The router runs outside, on global arrays. `check_vma=True` derives
 the sums in the backward pass from types: a gradient that is not the same on all devices that claim it is
 an error.
+
+Here: P devices that exchange rows (peers), C rows of a chunk for one of them.
 """
 
 import functools
@@ -25,19 +27,24 @@ import numpy as np
 from jax.sharding import PartitionSpec
 
 from moejax import axes
-from moejax.config import MoEConfig
+from moejax.config import ComputeConfig, MoEConfig
 from moejax.moe.dispatch.dropless import dropless
-from moejax.moe.experts import Params, expert_param_specs
-from moejax.moe.routing import Routing
+from moejax.moe.experts import Params, expert_param_specs, of_experts
 from moejax.moe.rows import SortedRoutes, sort_routes, to_rows, to_tokens
 from moejax.moe.varying import vary, vary_together, varying_axes
+from moejax.routers.contract import Routing
 from moejax.sharding import Layout
 
 Axes = tuple[str, ...]
 
 
 def expert_parallel(
-    params: Params, x_TD: jax.Array, routing: Routing, cfg: MoEConfig, layout: Layout
+    params: Params,
+    x_TD: jax.Array,
+    routing: Routing,
+    moe: MoEConfig,
+    compute: ComputeConfig,
+    layout: Layout,
 ) -> tuple[jax.Array, jax.Array]:
     """As `dropless`, on the mesh of `layout`: global arrays in, global arrays out.
 
@@ -49,7 +56,8 @@ def expert_parallel(
       params: expert parameters (`experts.expert_param_specs`).
       x_TD: tokens, split over as many of the batch's mesh axes as divide T.
       routing: global expert indices and combine weights.
-      cfg: `expert_parallel` names the strategy, `buffer_factor` bounds its buffers.
+      moe: the experts.
+      compute: `expert_parallel` names the strategy, `buffer_factor` bounds its buffers.
       layout: the mesh and its table.
 
     Returns:
@@ -59,7 +67,7 @@ def expert_parallel(
     batch = layout.dividing(axes.BATCH, x_TD.shape[0])
     experts = layout.used(axes.EXPERT)
     width = layout.used(axes.EXPERT_MLP)
-    logical = {k: s.axes for k, s in expert_param_specs(cfg, x_TD.shape[1], 0.0).items()}
+    logical = {k: s.axes for k, s in expert_param_specs(moe, x_TD.shape[1], 0.0).items()}
     # A split of the model width over axes that do not hold the batch is left to the compiler.
     mesh_axes: dict[str | None, Axes] = {
         axes.EXPERT: experts,
@@ -77,10 +85,11 @@ def expert_parallel(
         split = tuple(a for a in width if a not in batch)
         params_e = _bias_once(params_e, split)
         routing_tK = Routing(index_tK, weights_tK)
-        if cfg.expert_parallel == "all_to_all" and experts and set(experts) <= set(batch):
-            y_tD, dropped = _all_to_all(params_e, x_tD, routing_tK, cfg, experts)
+        how = (moe, compute, experts)
+        if compute.expert_parallel == "all_to_all" and experts and set(experts) <= set(batch):
+            y_tD, dropped = _all_to_all(params_e, x_tD, routing_tK, *how)
         else:
-            y_tD, dropped = _ring(params_e, x_tD, routing_tK, cfg, experts, batch)
+            y_tD, dropped = _ring(params_e, x_tD, routing_tK, *how, batch)
         y_tD = jax.lax.psum(y_tD, split) if split else y_tD
         return y_tD, _sum_everywhere(dropped)
 
@@ -116,15 +125,16 @@ def _sum_everywhere(count):
     return jax.lax.psum(count, over) if over else count
 
 
-def _rows(cfg: MoEConfig, worst: int, balanced: float) -> int:
-    """Rows of a buffer: the worst case, or buffer_factor times the balanced load if that is less."""
-    return min(worst, math.ceil(cfg.buffer_factor * balanced)) if cfg.buffer_factor else worst
+def _rows(factor: float, worst: int, balanced: float) -> int:
+    """Rows of a buffer: the worst case, or `factor` times the balanced load if that is less."""
+    return min(worst, math.ceil(factor * balanced)) if factor else worst
 
 
-def _ring(params_e, x_tD, routing_tK, cfg, experts: Axes, batch: Axes):
+def _ring(params_e, x_tD, routing_tK, moe, compute, experts: Axes, batch: Axes):
     """All-gather tokens, compute the experts at hand, reduce-scatter (or sum) the results."""
+    kernel = of_experts(moe), compute.grouped_matmul
     if not experts:
-        return dropless(params_e, x_tD, routing_tK, cfg)
+        return dropless(params_e, x_tD, routing_tK, *kernel)
     shared = tuple(a for a in experts if a in batch)  # both tokens and experts are split over these
     apart = tuple(a for a in experts if a not in batch)
     if shared:
@@ -137,22 +147,23 @@ def _ring(params_e, x_tD, routing_tK, cfg, experts: Axes, batch: Axes):
     num_tokens, k = index_tK.shape
     local_tK = index_tK - held * jax.lax.axis_index(experts).astype(index_tK.dtype)
     local_tK = jnp.where((index_tK >= 0) & (local_tK >= 0) & (local_tK < held), local_tK, -1)
-    balanced = num_tokens * k * held / cfg.num_experts
-    num_rows = _rows(cfg, num_tokens * min(k, held), balanced)
+    balanced = num_tokens * k * held / moe.num_experts
+    num_rows = _rows(compute.buffer_factor, num_tokens * min(k, held), balanced)
     routing = Routing(local_tK, weights_tK)
-    y_tD, dropped = dropless(params_e, x_tD, routing, cfg, num_rows=num_rows)
+    y_tD, dropped = dropless(params_e, x_tD, routing, *kernel, num_rows=num_rows)
     if shared:
         y_tD = jax.lax.psum_scatter(y_tD, shared, scatter_dimension=0, tiled=True)
     return (jax.lax.psum(y_tD, apart) if apart else y_tD), dropped
 
 
-def _all_to_all(params_e, x_tD, routing_tK, cfg, experts: Axes):
+def _all_to_all(params_e, x_tD, routing_tK, moe, compute, experts: Axes):
     """Send rows to the devices of their experts, compute, send back, weigh and sum where they came from."""
+    kernel = of_experts(moe), compute.grouped_matmul
     held = params_e["w_down"].shape[0]
     num_tokens, k = routing_tK.expert_index_TK.shape
-    balanced = num_tokens * k * held / cfg.num_experts
-    size = _rows(cfg, num_tokens * min(k, held), balanced)
-    routes, send_Pe, dropped = _pack(routing_tK.expert_index_TK, held, cfg, size)
+    balanced = num_tokens * k * held / moe.num_experts
+    size = _rows(compute.buffer_factor, num_tokens * min(k, held), balanced)
+    routes, send_Pe, dropped = _pack(routing_tK.expert_index_TK, held, moe.num_experts, size)
     receive_Pe = jax.lax.all_to_all(send_Pe, experts, 0, 0, tiled=True)
     # Chunk p of what arrives holds peer p's rows, sorted by expert: the counts say which is whose.
     end_Pe = jnp.cumsum(receive_Pe, axis=1)
@@ -164,7 +175,7 @@ def _all_to_all(params_e, x_tD, routing_tK, cfg, experts: Axes):
     send_P, receive_P = send_Pe.sum(axis=1), receive_Pe.sum(axis=1)
     x_RD = exchange(*vary_together(to_rows(x_tD, routes), send_P, receive_P), experts)
     one_R1 = jnp.ones(expert_R1.shape, weight_r1.dtype)
-    y_RD, _ = dropless(params_e, x_RD, Routing(expert_R1, one_R1), cfg)
+    y_RD, _ = dropless(params_e, x_RD, Routing(expert_R1, one_R1), *kernel)
     y_RD = exchange(*vary_together(y_RD, receive_P, send_P), experts)
     # Weighed at home: sending the weights along would cost two more exchanges, there and back.
     y_RD = y_RD * to_rows(weight_r1, routes.one_by_one())
@@ -172,7 +183,7 @@ def _all_to_all(params_e, x_tD, routing_tK, cfg, experts: Axes):
     return y_tD.astype(x_tD.dtype), dropped
 
 
-def _pack(index_tK, held: int, cfg: MoEConfig, size: int):
+def _pack(index_tK, held: int, num_experts: int, size: int):
     """Where each route lies in a buffer of one chunk of `size` rows for every device.
 
     Returns:
@@ -180,7 +191,7 @@ def _pack(index_tK, held: int, cfg: MoEConfig, size: int):
       send_Pe: rows for each device and each of its experts.
       dropped: routes that found no row.
     """
-    routes = sort_routes(index_tK, cfg.num_experts)
+    routes = sort_routes(index_tK, num_experts)
     wanted_Pe = routes.group_sizes_E.reshape(-1, held)
     end_Pe = jnp.minimum(jnp.cumsum(wanted_Pe, axis=1), size)
     send_Pe = jnp.diff(end_Pe, axis=1, prepend=0)

@@ -6,34 +6,20 @@ Groups follow each other in row order: the first group_sizes_E[0] rows belong to
 on. One contract, several implementations in a table; a test suite runs over all of them.
 """
 
-import functools
 import types
 from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
 
-from moejax.moe.grouped_matmul import blocked, ragged, reference, tokamax_kernels
-from moejax.moe.grouped_matmul.products import Products, differentiable
+from moejax.moe.grouped_matmul import ragged, reference, tokamax_kernels
+from moejax.moe.grouped_matmul.products import differentiable
 from moejax.moe.varying import vary_together
-
-
-def _by_platform(name: str) -> Callable:
-    """One of the three products: blocked where lowered for CPU, ragged_dot elsewhere. The choice
-    falls at lowering, so a program exported from a CPU for `cuda` or `tpu` holds their version."""
-    return functools.partial(
-        jax.lax.platform_dependent,
-        cpu=getattr(blocked.PRODUCTS, name),
-        default=getattr(ragged.PRODUCTS, name),
-    )
-
 
 IMPLEMENTATIONS: Mapping[str, Callable[[jax.Array, jax.Array, jax.Array], jax.Array]] = (
     types.MappingProxyType(
         {
-            "auto": differentiable(Products(*(_by_platform(n) for n in Products._fields))),
             "reference": reference.grouped_matmul,
-            "blocked": differentiable(blocked.PRODUCTS),
             "ragged": differentiable(ragged.PRODUCTS),
             "tokamax": differentiable(tokamax_kernels.PRODUCTS),
         }
@@ -46,7 +32,7 @@ def grouped_matmul(
     w_EDF: jax.Array,
     group_sizes_E: jax.Array,
     *,
-    implementation: str = "auto",
+    implementation: str = "ragged",
 ) -> jax.Array:
     """Each row times its expert's matrix.
 
@@ -54,7 +40,8 @@ def grouped_matmul(
       x_RD: (R, D) rows sorted by expert, float32, bfloat16 or (with x64) float64.
       w_EDF: (E, D, F) one matrix per expert, of the same dtype.
       group_sizes_E: (E,) integers >= 0, rows of each expert; their sum is at most R.
-      implementation: a key of IMPLEMENTATIONS. 'auto': 'blocked' on CPU, 'ragged' elsewhere.
+      implementation: a key of IMPLEMENTATIONS. On CPU none of them is fast: the expert FFN has a path of its
+        own there (`moejax.moe.windowed_ffn`), which the config's 'auto' takes.
 
     Returns:
       y_RF of x_RD's dtype, accumulated in float32 or better. Rows past sum(group_sizes_E) are zero,

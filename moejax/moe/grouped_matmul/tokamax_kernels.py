@@ -14,7 +14,7 @@ def _ragged_dot_general(*args, **kwargs):
     except ImportError as e:
         raise ImportError(
             "grouped_matmul 'tokamax' needs the package tokamax: pip install 'moejax[kernels]', "
-            "or choose 'auto', 'ragged' or 'blocked'"
+            "or choose 'auto' or 'ragged'"
         ) from e
     return tokamax.ragged_dot_general(*args, **kwargs)
 

@@ -7,6 +7,9 @@ each such set is computed as one batched product of the least static length in `
 it. Windows are sorted by length, so the sets of each static length are a range, and one loop with a
 dynamic number of steps runs over that range: no expert is multiplied by rows that did not choose
 it, apart from the padding of a window to its static length (8% at 192 rows per expert).
+
+Here: W windows, S windows side by side, G sets of S windows, C rows of a window. (Sliding windows of attention
+are another thing.)
 """
 
 import math
@@ -116,15 +119,9 @@ def _cut(group_sizes_E, num_rows, most, at_once):
 # Reading and writing a set of S windows.
 
 
-def read_rows(x_RD: jax.Array, windows: Sequence[Window], *, mask: bool = False) -> jax.Array:
-    """(S, C, D) rows of the windows; rows that are not theirs are zero with `mask`, else whatever
-    is there."""
-
-    def one(window):
-        x_CD = jax.lax.dynamic_slice_in_dim(x_RD, window.at, window.mine.shape[0])
-        return jnp.where(window.mine, x_CD, 0) if mask else x_CD
-
-    return jnp.stack([one(w) for w in windows])
+def read_rows(x_RD: jax.Array, windows: Sequence[Window]) -> jax.Array:
+    """(S, C, D) rows of the windows; in rows that are not theirs is whatever lies there."""
+    return jnp.stack([jax.lax.dynamic_slice_in_dim(x_RD, w.at, w.mine.shape[0]) for w in windows])
 
 
 def write_rows(y_RD: jax.Array, y_SCD: jax.Array, windows: Sequence[Window]) -> jax.Array:

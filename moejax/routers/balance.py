@@ -1,4 +1,5 @@
-"""Balance losses, one function per paper equation, and the rules that move the selection bias.
+"""Balance: its options, its losses (one function per paper equation), and the rules that move the selection
+bias.
 
 Notation: E experts, K per token, T tokens without padding. `f` comes from counts and carries no
 gradient; `P` is a mean of scores and does. Every function takes sums over the tokens at hand together
@@ -6,8 +7,27 @@ with totals of the global batch, so that micro-batches of one step add up exactl
 With perfect balance each product-form loss is exactly 1 (times its coefficient).
 """
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
+
+from moejax.options import choice, number
+
+
+@dataclasses.dataclass(frozen=True)
+class BalanceConfig:
+    """What balances the experts in training. A coefficient of 0 is off; the equations are below."""
+
+    expert_loss: float = number(0.0, least=0)  # v1 expert-level, f pooled over the global batch
+    sequence_loss: float = number(0.0, least=0)  # V3 sequence-wise (with normalised scores)
+    device_loss: float = number(0.0, least=0)  # v1/V2 device-level over balance_groups groups
+    communication_loss: float = number(0.0, least=0)  # V2, over balance_groups groups
+    z_loss: float = number(0.0, least=0)  # router z-loss (ST-MoE)
+    balance_groups: int = number(1, least=1)  # D, devices the device-level losses think of
+    # The rule that moves the selection bias of a router that has one (2408.15664), and its rate u.
+    bias_update: str = choice("none", "sign", "sign_centered", "proportional")
+    bias_rate: float = number(0.001, least=0)
 
 
 def expert_level(score_sum_E, load_E, num_tokens, experts_per_token: int) -> jax.Array:
@@ -89,7 +109,7 @@ def update_bias(bias_E: jax.Array, load_E: jax.Array, rule: str, rate: float) ->
     - 'sign_centered': the same minus its mean over experts, Moonlight (2502.16982 appendix C).
     - 'proportional': b_i += u (mean(load) - load_i) / mean(load). 2408.15664 table 3 multiplies the raw
       error of counts; relative to the mean the rate does not depend on the batch size.
-    - 'frozen' and 'none': unchanged.
+    - 'none': unchanged.
 
     Args:
       bias_E: float32.

@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moejax.moe import balance
+from moejax.options import choices_of
+from moejax.routers import balance
 
 LOAD_E = jnp.array([4.0, 2.0, 1.0, 1.0])  # T = 4, K = 2
 SCORE_SUM_E = jnp.array([2.0, 1.0, 0.6, 0.4])  # P = .5 .25 .15 .1
@@ -57,11 +58,11 @@ def test_sequence_wise_by_hand_and_fully_masked_sequence():
         ("sign", [-0.1, 0.0, 0.1, 0.1]),
         ("sign_centered", [-0.125, -0.025, 0.075, 0.075]),
         ("proportional", [-0.1, 0.0, 0.05, 0.05]),
-        ("frozen", [0.0] * 4),
         ("none", [0.0] * 4),
     ],
 )
 def test_update_bias(rule, want):
+    assert rule in choices_of(balance.BalanceConfig, "bias_update")
     start = jnp.array([1.0, 2.0, 3.0, 4.0])
     got = balance.update_bias(start, LOAD_E, rule, 0.1)  # mean load 2
     np.testing.assert_allclose(got - start, want, atol=1e-6)  # float32 near 4: 5e-7

@@ -1,0 +1,195 @@
+"""Blocks: one pre-norm block, and stacks of equal blocks, scanned over or unrolled."""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from moejax import axes
+from moejax.config import ComputeConfig, ModelConfig, ObjectiveConfig
+from moejax.models import attention as attn
+from moejax.models.norm import norm, norm_specs
+from moejax.models.rope import rotation
+from moejax.moe import layer as moe_layer
+from moejax.moe.experts import ffn, ffn_param_specs, of_dense
+from moejax.routers.contract import BatchTotals
+from moejax.sharding import Layout
+
+
+@dataclasses.dataclass(frozen=True)
+class Context:
+    """What is the same for every block of one call.
+
+    Attributes:
+      cfg, compute: the model, and how it is computed.
+      objective: what it is trained for, or None.
+      where: positions, documents and rotation of the tokens.
+      mask_BS: 1 = token, 0 = padding, or None.
+      token_ids_BS: vocabulary ids.
+      totals: of the global batch without stats, or None: this is the whole batch.
+      layout: the mesh and its table, or None.
+      key: for routers that draw random numbers, or None.
+      prefill: static; the cache is empty and positions are 0, 1, 2, ..
+    """
+
+    cfg: ModelConfig
+    compute: ComputeConfig
+    where: attn.Where
+    objective: ObjectiveConfig | None = None
+    mask_BS: jax.Array | None = None
+    token_ids_BS: jax.Array | None = None
+    totals: BatchTotals | None = None
+    layout: Layout | None = None
+    key: jax.Array | None = None
+    prefill: bool = False
+
+
+class LayerInput(NamedTuple):
+    """What differs from layer to layer besides the hidden state; scanned over.
+
+    Attributes:
+      params: this layer's parameters.
+      index: of this layer in the model.
+      slot: its position in the cache.
+      state: its router's state.
+      window: sliding window, or None.
+      stats: its router's stats over the global batch, or None.
+      forced_TK: expert indices to force, or None.
+    """
+
+    params: Any
+    index: Any
+    slot: Any
+    state: Any = None
+    window: Any = None
+    stats: Any = None
+    forced_TK: Any = None
+
+
+def block_specs(cfg: ModelConfig, is_moe: bool) -> dict:
+    specs = {
+        "attn_norm": norm_specs(cfg.d_model, cfg.norm, axes.EMBED),
+        "attn": attn.param_specs(cfg),
+        "ffn_norm": norm_specs(cfg.d_model, cfg.norm, axes.EMBED),
+    }
+    if is_moe:
+        specs["moe"] = moe_layer.param_specs(cfg)
+    else:
+        specs["ffn"] = ffn_param_specs(
+            cfg.d_model, cfg.d_ff, cfg.activation, cfg.ffn_bias, cfg.init_std
+        )
+    return specs
+
+
+def locate(tokens_BS, cfg: ModelConfig, positions_BS=None, segment_ids_BS=None) -> attn.Where:
+    """Positions (counted from 0 if not given), documents and rotation for a batch."""
+    if positions_BS is None:
+        positions_BS = jnp.broadcast_to(jnp.arange(tokens_BS.shape[1])[None], tokens_BS.shape)
+    a = cfg.attention
+    width = a.qk_rope_head_dim if a.kind == "mla" else a.head_dim
+    cos_sin = rotation(positions_BS, a.rope, width) if cfg.positions == "rope" else None
+    return attn.Where(positions_BS, segment_ids_BS, cos_sin)
+
+
+def constrain(x_BSD: jax.Array, layout: Layout | None) -> jax.Array:
+    if layout is None:
+        return x_BSD
+    return layout.constrain(x_BSD, axes.BATCH, axes.SEQ, axes.ACT_EMBED)
+
+
+def block(x_BSD: jax.Array, layer: LayerInput, ctx: Context, *, cache=None, stack=None):
+    """One pre-norm block. Returns (x_BSD, cache, MoEAux or None).
+
+    `stack`: the experts of all layers and this layer's index among them, see `routed_ffn`.
+    """
+    p, cfg = layer.params, ctx.cfg
+    h = norm(p["attn_norm"], x_BSD, cfg.norm_eps)
+    y, cache = attn.attention(
+        p["attn"],
+        h,
+        cfg,
+        ctx.where,
+        window=layer.window,
+        cache=cache,
+        layer=layer.slot,
+        prefill=ctx.prefill,
+    )
+    x_BSD = constrain(x_BSD + y, ctx.layout)
+    h = norm(p["ffn_norm"], x_BSD, cfg.norm_eps)
+    if "moe" not in p:
+        y = ffn(p["ffn"], h, of_dense(cfg))
+        return constrain(x_BSD + y, ctx.layout), cache, None
+    y, aux = moe_layer.moe(
+        p["moe"],
+        layer.state or {},
+        h,
+        cfg,
+        objective=ctx.objective,
+        compute=ctx.compute,
+        mask_BS=ctx.mask_BS,
+        token_ids_BS=ctx.token_ids_BS,
+        forced_TK=layer.forced_TK,
+        totals=None if ctx.totals is None else ctx.totals._replace(stats=layer.stats),
+        layout=ctx.layout,
+        stack=stack,
+        key=None if ctx.key is None else jax.random.fold_in(ctx.key, layer.index),
+    )
+    return constrain(x_BSD + y, ctx.layout), cache, aux
+
+
+REMAT_POLICIES = {
+    "full": None,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
+
+
+def rematerialised(fn, compute: ComputeConfig, **options):
+    """`fn` with what it computes computed again in the backward pass, as the config says."""
+    if compute.remat == "none":
+        return fn
+    return jax.checkpoint(fn, policy=REMAT_POLICIES[compute.remat], **options)
+
+
+def unstack(stacked) -> list:
+    """A stack of layers as a list. Split, not indexed: the gradient is one concatenation instead of a sum
+    of stacks, each of them zero but for one layer."""
+    leaves, structure = jax.tree.flatten(stacked)
+    n = leaves[0].shape[0]
+    parts = [jax.lax.split(a, (1,) * n) for a in leaves]
+    return [structure.unflatten([part[i][0] for part in parts]) for i in range(n)]
+
+
+def run_blocks(x_BSD: jax.Array, layers: LayerInput, ctx: Context, *, cache=None):
+    """A stack (or list) of equal blocks. Returns (x_BSD, cache, aux stacked over layers or None)."""
+
+    def body(carry, layer):
+        x, kv = carry
+        stack = None if experts is None else (experts, layer.index - layers.index[0])
+        x, kv, aux = block(x, layer, ctx, cache=kv, stack=stack)
+        return (x, kv), aux
+
+    listed = isinstance(layers.params, list)
+    unrolled = listed or not ctx.compute.scan_layers
+    if isinstance(cache, list) and not unrolled:
+        raise TypeError(
+            "a list of caches (init_layers) needs lists of layers (unstack) or scan_layers=False"
+        )
+    experts = None if listed or "moe" not in layers.params else layers.params["moe"]["experts"]
+    if cache is None:
+        body = rematerialised(body, ctx.compute, prevent_cse=unrolled)
+    if not unrolled:
+        (x_BSD, cache), aux = jax.lax.scan(body, (x_BSD, cache), layers)
+        return x_BSD, cache, aux
+    auxes, apart = [], list(cache) if isinstance(cache, list) else None
+    params = layers.params if listed else unstack(layers.params)
+    for i in range(layers.index.shape[0]):
+        rest = jax.tree.map(lambda a, i=i: a[i], layers._replace(params=None))
+        rest = rest._replace(params=params[i])
+        if apart is None:
+            (x_BSD, cache), aux = body((x_BSD, cache), rest)
+        else:
+            (x_BSD, apart[i]), aux = body((x_BSD, apart[i]), rest._replace(slot=0))
+        auxes.append(aux)
+    aux = None if auxes[0] is None else jax.tree.map(lambda *a: jnp.stack(a), *auxes)
+    return x_BSD, cache if apart is None else apart, aux

@@ -1,0 +1,41 @@
+"""Into the model and out of it: token (and learned position) embedding, and the head."""
+
+import jax
+import jax.numpy as jnp
+
+from moejax import axes
+from moejax.config import ModelConfig
+from moejax.params import ParamSpec
+
+
+def param_specs(cfg: ModelConfig) -> dict:
+    """`embed`, and `head` unless it is tied to the embedding."""
+    v, d, std = cfg.vocab_size, cfg.d_model, cfg.init_std
+    specs: dict = {"embed": {"tokens": ParamSpec((v, d), (axes.VOCAB, axes.EMBED), std=std)}}
+    if cfg.positions == "learned":
+        specs["embed"]["positions"] = ParamSpec(
+            (cfg.max_seq_len, d), (None, axes.EMBED), std=std, role="embedding"
+        )
+    if not cfg.tie_embeddings:
+        specs["head"] = ParamSpec((d, v), (axes.EMBED, axes.VOCAB), std=std)
+    return specs
+
+
+def embed(params: dict, tokens_BS, positions_BS, cfg: ModelConfig, dtype) -> jax.Array:
+    """x_BSD in `dtype`."""
+    x_BSD = params["embed"]["tokens"][tokens_BS].astype(dtype)
+    if cfg.positions == "learned":
+        x_BSD = x_BSD + params["embed"]["positions"][positions_BS].astype(dtype)
+    return x_BSD
+
+
+def head_weights(params: dict) -> jax.Array:
+    """The head as [D, V], tied or not."""
+    return params["head"] if "head" in params else params["embed"]["tokens"].T
+
+
+def logits(params: dict, hidden_BSD: jax.Array) -> jax.Array:
+    """float32 logits over the vocabulary; for a few positions, not for training (see `loss`)."""
+    w = head_weights(params).astype(hidden_BSD.dtype)
+    dtype = jnp.promote_types(hidden_BSD.dtype, jnp.float32)
+    return jnp.dot(hidden_BSD, w, preferred_element_type=dtype)

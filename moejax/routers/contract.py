@@ -1,0 +1,234 @@
+"""What a router is given, what it returns, and what it declares: the contract of every file in this folder.
+
+A router is one file that builds a `Router`, and one line in `ROUTERS`. Contract tests run over that table.
+Nothing outside the file asks for a router's name: what it declares here decides what is possible with it.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from moejax.routers.balance import BalanceConfig
+
+# --------------------------------------------------------------------------------------------------
+# What a router returns: one of three forms.
+
+
+class Routing(NamedTuple):
+    """Token choice: each token names its experts, up to K of them.
+
+    Attributes:
+      expert_index_TK: int32. 0 .. E-1 are experts, E, E+1, .. the router's special experts in their order, -1
+        is an empty slot (a padding token, a token with fewer than K experts). The experts of a token are
+        distinct: buffers of expert parallelism count on it.
+      combine_weights_TK: float32, 0 where the slot is empty.
+    """
+
+    expert_index_TK: jax.Array
+    combine_weights_TK: jax.Array
+
+
+class SlotRouting(NamedTuple):
+    """Slots: each expert names its tokens (expert choice; token choice under a capacity).
+
+    Attributes:
+      token_index_EC: int32, -1 is an empty slot. The tokens of an expert are distinct.
+      combine_weights_EC: float32, 0 where the slot is empty.
+    """
+
+    token_index_EC: jax.Array
+    combine_weights_EC: jax.Array
+
+
+class SoftRouting(NamedTuple):
+    """Soft: every slot of an expert holds a weighted mix of tokens, every token a weighted mix of results.
+
+    Attributes:
+      dispatch_TEC: float32; slot c of expert e computes FFN_e(sum_t dispatch_tec x_t).
+      combine_TEC: float32; token t receives sum_ec combine_tec of the results.
+    """
+
+    dispatch_TEC: jax.Array
+    combine_TEC: jax.Array
+
+
+FORMS = {"token": Routing, "slot": SlotRouting, "soft": SoftRouting}
+
+
+class Routed(NamedTuple):
+    """One layer's routing.
+
+    Attributes:
+      routing: of the form that the router declares.
+      losses: balance losses by name, each multiplied by its coefficient.
+      stats: sums over the tokens of this call, float32, without padding: `load` (routes per expert, special
+        experts included, [E + specials]) and whatever else `route`, `update` or a reader wants to know of the
+        whole batch. Micro-batches and devices add them up. No gradient.
+      scores_TE: affinities before any bias, for whoever looks at single tokens; None if the router has none.
+    """
+
+    routing: Any
+    losses: dict[str, jax.Array]
+    stats: dict[str, jax.Array]
+    scores_TE: jax.Array | None = None
+
+
+# --------------------------------------------------------------------------------------------------
+# What a router is given.
+
+
+class BatchTotals(NamedTuple):
+    """Totals over the whole global batch, for losses that are not linear in the tokens.
+
+    A micro-batch of a gradient-accumulation step sees only its own tokens; with the totals of the whole
+    batch its losses and gradients are its exact share of the whole batch's.
+
+    Attributes:
+      num_tokens: tokens that are not padding.
+      num_sequences: sequences with at least one such token.
+      stats: this layer's `Routed.stats` over the whole batch; None: this call holds the whole batch, sum here.
+    """
+
+    num_tokens: jax.Array
+    num_sequences: jax.Array
+    stats: dict[str, jax.Array] | None = None
+
+
+class Tokens(NamedTuple):
+    """The tokens that one call routes: whole sequences of `seq_len`, one after the other.
+
+    Attributes:
+      x_TD: normalised hidden states.
+      mask_T: float, 1 = token, 0 = padding: never routed, never counted.
+      seq_len: of each sequence; T is a multiple of it.
+      totals: of the global batch.
+      ids_T: vocabulary ids, int32.
+      key: for routers that draw random numbers, None if there is none to draw from (evaluation). It differs
+        from layer to layer, step to step and micro-batch to micro-batch: what is drawn from it depends on
+        accumulation.
+      forced_TK: expert indices to take instead of choosing, int32, or None; weights are computed all the same.
+    """
+
+    x_TD: jax.Array
+    mask_T: jax.Array
+    seq_len: int
+    totals: BatchTotals
+    ids_T: jax.Array | None = None
+    key: jax.Array | None = None
+    forced_TK: jax.Array | None = None
+
+    def total(self, stats: dict[str, jax.Array], name: str) -> jax.Array:
+        """A stat summed over the whole batch: as counted beforehand, or else here."""
+        return stats[name] if self.totals.stats is None else self.totals.stats[name]
+
+    @property
+    def mask_BS(self) -> jax.Array:
+        return self.mask_T.reshape(-1, self.seq_len)
+
+
+def tokens_of(x_TD: jax.Array, seq_len: int, mask_T: jax.Array | None = None, **fields) -> Tokens:
+    """`Tokens` of a whole batch: the mask is all ones if there is none, the totals are its own unless given."""
+    dtype = jnp.promote_types(x_TD.dtype, jnp.float32)
+    given = jnp.ones(x_TD.shape[:1], dtype) if mask_T is None else (mask_T > 0).astype(dtype)
+    totals = fields.pop("totals", None)
+    if totals is None:
+        totals = count_totals(given.reshape(-1, seq_len))
+    return Tokens(x_TD, given, seq_len, totals, **fields)
+
+
+def count_totals(mask_BS: jax.Array) -> BatchTotals:
+    """Totals of a whole batch from its padding mask (1 = token)."""
+    mask = (mask_BS > 0).astype(jnp.promote_types(mask_BS.dtype, jnp.float32))
+    return BatchTotals(mask.sum(), (mask.max(axis=1) > 0).astype(mask.dtype).sum())
+
+
+@dataclasses.dataclass(frozen=True)
+class RouterOptions:
+    """Base of every router's own options: its config group `model.moe.router`.
+
+    Attributes:
+      name: the router's name in `ROUTERS`.
+    """
+
+    name: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class RouterConfig:
+    """All that is static and that a router may depend on.
+
+    Attributes:
+      options: the router's own options.
+      num_experts: E; special experts are not among them.
+      experts_per_token: K.
+      d_model, vocab_size, num_layers: sizes of the model; layers with a router only.
+      init_std: for parameters that start at random.
+      balance: what the step is trained for besides the text; all off where nothing is trained.
+    """
+
+    options: Any
+    num_experts: int
+    experts_per_token: int
+    d_model: int
+    vocab_size: int
+    num_layers: int = 1
+    init_std: float = 0.006
+    balance: BalanceConfig = dataclasses.field(default_factory=BalanceConfig)
+
+
+# --------------------------------------------------------------------------------------------------
+# What a router declares.
+
+
+def _nothing(cfg: RouterConfig, *_: Any) -> dict:
+    del cfg
+    return {}
+
+
+def _as_it_is(state: dict, stats: dict, cfg: RouterConfig) -> dict:
+    del stats, cfg
+    return state
+
+
+@dataclasses.dataclass(frozen=True)
+class Router:
+    """A router: pure functions (router maths in float32) and what is true of them.
+
+    Attributes:
+      options: its options at their defaults.
+      route: `(params, state, tokens: Tokens, cfg: RouterConfig) -> Routed`.
+      form: 'token' (`Routing`), 'slot' (`SlotRouting`) or 'soft' (`SoftRouting`).
+      causal: whether a token's route is independent of later tokens; generation refuses others.
+      param_specs: `(cfg) -> dict of ParamSpec`, what gradients learn in one layer.
+      init_state: `(cfg, layer) -> dict of arrays`, what a rule learns in one layer (numbered from 0); may be
+        empty.
+      update: `(state, stats, cfg) -> state`, once per optimiser step and layer, from the stats of the global
+        batch.
+      linear_losses: `(cfg) -> whether` every loss is a sum over tokens or sequences. One that multiplies
+        two sums over the batch (a count and a mean score) is not: it reads `tokens.total(..)`, and a step with
+        gradient accumulation counts in a forward pass of its own first. Leave it out if unsure: True only
+        saves that pass.
+      specials: `(cfg) -> kinds` of its special experts, keys of `moejax.routers.specials.SPECIALS`, numbered
+        from E.
+      experts_used: `(cfg) -> experts` (special ones left out) that compute for one token on average: for cost
+        and report.
+      balance: fields of `BalanceConfig` that it honours; any other that is set is refused.
+      problems: `(cfg, prefix) -> sentences` about options that do not fit together. A key is written
+        `{prefix}num_experts`, `{prefix}router.<option>` or `objective.<field>`.
+    """
+
+    options: RouterOptions
+    route: Callable[[dict, dict, Tokens, RouterConfig], Routed]
+    form: str
+    causal: bool
+    param_specs: Callable[[RouterConfig], dict] = _nothing
+    init_state: Callable[[RouterConfig, int], dict] = _nothing
+    update: Callable[[dict, dict, RouterConfig], dict] = _as_it_is
+    linear_losses: Callable[[RouterConfig], bool] = lambda cfg: False
+    specials: Callable[[RouterConfig], tuple[str, ...]] = lambda cfg: ()
+    experts_used: Callable[[RouterConfig], float] = lambda cfg: float(cfg.experts_per_token)
+    balance: tuple[str, ...] = ()
+    problems: Callable[[RouterConfig, str], list[str]] = lambda cfg, prefix: []

@@ -1,0 +1,126 @@
+"""The pure functions that routers share: logits, scores, what is counted, the usual losses."""
+
+import jax
+import jax.numpy as jnp
+
+from moejax import axes
+from moejax.params import ParamSpec
+from moejax.routers import balance
+from moejax.routers.contract import RouterConfig, Tokens
+
+
+def kernel_spec(cfg: RouterConfig, outputs: int | None = None) -> ParamSpec:
+    """The router's matrix (D, E), or (D, outputs)."""
+    columns = cfg.num_experts if outputs is None else outputs
+    return ParamSpec((cfg.d_model, columns), (axes.EMBED, None), std=cfg.init_std)
+
+
+def logits(params: dict, x_TD: jax.Array) -> jax.Array:
+    """logits_TE in float32, also under bf16 compute and where a device multiplies float32 with fewer bits
+    by default: a rounded score changes which expert is chosen."""
+    dtype = jnp.promote_types(x_TD.dtype, jnp.float32)
+    kernel = params["kernel"].astype(dtype)
+    logits_TE = jnp.dot(x_TD.astype(dtype), kernel, precision=jax.lax.Precision.HIGHEST)
+    return logits_TE + params["bias"].astype(dtype)[None] if "bias" in params else logits_TE
+
+
+def linear_specs(cfg: RouterConfig) -> dict:
+    """A kernel, and a bias on the logits if the options say `router_bias`."""
+    specs = {"kernel": kernel_spec(cfg)}
+    if cfg.options.router_bias:
+        specs["bias"] = ParamSpec((cfg.num_experts,), (None,), init="zeros")
+    return specs
+
+
+SCORES = ("softmax", "sigmoid", "sqrt_softplus")
+
+
+def score(logits_TE: jax.Array, kind: str) -> jax.Array:
+    """Affinities in float32: softmax over experts, sigmoid, or sqrt(softplus)."""
+    if kind == "softmax":
+        return jax.nn.softmax(logits_TE, axis=-1)
+    if kind == "sigmoid":
+        return jax.nn.sigmoid(logits_TE)
+    return jnp.sqrt(jax.nn.softplus(logits_TE))
+
+
+def entropy_sum(scores_TE: jax.Array, mask_T: jax.Array) -> jax.Array:
+    """Sum over tokens of the entropy of the normalised scores, in nats."""
+    p_TE = scores_TE / (scores_TE.sum(axis=-1, keepdims=True) + 1e-20)
+    entropy_T = -(p_TE * jnp.log(p_TE + 1e-20)).sum(axis=-1)
+    return jax.lax.stop_gradient((entropy_T * mask_T).sum())
+
+
+def chosen(index_TK: jax.Array, num_experts: int, dtype) -> jax.Array:
+    """One-hot [T, K, E] of the chosen experts; an empty slot (-1) is all zeros."""
+    return jax.nn.one_hot(index_TK, num_experts, dtype=dtype)
+
+
+def group_load(routes_TE: jax.Array, num_groups: int) -> jax.Array:
+    """Tokens with a route into each of `num_groups` equal groups of experts."""
+    reached_TG = routes_TE.reshape(routes_TE.shape[0], num_groups, -1).max(axis=-1)
+    return (reached_TG > 0).astype(routes_TE.dtype).sum(axis=0)
+
+
+def token_stats(
+    routes_TE: jax.Array, scores_TE: jax.Array, tokens: Tokens, cfg: RouterConfig
+) -> dict:
+    """The stats of most routers: load, score entropy, and what the active losses count."""
+    routes_TE = jax.lax.stop_gradient(routes_TE)
+    stats = {
+        "load": routes_TE.sum(axis=0),
+        "score_entropy": entropy_sum(scores_TE, tokens.mask_T),
+    }
+    if cfg.balance.communication_loss:
+        stats["group_load"] = group_load(routes_TE, cfg.balance.balance_groups)
+    return stats
+
+
+def token_losses(
+    logits_TE: jax.Array,
+    scores_TE: jax.Array,
+    routes_TE: jax.Array,
+    stats: dict,
+    tokens: Tokens,
+    cfg: RouterConfig,
+    *,
+    groups_per_token: int,
+    normalized: bool,
+) -> dict[str, jax.Array]:
+    """The active losses of `BalanceConfig`, times their coefficients.
+
+    Args:
+      logits_TE, scores_TE: of the experts.
+      routes_TE: 1 where the token selected the expert.
+      stats: from `token_stats`.
+      tokens: their mask and totals.
+      cfg: coefficients and sizes.
+      groups_per_token: balance groups a token may reach.
+      normalized: the scores of a token sum to 1 already. V3 defines its P_i on s_i / sum_j s_j.
+    """
+    b, k, n = cfg.balance, cfg.experts_per_token, tokens.totals.num_tokens
+    normal_TE = scores_TE
+    if not normalized:
+        normal_TE = scores_TE / (scores_TE.sum(axis=-1, keepdims=True) + 1e-20)
+    score_sum_E = (normal_TE * tokens.mask_T[:, None]).sum(axis=0)
+    losses = {}
+    if b.expert_loss:
+        load_E = tokens.total(stats, "load")
+        losses["expert"] = b.expert_loss * balance.expert_level(score_sum_E, load_E, n, k)
+    if b.device_loss:
+        load_E = tokens.total(stats, "load")
+        loss = balance.device_level(score_sum_E, load_E, n, k, b.balance_groups)
+        losses["device"] = b.device_loss * loss
+    if b.communication_loss:
+        load_G = tokens.total(stats, "group_load")
+        loss = balance.communication(score_sum_E, load_G, n, groups_per_token)
+        losses["communication"] = b.communication_loss * loss
+    if b.sequence_loss:
+        mask_BS = tokens.mask_BS
+        by_sequence = lambda a_TE: a_TE.reshape(*mask_BS.shape, -1)  # noqa: E731
+        losses["sequence"] = b.sequence_loss * balance.sequence_wise(
+            by_sequence(normal_TE), by_sequence(routes_TE), mask_BS, tokens.totals.num_sequences, k
+        )
+    if b.z_loss:
+        losses["z"] = b.z_loss * balance.router_z(logits_TE, tokens.mask_T, n)
+    return losses

@@ -1,0 +1,401 @@
+"""What every router must do, as functions of a `Router` and a `RouterConfig`. For a router of your own:
+
+    from router_contract import CHECKS, sizes
+    for check in CHECKS.values():
+        check(ROUTER, sizes(ROUTER))
+
+A check raises AssertionError where the router breaks its contract (`moejax.routers.contract`) or claims what is
+not so. Options are arguments of `sizes`, so each can be tried. What a router computes is its own test's matter.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from moejax.moe.dispatch.dense import combine_matrix
+from moejax.params import init_params
+from moejax.routers.balance import BalanceConfig
+from moejax.routers.contract import (
+    FORMS,
+    BatchTotals,
+    Routed,
+    Router,
+    RouterConfig,
+    RouterOptions,
+    count_totals,
+    tokens_of,
+)
+from moejax.routers.specials import SPECIALS
+
+B, S = 4, 4
+T = B * S
+# Row 1 ends in padding, row 3 is nothing else.
+MASK_T = jnp.array([1, 1, 1, 1, 1, 1, 1, 0, 1, 1, 1, 1, 0, 0, 0, 0], jnp.float32)
+KEY = jax.random.key(2)
+# Fields of BalanceConfig that say how, not whether.
+SETTINGS = ("bias_rate", "balance_groups")
+
+
+def sizes(router: Router, balance: BalanceConfig | None = None, **options) -> RouterConfig:
+    """A small model's: 4 experts, 2 of them for each token."""
+    return RouterConfig(
+        options=dataclasses.replace(router.options, **options),
+        num_experts=4,
+        experts_per_token=2,
+        d_model=16,
+        vocab_size=32,
+        num_layers=2,
+        init_std=0.5,
+        balance=balance or BalanceConfig(),
+    )
+
+
+def with_balance(cfg: RouterConfig, *fields: str) -> RouterConfig:
+    """The config with these fields of BalanceConfig on, over two groups."""
+    on = {}
+    for field in dataclasses.fields(BalanceConfig):
+        if field.name in fields:
+            choices = field.metadata.get("choices")
+            on[field.name] = choices[1] if choices else 0.1
+    return dataclasses.replace(cfg, balance=BalanceConfig(balance_groups=2, **on))
+
+
+class Given(NamedTuple):
+    """One call's arguments; `_replace` what a check varies."""
+
+    params: Any
+    state: Any
+    x_TD: jax.Array
+    ids_T: jax.Array
+    mask_T: jax.Array = MASK_T
+    totals: BatchTotals | None = None
+    key: jax.Array | None = None
+    forced_TK: jax.Array | None = None
+
+    def rows(self, rows) -> "Given":
+        """Some of its tokens."""
+        names = ("x_TD", "ids_T", "mask_T", "forced_TK")
+        return self._replace(**{n: a[rows] for n in names if (a := getattr(self, n)) is not None})
+
+
+def given(router: Router, cfg: RouterConfig) -> Given:
+    params = init_params(router.param_specs(cfg), jax.random.key(0))
+    x_TD = (
+        jax.random.normal(jax.random.key(1), (T, cfg.d_model)).at[9].set(0.0)
+    )  # 0 has no direction
+    return Given(params, router.init_state(cfg, 0), x_TD, 3 * jnp.arange(T) % cfg.vocab_size)
+
+
+def route(router: Router, cfg: RouterConfig, g: Given, seq_len: int = S) -> Routed:
+    rest = dict(ids_T=g.ids_T, key=g.key, forced_TK=g.forced_TK, totals=g.totals)
+    return router.route(g.params, g.state, tokens_of(g.x_TD, seq_len, g.mask_T, **rest), cfg)
+
+
+def count_experts(router: Router, cfg: RouterConfig) -> int:
+    """Experts and special experts."""
+    return cfg.num_experts + len(router.specials(cfg))
+
+
+def by_token(router: Router, cfg: RouterConfig, out: Routed, x_TD: jax.Array) -> jax.Array:
+    """What becomes of each token: its weight on every expert, or its result where experts see mixtures."""
+    if router.form == "soft":
+        slots_ECD = jnp.einsum("TEC,TD->ECD", out.routing.dispatch_TEC, x_TD)
+        scale_E = 1.0 + jnp.arange(slots_ECD.shape[0])  # experts that differ
+        return jnp.einsum("TEC,ECD,E->TD", out.routing.combine_TEC, slots_ECD, scale_E)
+    return combine_matrix(out.routing, x_TD.shape[0], count_experts(router, cfg))
+
+
+def same(got, want, rtol=1e-5):
+    """Equal up to the order of float32 sums, of up to 16 terms of order 1."""
+    chex.assert_trees_all_close(got, want, rtol=rtol, atol=1e-6)
+
+
+def check_declaration(router: Router, cfg: RouterConfig) -> None:
+    """What a router says of itself exists, and fits its config."""
+    assert isinstance(router.options, RouterOptions) and isinstance(hash(cfg), int)
+    assert router.form in FORMS
+    declared = {f.name for f in dataclasses.fields(BalanceConfig)}
+    assert set(router.balance) <= declared, set(router.balance) - declared
+    assert set(router.specials(cfg)) <= set(SPECIALS)
+    assert router.form == "token" or not router.specials(cfg), "only a token's route names one"
+    assert router.problems(cfg, "model.moe.") == []
+    most = cfg.experts_per_token if router.form == "token" else cfg.num_experts
+    assert 0 <= router.experts_used(cfg) <= most
+
+
+def check_shapes_and_dtypes(router: Router, cfg: RouterConfig) -> None:
+    """Whatever the hidden states' dtype, and with or without a key."""
+    experts = count_experts(router, cfg)
+    g = given(router, cfg)
+    for case in (g, g._replace(key=KEY), g._replace(x_TD=g.x_TD.astype(jnp.bfloat16))):
+        out = route(router, cfg, case)
+        assert isinstance(out.routing, FORMS[router.form])
+        first, weights = out.routing
+        if router.form == "token":
+            chex.assert_shape([first, weights], (T, cfg.experts_per_token))
+        elif router.form == "slot":
+            chex.assert_shape([first, weights], (cfg.num_experts, first.shape[1]))
+        else:
+            chex.assert_shape([first, weights], (T, cfg.num_experts, first.shape[2]))
+        chex.assert_type(first, jnp.float32 if router.form == "soft" else jnp.int32)
+        chex.assert_type([weights, *out.stats.values(), *out.losses.values()], jnp.float32)
+        chex.assert_shape(out.stats["load"], (experts,))
+        chex.assert_shape(list(out.losses.values()), ())
+        if out.scores_TE is not None:
+            chex.assert_shape(out.scores_TE, (T, cfg.num_experts))
+            chex.assert_type(out.scores_TE, jnp.float32)
+        chex.assert_tree_all_finite(out)
+
+
+def check_indices(router: Router, cfg: RouterConfig) -> None:
+    """In range (special experts included), -1 in an empty slot, which weighs nothing; distinct; all counted."""
+    if router.form == "soft":
+        return
+    out = route(router, cfg, given(router, cfg))
+    index, weights = map(np.asarray, out.routing)
+    end = count_experts(router, cfg) if router.form == "token" else T
+    assert index.min() >= -1 and index.max() < end, f"indices from {index.min()} to {index.max()}"
+    np.testing.assert_array_equal(weights[index < 0], 0.0)
+    ordered = np.sort(index, axis=1)
+    twice = (ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)
+    assert not twice.any(), "experts of a token, or tokens of an expert, must be distinct"
+    by_expert = np.bincount(index[index >= 0], minlength=end)
+    load = by_expert if router.form == "token" else (index >= 0).sum(axis=1)
+    np.testing.assert_array_equal(out.stats["load"], load, "stats['load'] counts routes")
+
+
+def check_padding(router: Router, cfg: RouterConfig) -> None:
+    """Never routed, never counted, and what lies there changes nothing."""
+    idle = np.asarray(MASK_T) == 0
+    g = given(router, cfg)
+    out = route(router, cfg, g)
+    if router.form == "token":
+        assert (np.asarray(out.routing.expert_index_TK)[idle] == -1).all()
+    elif router.form == "slot":
+        assert not np.isin(np.asarray(out.routing.token_index_EC), np.flatnonzero(idle)).any()
+    else:
+        assert not np.asarray(out.routing.dispatch_TEC)[idle].any()
+        assert not np.asarray(out.routing.combine_TEC)[idle].any()
+    x_TD, ids_T = jnp.where(idle[:, None], 5.0, g.x_TD), jnp.where(idle, 1, g.ids_T)
+    changed = route(router, cfg, g._replace(x_TD=x_TD, ids_T=ids_T))
+    same([out.routing, out.losses, out.stats], [changed.routing, changed.losses, changed.stats])
+    nothing = route(router, cfg, g._replace(mask_T=jnp.zeros(T)))
+    chex.assert_tree_all_finite(nothing)
+    chex.assert_trees_all_equal(*_zero_and(nothing.stats))
+    chex.assert_trees_all_equal(*_zero_and(nothing.losses))
+
+
+def _zero_and(tree):
+    return jax.tree.map(jnp.zeros_like, tree), tree
+
+
+def check_pure(router: Router, cfg: RouterConfig) -> None:
+    """The same twice, with a key too, and the same compiled."""
+    g = given(router, cfg)._replace(key=KEY)
+    first = route(router, cfg, g)
+    chex.assert_trees_all_equal(route(router, cfg, g), first)
+    same(jax.jit(lambda g: route(router, cfg, g))(g), first)
+
+
+def check_causality(router: Router, cfg: RouterConfig) -> None:
+    """A causal router's token looks at nothing that comes later, nor at other sequences; and since decoding
+    shows one token at a time, not at earlier ones either."""
+    if not router.causal:
+        return
+    g = given(router, cfg)._replace(mask_T=jnp.ones(T))
+    for key in (None, KEY):
+        g = g._replace(key=key)
+        before = by_token(router, cfg, route(router, cfg, g), g.x_TD)
+        for sequence, length in ((0, 1), (1, 3), (2, 2)):
+            kept = np.arange(T) // S == sequence
+            kept &= np.arange(T) % S < length
+            other = jax.random.normal(jax.random.key(length), g.x_TD.shape)
+            x_TD = jnp.where(kept[:, None], g.x_TD, other)
+            moved = g._replace(x_TD=x_TD, ids_T=jnp.where(kept, g.ids_T, g.ids_T + 7))
+            after = by_token(router, cfg, route(router, cfg, moved), x_TD)
+            np.testing.assert_array_equal(after[kept], before[kept])
+    g = g._replace(key=None)
+    alone = [g.rows(slice(t, t + 1)) for t in range(T)]
+    alone = [by_token(router, cfg, route(router, cfg, a, seq_len=1), a.x_TD)[0] for a in alone]
+    same(jnp.stack(alone), by_token(router, cfg, route(router, cfg, g), g.x_TD))
+
+
+def check_parts_add_up(router: Router, cfg: RouterConfig) -> None:
+    """What accumulation counts on: with the totals of the batch, and its stats where the router says that a
+    loss needs them, the losses of two halves are shares of the whole's, and so are their gradients."""
+    g = given(router, cfg)
+    totals = count_totals(MASK_T.reshape(B, S))
+    if not router.linear_losses(cfg):
+        totals = totals._replace(stats=route(router, cfg, g).stats)
+
+    def losses(params, x_TD, rows, totals):
+        here = g._replace(params=params, x_TD=x_TD, totals=totals).rows(rows)
+        return route(router, cfg, here).losses
+
+    def all_of(rows, totals):
+        total = lambda *a: sum(losses(*a, rows, totals).values(), jnp.zeros(()))  # noqa: E731
+        gradient = jax.grad(total, (0, 1))(g.params, g.x_TD)
+        return losses(g.params, g.x_TD, rows, totals), gradient
+
+    halves = [all_of(rows, totals) for rows in (slice(0, T // 2), slice(T // 2, T))]
+    added, whole = jax.tree.map(jnp.add, *halves), all_of(slice(0, T), None)
+    same(added[0], whole[0], rtol=1e-6)
+    same(added[1], whole[1])
+
+
+def check_stats(router: Router, cfg: RouterConfig) -> None:
+    """Sums over tokens: those of two halves add up to the whole's. (Where tokens compete for slots the halves
+    are routed otherwise, and only their shapes can be compared.) Without gradient."""
+    g = given(router, cfg)
+    halves = (slice(0, T // 2), slice(T // 2, T))
+    parts = [route(router, cfg, g.rows(rows)).stats for rows in halves]
+    added, whole = jax.tree.map(jnp.add, *parts), route(router, cfg, g).stats
+    chex.assert_trees_all_equal_shapes_and_dtypes(added, whole)
+    if router.causal:
+        same(added, whole)
+
+    def total(params, x_TD):
+        stats = route(router, cfg, g._replace(params=params, x_TD=x_TD)).stats
+        return sum(s.sum() for s in stats.values())
+
+    gradient = jax.grad(total, (0, 1))(g.params, g.x_TD)
+    chex.assert_trees_all_equal(*_zero_and(gradient))
+
+
+def check_gradients(router: Router, cfg: RouterConfig) -> None:
+    """Weights and losses have finite ones; a padding token's is 0, and no parameter is there for nothing."""
+    g = given(router, cfg)._replace(key=KEY)
+
+    def total(params, x_TD):
+        out = route(router, cfg, g._replace(params=params, x_TD=x_TD))
+        weights = [a for a in out.routing if jnp.issubdtype(a.dtype, jnp.floating)]
+        return sum((w**2).sum() for w in weights) + sum(out.losses.values(), 0.0)
+
+    dparams, dx_TD = jax.grad(total, argnums=(0, 1))(g.params, g.x_TD)
+    chex.assert_tree_all_finite((dparams, dx_TD))
+    np.testing.assert_array_equal(dx_TD[MASK_T == 0], 0.0)
+    for path, a in jax.tree_util.tree_flatten_with_path(dparams)[0]:
+        assert abs(a).max() > 0, f"no gradient reaches {jax.tree_util.keystr(path)}"
+
+
+def check_float32_products(router: Router, cfg: RouterConfig) -> None:
+    """Also where the hardware multiplies float32 with fewer bits unless told otherwise, and under bfloat16."""
+    g = given(router, cfg)
+    g = g._replace(x_TD=g.x_TD.astype(jnp.bfloat16))
+    traced = jax.jit(lambda g: route(router, cfg, g)).trace(g)
+    for platform in ("cuda", "tpu"):
+        text = traced.lower(lowering_platforms=(platform,)).as_text()
+        products = [line for line in text.splitlines() if "dot_general" in line]
+        assert all("HIGHEST" in line and "bf16" not in line for line in products), products
+
+
+def check_forced_routes(router: Router, cfg: RouterConfig) -> None:
+    """Its own routes, forced, give the same routing; others are taken and weighed. Slots cannot be forced."""
+    g = given(router, cfg)
+    out = route(router, cfg, g)
+    other_TK = (jnp.arange(T)[:, None] + jnp.arange(cfg.experts_per_token)[None] + 1) % 4
+    if router.form != "token":
+        try:
+            route(router, cfg, g._replace(forced_TK=other_TK.astype(jnp.int32)))
+        except ValueError:
+            return
+        raise AssertionError("a router that fills slots must refuse forced routes by a ValueError")
+    again = route(router, cfg, g._replace(forced_TK=out.routing.expert_index_TK))
+    same(again, out)
+    forced = route(router, cfg, g._replace(forced_TK=other_TK.astype(jnp.int32)))
+    want = np.where(MASK_T[:, None] > 0, other_TK, -1)
+    np.testing.assert_array_equal(forced.routing.expert_index_TK, want)
+    load = np.bincount(want[want >= 0], minlength=count_experts(router, cfg))
+    np.testing.assert_array_equal(forced.stats["load"], load)
+    chex.assert_tree_all_finite(forced)
+
+
+def check_balance_fields(router: Router, cfg: RouterConfig) -> None:
+    """What is not declared is not honoured; what is declared has an effect, a loss in proportion to its
+    coefficient."""
+    g = given(router, cfg)
+    plain = route(router, cfg, g)
+    load = plain.stats["load"]
+    stats = {**plain.stats, "load": load * jnp.arange(1.0, len(load) + 1)}  # surely uneven
+    plain_state = router.update(g.state, stats, with_balance(cfg))
+    for field in dataclasses.fields(BalanceConfig):
+        if field.name in SETTINGS:
+            continue
+        here = with_balance(cfg, field.name)
+        if field.name not in router.balance:
+            chex.assert_trees_all_equal(route(router, here, g), plain)
+            chex.assert_trees_all_equal(router.update(g.state, stats, here), plain_state)
+        elif router.problems(here, ""):
+            continue
+        elif isinstance(field.default, float):
+            once = _sum(route(router, here, g)) - _sum(plain)
+            assert once != 0, f"{field.name} is declared and changes no loss"
+            twice = dataclasses.replace(here.balance, **{field.name: 0.2})
+            twice = route(router, dataclasses.replace(here, balance=twice), g)
+            same(_sum(twice) - _sum(plain), 2 * once)
+        else:
+            moved = jax.tree.leaves(router.update(g.state, stats, here))
+            still = jax.tree.leaves(plain_state)
+            assert any((a != b).any() for a, b in zip(moved, still, strict=True)), (
+                f"{field.name} is declared and moves no state"
+            )
+
+
+def _sum(out: Routed):
+    return sum(out.losses.values(), jnp.zeros(()))
+
+
+def check_state(router: Router, cfg: RouterConfig) -> None:
+    """Layers' states can be stacked, those of layers past the trunk (MTP) too; an update keeps their structure,
+    and is the same for a stack of layers at once."""
+    g = given(router, cfg)
+    states = [router.init_state(cfg, layer) for layer in range(cfg.num_layers + 1)]
+    chex.assert_trees_all_equal_shapes_and_dtypes(*states)
+    stats = route(router, cfg, g).stats
+    new = [router.update(s, stats, cfg) for s in states]
+    chex.assert_trees_all_equal_shapes_and_dtypes(new[0], states[0])
+    chex.assert_tree_all_finite(new)
+    if not states[0]:
+        return
+    stack = lambda trees: jax.tree.map(lambda *a: jnp.stack(a), *trees)  # noqa: E731
+    at_once = jax.vmap(lambda s, r: router.update(s, r, cfg))
+    same(at_once(stack(states), stack([stats] * len(states))), stack(new))
+    chex.assert_tree_all_finite(route(router, cfg, g._replace(state=new[0])))
+
+
+Check = Callable[[Router, RouterConfig], None]
+
+
+def under_each_balance(check: Check) -> Check:
+    """The check with nothing balanced, with each field of BalanceConfig that the router honours and that fits
+    its options, and with all of those."""
+
+    def run(router: Router, cfg: RouterConfig) -> None:
+        fits = [f for f in router.balance if f not in SETTINGS]
+        fits = [f for f in fits if not router.problems(with_balance(cfg, f), "")]
+        for fields in ((), *((f,) for f in fits), fits):
+            check(router, with_balance(cfg, *fields))
+
+    return run
+
+
+CHECKS: dict[str, Check] = {
+    "declaration": check_declaration,
+    "shapes and dtypes": under_each_balance(check_shapes_and_dtypes),
+    "indices": check_indices,
+    "padding": under_each_balance(check_padding),
+    "pure": check_pure,
+    "causality": check_causality,
+    "parts add up": under_each_balance(check_parts_add_up),
+    "stats": under_each_balance(check_stats),
+    "gradients": under_each_balance(check_gradients),
+    "float32 products": check_float32_products,
+    "forced routes": check_forced_routes,
+    "balance fields": check_balance_fields,
+    "state": under_each_balance(check_state),
+}
