@@ -87,7 +87,7 @@ def test_killed_run_resumes_to_the_same_losses(tmp_path):
     process.send_signal(signal.SIGTERM)
     out, _ = process.communicate(timeout=120)
     assert process.returncode == 0
-    saved = re.search(r"saved step (\d+)", out)
+    saved = re.search(r"at step (\d+), which is saved", out)
     assert "resuming" in out and saved, out
     resumed = run(killed, *flags)
     assert resumed.returncode == 0, resumed.stderr

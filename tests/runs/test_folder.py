@@ -6,11 +6,13 @@ import json
 import pytest
 
 from moejax.config import (
+    ComputeConfig,
     ConfigError,
     DataConfig,
     ExperimentConfig,
     MeshConfig,
     ModelConfig,
+    ObjectiveConfig,
     OptimizerConfig,
 )
 from moejax.data.corpus import Corpus
@@ -46,7 +48,7 @@ def test_a_workdir_belongs_to_one_config(tmp_path):
     # A longer run, on another mesh, computed in another way is the same run.
     moved = dataclasses.replace(
         CFG,
-        model=dataclasses.replace(CFG.model, remat="full"),
+        compute=ComputeConfig(remat="full"),
         train=dataclasses.replace(CFG.train, steps=999),
         mesh=MeshConfig(data=1, fsdp=8),
     )
@@ -65,7 +67,7 @@ def test_an_imported_model_may_be_trained_on_anything(tmp_path):
         CFG,
         data=DataConfig(seq_len=16, batch_size=2),
         optimizer=OptimizerConfig(learning_rate=0.5),
-        model=dataclasses.replace(CFG.model, dtype="bfloat16"),
+        objective=ObjectiveConfig(mtp_loss_weight=0.1),
     )
     folder.claim_workdir(tmp_path, other)
     saved_step(tmp_path, 1)

@@ -11,6 +11,7 @@ import pytest
 
 from moejax.config import (
     AttentionConfig,
+    ComputeConfig,
     ConfigError,
     DataConfig,
     ExperimentConfig,
@@ -200,9 +201,9 @@ def test_a_folder_that_cannot_be_written_is_named_before_the_corpus_is_read(cfg,
 
 
 def test_float64_needs_x64(cfg, tmp_path):
-    model = dataclasses.replace(cfg.model, dtype="float64")
+    wide = dataclasses.replace(cfg, compute=ComputeConfig(dtype="float64"))
     with pytest.raises(ConfigError, match="JAX_ENABLE_X64=1"):
-        train(dataclasses.replace(cfg, model=model), tmp_path / "a")
+        train(wide, tmp_path / "a")
 
 
 def test_a_mesh_that_does_not_fit_is_named_before_the_corpus_is_read(cfg, tmp_path):

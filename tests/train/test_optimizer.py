@@ -219,7 +219,7 @@ def test_optimizer_options_are_checked():
         ({"name": "muon", "newton_schulz": [[2.5, 1, 1, 1]]}, r"rows \(times, a, b, c\)"),
         ({"name": "muon", "newton_schulz": [[2, 1, 1]]}, r"rows \(times, a, b, c\)"),
         ({"name": "muon", "newton_schulz": []}, r"rows \(times, a, b, c\)"),
-        ({"name": "muon", "newton_schulz": [["5", 1, 1, 1]]}, "tuple of tuple of floats"),
+        ({"name": "muon", "newton_schulz": [["5", 1, 1, 1]]}, "tuple of tuples of floats"),
         ({"name": "muon", "muon_roles": ["vector"]}, "matrix, embedding, head, router"),
     ]:
         with pytest.raises(ConfigError, match=text):
