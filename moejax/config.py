@@ -279,7 +279,7 @@ class MeshConfig:
     fsdp: int = 1
     expert: int = 1
     tensor: int = 1
-    # Rows that replace the table in moejax.mesh_rules: 'logical=mesh', 'logical=mesh+mesh', 'logical='.
+    # Rows that replace the table in moejax.mesh: 'logical=mesh', 'logical=mesh+mesh', 'logical='.
     rules: tuple[str, ...] = ()
 
 

@@ -145,9 +145,11 @@ def router_section(rows) -> Section:
     """The counts that the router itself keeps, and the state that its rule changes, over time."""
     steps = list(rows["router"])
     panels, images = [], []
-    for name in next(iter(rows["router"].values())).keys() - {"step", "kind"}:
+    for name in sorted(next(iter(rows["router"].values())).keys() - {"step", "kind"}):
         value_sL = np.array([r[name] for r in rows["router"].values()])
         layers = few_layers(value_sL.shape[1])
+        if not value_sL.any():
+            continue  # nothing was dropped, say
         if value_sL.ndim == 2:
             each = {f"layer {i}": (steps, value_sL[:, i].tolist()) for i in layers}
             panels.append((name, "sum over tokens" if name.startswith("stats") else "", each))

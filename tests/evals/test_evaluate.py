@@ -96,7 +96,7 @@ def test_bad_input(trained, tmp_path):
     with pytest.raises(ConfigError, match="seq_len=9999 exceeds"):
         evaluate_run(trained, seq_len=9999)
     with pytest.raises(
-        ConfigError, match=r"batch_size=4 does not divide over the 8 .*=8 would work"
+        ConfigError, match=r"batch_size=4 does not divide evenly over the 8 .*=8 would work"
     ):
         evaluate_run(trained, mesh="data=8")
     with pytest.raises(ConfigError, match="needs --workdir"):

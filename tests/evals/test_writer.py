@@ -56,9 +56,9 @@ def test_prompts_files(tmp_path):
     (tmp_path / "p.json.gz").write_bytes(gzip.compress(b'[{"prompt": "one"}, "two"]'))
     assert read_prompts(tmp_path / "p.json.gz") == ["one", "two"]
     for name, content, message in (
-        ("p.jsonl", b"", "p.jsonl holds no prompt"),
-        ("p.txt", b" \n\t\n", "p.txt holds no prompt"),
-        ("p.json", b'["a"', "the array has no end"),
+        ("p.jsonl", b"", "p.jsonl has no prompts"),
+        ("p.txt", b" \n\t\n", "p.txt has no prompts"),
+        ("p.json", b'["a"', "the array does not end"),
         ("p.csv", b"a", ".csv is not read"),
         ("none", None, "none: cannot be read"),
     ):
@@ -140,7 +140,7 @@ def test_rows_do_not_depend_on_their_neighbours(trained, tmp_path, capsys):
     "argv, message",
     [
         (["--prompt=a"], "needs --workdir"),
-        (["--workdir={}", "--prompt=a", "--prompts_file=b"], "exclude each other"),
+        (["--workdir={}", "--prompt=a", "--prompts_file=b"], "cannot be used together"),
         (["--workdir={}", "--system=a"], "need --chat"),
         (["--workdir={}", "--chat", "--prompt=a"], "no chat template"),
         (["--workdir={}", "--max_new=100000"], "max_new may be 1 to"),
@@ -155,7 +155,10 @@ def test_rows_do_not_depend_on_their_neighbours(trained, tmp_path, capsys):
         (["--workdir={}", "--mesh=tensor=3"], "does not divide"),
         (["--workdir={}", "--mesh=tensor=16"], "needs 16 devices"),
         (["--workdir={}", "--batch_size=0"], "must be at least 1"),
-        (["--workdir={}", "--temperatur=1"], "Unknown command line flag"),
+        (
+            ["--workdir={}", "--temperatur=1"],
+            "unknown flag --temperatur=1; did you mean --temperature?",
+        ),
         (["--workdir={}/none"], "is not the folder of a run"),
     ],
 )

@@ -286,7 +286,7 @@ def test_bad_arguments():
     assert process.returncode == 2 and err.startswith("moejax import: nowhere is not a folder")
     with pytest.raises(ConfigError, match="import needs --workdir"):
         import_.main(["--hf_dir=x"])
-    with pytest.raises(ConfigError, match="Unknown command line flag 'nonsense'"):
+    with pytest.raises(ConfigError, match="unknown flag --nonsense"):
         export.main(["--nonsense"])
 
 

@@ -14,7 +14,7 @@ from moejax.config import (
     ObjectiveConfig,
 )
 from moejax.moe import layer
-from moejax.params import init_params
+from moejax.params import ParamSpec, init_params
 from moejax.routers import ROUTERS
 from moejax.routers.contract import Routed, Router, RouterOptions, Routing, SoftRouting
 from moejax.sharding import make_layout
@@ -30,13 +30,20 @@ INDEX_TK = jnp.array([[0, 3], [1, 4], [2, 0], [4, 3]], jnp.int32)
 
 
 def fixed(routing, form="token", specials=KINDS) -> Router:
-    """A router that always says the same; its parameters are the weights, so that they have a gradient."""
+    """A router that always says the same; the weights are its parameters, so that they have a gradient."""
 
     def route(params, state, tokens, cfg):
         stats = {"load": jnp.zeros(E + len(specials))}
-        return Routed(routing(params), {}, stats)
+        return Routed(routing(params["weights"]), {}, stats)
 
-    return Router(RouterOptions(), route, form, causal=True, specials=lambda cfg: specials)
+    return Router(
+        options=RouterOptions(),
+        route=route,
+        form=form,
+        causal=True,
+        param_specs=lambda cfg: {"weights": ParamSpec((B * S, 2), (None, None), std=0.5)},
+        specials=lambda cfg: specials,
+    )
 
 
 @pytest.fixture
@@ -45,8 +52,12 @@ def given(monkeypatch):
     params = init_params(layer.param_specs(CFG), jax.random.key(0))
     assert set(params) == {"router", "experts", "specials", "shared"}
     assert set(params["specials"]) == {"2"}  # constant alone has parameters
-    params["router"] = jax.random.uniform(jax.random.key(1), (B * S, 2))
     return params, jax.random.normal(jax.random.key(2), (B, S, D))
+
+
+def without(params, token, slot):
+    """As if the router gave this route no weight."""
+    return {**params, "router": {"weights": params["router"]["weights"].at[token, slot].set(0.0)}}
 
 
 def numpy_layer(params, x_BSD):
@@ -66,7 +77,9 @@ def numpy_layer(params, x_BSD):
     for t, x_D in enumerate(np.asarray(x_BSD, np.float64).reshape(-1, D)):
         outputs = [ffn({k: w[e] for k, w in p["experts"].items()}, x_D) for e in range(E)]
         outputs += [0 * x_D, x_D, constant(x_D)]
-        routed = sum(w * outputs[e] for e, w in zip(np.asarray(INDEX_TK)[t], p["router"][t]))
+        routed = sum(
+            w * outputs[e] for e, w in zip(np.asarray(INDEX_TK)[t], p["router"]["weights"][t])
+        )
         y_TD.append(ffn(p["shared"], x_D) + routed)
     return np.reshape(y_TD, x_BSD.shape)
 
@@ -91,16 +104,16 @@ def test_special_experts_have_gradients(given):
         return (layer.moe(p, {}, x, CFG)[0] * target).sum()
 
     got, dx_BSD = jax.grad(loss, argnums=(0, 1))(params, x_BSD)
-    assert got["router"][2, 0] == 0  # zero says nothing, whatever its weight
+    assert got["router"]["weights"][2, 0] == 0  # zero says nothing, whatever its weight
     np.testing.assert_allclose(  # copy, in the second slot of the first token
-        got["router"][0, 1], (x_BSD[0, 0] * target[0, 0]).sum(), rtol=1e-5
+        got["router"]["weights"][0, 1], (x_BSD[0, 0] * target[0, 0]).sum(), rtol=1e-5
     )
     arrays = jax.tree.map(lambda a: np.array(a, np.float64), (params, x_BSD))
     constant, here = got["specials"]["2"], arrays[0]["specials"]["2"]
     for gradient, array in (
         (constant["w"], here["w"]),
         (constant["v"], here["v"]),
-        (got["router"], arrays[0]["router"]),
+        (got["router"]["weights"], arrays[0]["router"]["weights"]),
         (dx_BSD, arrays[1]),
     ):
         numeric = np.zeros(gradient.shape)
@@ -121,8 +134,7 @@ def test_a_capacity_is_about_experts_alone(given):
     objective = ObjectiveConfig(capacity_factor=0.25)
     y, aux = layer.moe(params, {}, x_BSD, CFG, objective=objective)
     assert aux.stats["dropped"] == 1 and aux.stats["stray"] == 0
-    kept = {**params, "router": params["router"].at[2, 1].set(0.0)}
-    np.testing.assert_allclose(y, numpy_layer(kept, x_BSD), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(y, numpy_layer(without(params, 2, 1), x_BSD), rtol=1e-5, atol=1e-6)
 
 
 def test_a_stray_route_raises_eagerly_and_is_counted_under_jit(given, monkeypatch):
@@ -133,8 +145,7 @@ def test_a_stray_route_raises_eagerly_and_is_counted_under_jit(given, monkeypatc
         layer.moe(params, {}, x_BSD, CFG)
     y, aux = jax.jit(lambda p, x: layer.moe(p, {}, x, CFG))(params, x_BSD)
     assert aux.stats["stray"] == 1
-    silent = {**params, "router": params["router"].at[1, 0].set(0.0)}  # as if it had no weight
-    np.testing.assert_allclose(y, numpy_layer(silent, x_BSD), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(y, numpy_layer(without(params, 1, 0), x_BSD), rtol=1e-5, atol=1e-6)
 
 
 def test_soft_slots(given, monkeypatch):
