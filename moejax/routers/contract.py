@@ -110,6 +110,7 @@ class Tokens(NamedTuple):
         from layer to layer, step to step and micro-batch to micro-batch: what is drawn from it depends on
         accumulation.
       forced_TK: expert indices to take instead of choosing, int32, or None; weights are computed all the same.
+        Routers that fill slots raise ValueError.
     """
 
     x_TD: jax.Array
@@ -201,7 +202,8 @@ class Router:
       options: its options at their defaults.
       route: `(params, state, tokens: Tokens, cfg: RouterConfig) -> Routed`.
       form: 'token' (`Routing`), 'slot' (`SlotRouting`) or 'soft' (`SoftRouting`).
-      causal: whether a token's route is independent of later tokens; generation refuses others.
+      causal: whether a token's route depends on that token alone. Decoding sees one at a time, so generation
+        refuses every other router.
       param_specs: `(cfg) -> dict of ParamSpec`, what gradients learn in one layer.
       init_state: `(cfg, layer) -> dict of arrays`, what a rule learns in one layer (numbered from 0); may be
         empty.

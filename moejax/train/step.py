@@ -167,10 +167,13 @@ def train_step(
     }
     if cfg.model.mtp_depth:
         metrics["mtp_loss"] = parts.mtp
+    static = cfg.model.router_config()
+    most = static.num_experts + (len(cfg.model.router.specials(static)) if cfg.model.router else 0)
     for kind, of in (("stats", seen), ("state", new_state.router_state)):
         for name, values in of.items():
             # Only numbers per layer, or per layer and expert; a table of the vocabulary is too large.
-            metrics |= {f"{kind}/{name}/{k}": v for k, v in values.items() if v.ndim <= 2}
+            small = {k: v for k, v in values.items() if v.ndim <= 2 and v[0].size <= most}
+            metrics |= {f"{kind}/{name}/{k}": v for k, v in small.items()}
     if "moe_blocks" in seen:
         tokens = metrics["tokens"].astype(jnp.float32)
         metrics |= stats.summarize(seen["moe_blocks"], cfg.model.moe.num_experts, tokens)

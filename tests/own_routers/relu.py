@@ -1,7 +1,7 @@
 """ReLU gates (ReMoE, 2412.14711): a token uses the experts whose gate is open, none or several, at most K.
 
 The gates ReLU(x W) are the weights. How many are open is governed by an L1 loss on them, each expert's weighed
-by its load, times a coefficient that a rule moves until `target` are open on average (sections 3.3 and 3.4).
+by its load, times a coefficient that a rule moves until `target` are open on average.
 Deviations: each layer has a coefficient of its own, and only the K widest of a token's open gates are computed.
 """
 
