@@ -24,25 +24,33 @@ from moejax.options import problems as range_problems
 from moejax.routers import ROUTERS, router_options
 
 
-def leaves(cfg, prefix=""):
-    """(key, field, value) of every option that is not a group."""
+class Option(typing.NamedTuple):
+    """An option that is not a group; `base` chooses its router."""
+
+    key: str
+    field: dataclasses.Field
+    default: typing.Any
+    base: dict
+
+
+def options(cfg, prefix="", base=None):
     for f in dataclasses.fields(cfg):
-        value = getattr(cfg, f.name)
+        value, key = getattr(cfg, f.name), prefix + f.name
         if dataclasses.is_dataclass(value):
-            yield from leaves(value, f"{prefix}{f.name}.")
+            yield from options(value, key + ".", base)
         else:
-            yield prefix + f.name, f, value
+            yield Option(key, f, value, base or {})
 
 
-# Every option of every router: key -> (its field, its default, what chooses its router).
-LEAVES = {
-    key: (field, value, {"model.moe.router.name": name} if "router" in key else {})
-    for name in ROUTERS
-    for key, field, value in leaves(with_router(ExperimentConfig(), name))
-}
-BOUNDED = {k: row for k, row in LEAVES.items() if "bounds" in row[0].metadata}
-CHOSEN = {k: row for k, row in LEAVES.items() if "choices" in row[0].metadata}
-NUMBERS = [k for k, row in LEAVES.items() if type(row[1]) in (int, float)]
+# Those of every router, too, also where two have one by the same name.
+OPTIONS = [o for o in options(ExperimentConfig()) if ".router." not in o.key]
+for name in ROUTERS:
+    prefix = "model.moe.router."
+    OPTIONS += options(router_options(name), prefix, {f"{prefix}name": name})
+BOUNDED = [o for o in OPTIONS if "bounds" in o.field.metadata]
+CHOSEN = [o for o in OPTIONS if "choices" in o.field.metadata]
+NUMBERS = [o for o in OPTIONS if type(o.default) in (int, float)]
+by_key = "{0.key}".format
 
 
 @pytest.mark.parametrize("base", BASES)
@@ -90,40 +98,40 @@ def edges(field):
             yield name, inside[name], outside[name]
 
 
-@pytest.mark.parametrize("key, name, good, bad", [
-    (key, *row) for key, (field, _, _) in BOUNDED.items() for row in edges(field)
-])  # fmt: skip
-def test_ranges(key, name, good, bad):
-    _, default, base = BOUNDED[key]
+@pytest.mark.parametrize("option, name, good, bad",
+                         [(o, *row) for o in BOUNDED for row in edges(o.field)])  # fmt: skip
+def test_ranges(option, name, good, bad):
+    key, _, default, base = option
     text = f"{key}={type(default)(bad)} must be {SAID.get(key, '')}"
     assert any(p.startswith(text) for p in problems({**base, key: bad}))
-    assert not any(p.startswith(f"{key}={type(default)(good)} must be {SAID.get(key, name)}")
-                   for p in problems({**base, key: good}))  # fmt: skip
+    text = f"{key}={type(default)(good)} must be {SAID.get(key, name)}"
+    assert not any(p.startswith(text) for p in problems({**base, key: good}))
 
 
 def test_no_range_is_lost():
-    assert {k for k in BOUNDED if not k.startswith("optimizer.")} == SAID.keys()
-    numbers = [k for k in NUMBERS if k.startswith("optimizer.")]
-    assert numbers and all(k in BOUNDED for k in numbers)
+    assert {o.key for o in BOUNDED if not o.key.startswith("optimizer.")} == SAID.keys()
+    for o in NUMBERS:
+        assert o in BOUNDED or not (o.key in SAID or o.key.startswith("optimizer."))
 
 
-@pytest.mark.parametrize("key", NUMBERS)
-def test_no_number_may_be_anything(key):
+@pytest.mark.parametrize("option", NUMBERS, ids=by_key)
+def test_no_number_may_be_anything(option):
     """A new option needs a range, or a check of its own under one of the bases."""
-    said = f"{key.rpartition('.')[2]}=-1000000000"
-    assert any(said in p for b in BASES for p in problems({**b, **LEAVES[key][2], key: -(10**9)}))
+    said = f"{option.key.rpartition('.')[2]}=-1000000000"
+    changes = {**option.base, option.key: -(10**9)}
+    assert any(said in p for base in BASES for p in problems({**base, **changes}))
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 10**400])
-@pytest.mark.parametrize("key", [k for k in NUMBERS if type(LEAVES[k][1]) is float])
-def test_floats_are_finite(key, value):
-    (line,) = problems({**LEAVES[key][2], key: value})
-    assert line.startswith(f"{key} must be a finite float, not ")
+@pytest.mark.parametrize("option", [o for o in NUMBERS if type(o.default) is float], ids=by_key)
+def test_floats_are_finite(option, value):
+    (line,) = problems({**option.base, option.key: value})
+    assert line.startswith(f"{option.key} must be a finite float, not ")
 
 
-@pytest.mark.parametrize("key", NUMBERS)
-def test_no_number_is_a_switch_a_text_or_nothing(key):
-    _, default, base = LEAVES[key]
+@pytest.mark.parametrize("option", NUMBERS, ids=by_key)
+def test_no_number_is_a_switch_a_text_or_nothing(option):
+    key, _, default, base = option
     kind = f"a{'n' * (type(default) is int)} {type(default).__name__}"
     for value in (True, "1", None, (1,)):
         assert problems({**base, key: value}) == [f"{key} must be {kind}, not {value!r}"]
@@ -160,7 +168,7 @@ NEEDS = {
 
 
 def test_no_choice_is_lost():
-    there = {k: " ".join(row[0].metadata["choices"]) for k, row in CHOSEN.items()}
+    there = {o.key: " ".join(o.field.metadata["choices"]) for o in CHOSEN}
     mine = {k: v for k, v in there.items() if not k.startswith("optimizer.")}
     assert mine == {full(k): v for k, v in CHOICES.items()}
     assert choices_of(ModelConfig, "norm") == ("rmsnorm", "layernorm")
@@ -171,9 +179,9 @@ def test_every_choice_is_accepted(key, value):
     assert not problems({**NEEDS.get((key, value), GROUPS), key: value})
 
 
-@pytest.mark.parametrize("key", CHOSEN)
-def test_choices(key):
-    field, _, base = CHOSEN[key]
+@pytest.mark.parametrize("option", CHOSEN, ids=by_key)
+def test_choices(option):
+    key, field, _, base = option
     choices = ", ".join(field.metadata["choices"])
     assert problems({**base, key: "0"}) == [f"{key}='0': choices are {choices}"]
     near = field.metadata["choices"][0]
@@ -217,6 +225,7 @@ def test_ranges_of_groups_in_groups():
         ({"steps": 3}, "unknown key steps; it is train.steps"),
         ({"seed": 3}, "unknown key seed; it is data.seed or train.seed"),
         ({"moe": {"num_experts": 3}}, "unknown key moe; it is model.moe"),
+        ({"ffn_bias": True}, "unknown key ffn_bias; it is model.ffn_bias or model.moe.ffn_bias"),
         ({"train": {"dtype": "float32"}}, "unknown key train.dtype; it is compute.dtype"),
         ({"model": {"moe": {"expert_loss": 0.1}}},
          "unknown key model.moe.expert_loss; it is objective.expert_loss"),
@@ -295,7 +304,10 @@ def test_models_alone():
     assert model_problems(ModelConfig(moe=MoEConfig(num_experts=-1))) == [
         "model.moe.num_experts=-1 must be at least 0"
     ]
+    with pytest.raises(ConfigError, match="1 problem in"):  # values come after types
+        from_config_dict({"d_model": 0, "norm": 3}, ModelConfig)
     assert from_config_dict({"d_model": 0}, ModelConfig, check=False).d_model == 0
+    assert from_config_dict({"train": {"steps": 0}}, check=False).train.steps == 0
     assert from_config_dict({"num_experts": 3}, MoEConfig) == MoEConfig(num_experts=3)
     with pytest.raises(ConfigError, match="unknown key d_modl; did you mean d_model"):
         from_config_dict({"d_modl": 0}, ModelConfig)

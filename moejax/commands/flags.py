@@ -40,8 +40,8 @@ _HELP = f"""
 --config=FILE.py[:ARGUMENT] is a Python file with get_config([ARGUMENT]). --config.KEY=VALUE changes a key of
 moejax/config.py; a tuple is written as in Python: --config.data.sources="('a=x.txt', 'b=y.txt')".
 --config.{_ROUTER}=NAME chooses another router ({", ".join(ROUTERS)}). Options that
-both routers have keep their values. The new router's other options are at their defaults unless the same
-command sets them."""
+both routers have keep their values, those that only the old one has are gone. The new router's other options
+are at their defaults unless the same command sets them."""
 
 
 class Override(typing.NamedTuple):

@@ -166,7 +166,7 @@ def test_help_lists_the_commands_own_flags_and_says_how_to_override(capsys):
     out = capsys.readouterr().out
     assert rest is None and out.startswith(USAGE)
     assert "How many. [3]" in out and "flagfile" not in out
-    assert "--config.KEY=VALUE" in out and "the old one's others are gone" in out
+    assert "--config.KEY=VALUE" in out and "those that only the old one has are gone" in out
     fv = flags.FlagValues()
     command_flags.parse("try", USAGE, fv, ["-h"])
     assert "--config" not in capsys.readouterr().out
@@ -185,7 +185,7 @@ def test_help_lists_the_commands_own_flags_and_says_how_to_override(capsys):
         ("--moe.num_experts 3", "unknown flag --moe.num_experts; --config.model.moe.num_experts would work"),
         ("--model.remat=full", "--config.compute.remat=full would work"),
         ("--seed=3", "--config.data.seed=3 or --config.train.seed=3 would work"),
-        ("--config.name=a", "--config.name=a changes a value of an experiment: give --config=FILE.py, too"),
+        ("--config.name=a", "--config.name=a changes an option of an experiment: give --config=FILE.py"),
         ("--flagfile=none.txt", "none.txt"),
         ("--config=x.py --noconfig.compute.scan_layers=1", "unknown flag --noconfig.compute.scan_layers=1"),
     ],
@@ -206,6 +206,9 @@ def test_all_unknown_flags_are_named_at_once():
 OVERRIDES = {
     "moe.num_experts=1": "unknown key moe.num_experts; it is model.moe.num_experts",
     "d_model=1": "unknown key d_model; it is model.d_model",
+    "moe.ffn_bias=1": "unknown key moe.ffn_bias; it is model.moe.ffn_bias",
+    "zzz.qqq=1":
+        "unknown key zzz.qqq; known keys: name, model, objective, compute, data, optimizer, train, mesh",
     "model.d_modl=1": "unknown key model.d_modl; did you mean model.d_model?",
     "modle.d_modl=1": "unknown key modle.d_modl; did you mean model.d_model?",
     "model.d_model.x=1": "unknown key model.d_model.x; did you mean model.d_model?",
@@ -213,20 +216,20 @@ OVERRIDES = {
     "zzz 3": "unknown key zzz; known keys: name, model, objective, compute, data, optimizer, train, mesh",
     "model=3": "--config.model=3: model is a group of options: model.vocab_size, model.d_model, ",
     # What moved since 0.1.0.
-    "model.moe.expert_loss=.1": "--config.model.moe.expert_loss=.1 is --config.objective.expert_loss=.1 today",
-    "model.mtp_loss_weight=0": "--config.model.mtp_loss_weight=0 is --config.objective.mtp_loss_weight=0 today",
-    "model.remat full": "--config.model.remat=full is --config.compute.remat=full today",
-    "model.moe.score=sigmoid": "is --config.model.moe.router.score=sigmoid today",
+    "model.moe.expert_loss=.1": "--config.model.moe.expert_loss=.1 is now --config.objective.expert_loss=.1",
+    "model.mtp_loss_weight=0": "--config.model.mtp_loss_weight=0 is now --config.objective.mtp_loss_weight=0",
+    "model.remat full": "--config.model.remat=full is now --config.compute.remat=full",
+    "model.moe.score=sigmoid": "is now --config.model.moe.router.score=sigmoid",
     "model.moe.router=expert_choice":
-        "--config.model.moe.router=expert_choice is --config.model.moe.router.name=expert_choice today",
-    "model.moe.dispatcher=capacity": "is --config.objective.capacity_factor=1.25 today",
-    "model.moe.dispatcher=dropless": "is --config.compute.dispatcher=auto today",
-    "model.moe.dispatcher=dense": "is --config.compute.dispatcher=dense today",
-    "model.moe.grouped_matmul=blocked": "is --config.compute.grouped_matmul=auto today",
+        "--config.model.moe.router=expert_choice is now --config.model.moe.router.name=expert_choice",
+    "model.moe.dispatcher=capacity": "is now --config.objective.capacity_factor=1.25",
+    "model.moe.dispatcher=dropless": "is now --config.compute.dispatcher=auto",
+    "model.moe.dispatcher=dense": "is now --config.compute.dispatcher=dense",
+    "model.moe.grouped_matmul=blocked": "is now --config.compute.grouped_matmul=auto",
     "model.moe.bias_update=sign":
-        "is --config.model.moe.router.expert_bias=True --config.objective.bias_update=sign today",
+        "is now --config.model.moe.router.expert_bias=True --config.objective.bias_update=sign",
     "model.moe.bias_update=frozen":
-        "is --config.model.moe.router.expert_bias=True --config.objective.bias_update=none today",
+        "is now --config.model.moe.router.expert_bias=True --config.objective.bias_update=none",
     "model.moe.capacity_factor=2":
         "unknown key model.moe.capacity_factor; it is objective.capacity_factor or model.moe.router.capa",
     # Values of another type.
@@ -308,7 +311,7 @@ def test_all_of_them_are_named_at_once():
         ("zeros.py", "zeros.py: not Python: "),
         ("stray.py", "--config=stray.py: 2 problems in the config:\n  - "),
         ("stray.py", "unknown key model.depth; did you mean model.mtp_depth?"),
-        ("y.py", "--config=y.py: no such file, seen from {here}; "),
+        ("y.py", "--config=y.py: no such file (relative to {here}); "),
         (".", "--config=.: a folder; broken.py or "),
         ("/", "--config=/: a folder; "),
     ],

@@ -59,7 +59,7 @@ def test_prompts_files(tmp_path):
         ("p.jsonl", b"", "p.jsonl has no prompts"),
         ("p.txt", b" \n\t\n", "p.txt has no prompts"),
         ("p.json", b'["a"', "the array does not end"),
-        ("p.csv", b"a", ".csv is not read"),
+        ("p.csv", b"a", ".csv files cannot be read"),
         ("none", None, "none: cannot be read"),
     ):
         if content is not None:

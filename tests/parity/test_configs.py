@@ -63,7 +63,7 @@ def test_every_field_of_the_class_is_known(family, tmp_path):
     unknown = set(keys.unknown(declared, zoo.FAMILIES[family]))
     assert unknown <= keys.NEUTRAL.keys() | {"name_or_path"}, unknown
     heads = {"n_head": 3} if family == "gpt2" else GQA
-    small = transformers.AutoConfig.for_model(family, **BASE[family], **heads)
+    small = transformers.AutoConfig.for_model(family, **(heads | BASE[family]))
     for config in (class_of(), small):
         config.save_pretrained(tmp_path)
         written = json.loads((tmp_path / "config.json").read_text())

@@ -19,6 +19,7 @@ from moejax.evals.writer import Writer
 from moejax.interop import convert, prompts
 from moejax.models import transformer
 from moejax.params import init_params
+from moejax.routers import router_options
 from moejax.runs.checkpoint import Checkpoints
 from moejax.runs.folder import claim_workdir
 
@@ -169,7 +170,10 @@ def test_a_run_trained_here_is_the_same_there_and_after_another_import(tmp_path,
     path = kind if kind == "byte" else str(tmp_path / "t")
     cfg = ModelConfig(
         vocab_size=260, d_model=32, num_layers=2, num_dense_layers=0, max_seq_len=64, init_std=0.3,
-        moe=MoEConfig(num_experts=4, experts_per_token=2, d_expert=16, normalize_weights=True),
+        moe=MoEConfig(
+            num_experts=4, experts_per_token=2, d_expert=16,
+            router=router_options(normalize_weights=True),
+        ),
     )  # fmt: skip
     experiment = ExperimentConfig(model=cfg, data=DataConfig(tokenizer=path, seq_len=64))
     params = init_params(transformer.param_specs(cfg), jax.random.key(0))
