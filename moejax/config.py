@@ -268,6 +268,7 @@ class TrainConfig:
     keep_last: int = number(2, least=1)
     keep_every: int = number(0, least=0)  # also keep every n-th step for good; 0 = none
     max_bad_steps: int = number(10, least=1)  # stop after this many NaN/infinite steps in a row
+    rate_may_jump: bool = False  # go on with another schedule although the learning rate jumps
     seed: int = number(0, least=0)
 
 

@@ -43,11 +43,24 @@ def main(argv: list[str]) -> int:
     logging.set_verbosity(logging.FATAL)  # orbax also logs, at length, every error that it raises
     processes.start(fv.distributed, fv.coordinator, fv.num_processes, fv.process_id)
     workdir = pathlib.Path(fv.workdir)
+    several = jax.process_count() > 1
     try:
         results = train(cfg, workdir)
     except (Diverged, SaveError) as e:
         print(f"moejax train: {e}", file=sys.stderr)
+        if several and isinstance(e, SaveError):
+            processes.leave(2)
         return 2
+    except jax.errors.JaxRuntimeError as e:
+        if not several:
+            raise
+        print(
+            f"moejax train: process {jax.process_index()} lost another one, which has ended or cannot be "
+            f"reached: {str(e).splitlines()[0][:200]}. The same command in all processes goes on from the "
+            "newest checkpoint",
+            file=sys.stderr,
+        )
+        processes.leave(3)
     if processes.is_first() and results:
         _finish(workdir, results, cfg.train.steps, fv.report and jax.process_count() == 1)
     return 0

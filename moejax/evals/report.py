@@ -15,7 +15,7 @@ from moejax.evals import charts
 from moejax.evals.generate import generate
 from moejax.evals.token_counts import count_tokens, domain_information, favourite_tokens
 from moejax.evals.validation import size_text
-from moejax.runs import folder
+from moejax.runs import folder, provenance
 from moejax.runs.metrics import read_metrics
 from moejax.runs.open import OpenRun, load_run
 from moejax.text import count_text
@@ -61,7 +61,7 @@ def write_report(workdir: pathlib.Path) -> tuple[pathlib.Path, tuple[Sample, ...
             *routing_sections(rows, run, corpus),
         ]
     samples = samples_section(run, corpus)
-    sections += [samples, optimisation_section(rows)]
+    sections += [samples, optimisation_section(rows), provenance_section(workdir)]
     path = workdir / folder.REPORT
     path.write_text(page(run, rows, sections))
     return path, samples.samples
@@ -265,6 +265,16 @@ def optimisation_section(rows) -> Section:
     ]
     text = "The optimiser's schedule, the size of its gradients, and the speed of the run."
     return Section("Optimisation", text, (_image(charts.lines(panels)),))
+
+
+def provenance_section(workdir: pathlib.Path) -> Section:
+    """Which code computed the run, on what and when; one row for each time that it was started."""
+    table = provenance.table(workdir)
+    if table is None:
+        return Section("Where it comes from", "Unknown: the run has no record of it.")
+    text = "Each part of the run, from its start or resumption to its end."
+    rows = tuple((*row,) for row in (table.header, *table.rows))
+    return Section("Where it comes from", text, table=rows)
 
 
 def page(run: OpenRun, rows, sections: list[Section]) -> str:

@@ -1,58 +1,41 @@
-"""Checkpoints: everything a run is, saved atomically by orbax, restored from the newest whole one.
+"""Checkpoints: everything a run is, saved atomically by orbax.
 
 A step's folder holds three items:
 
     model      {params, router_state}: all that evaluation, generation and export need
     training   what else the state of training holds (`moejax.train.state`); an imported model has none
-    meta       JSON: the config, the position in the data (null for an imported model), and a checksum of
-               each of the other two
+    meta       JSON: the config, the position in the data (null for an imported model), shape, dtype and
+               checksum of every array of the other two, and a sha256 of it all
 
 Arrays are read straight onto the shards of the mesh at hand, whatever mesh and number of processes wrote
-them. Nothing is pickled.
+them (`moejax.runs.restore`). Nothing is pickled.
 """
 
 import contextlib
 import json
 import pathlib
-import warnings
-from collections.abc import Callable
-from typing import Any, NamedTuple
+import sys
+from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
-from jax.sharding import SingleDeviceSharding
 
-from moejax.config import ConfigError, ExperimentConfig, ModelConfig
+from moejax.config import ExperimentConfig
 from moejax.config_io import to_json
-from moejax.models import transformer
-from moejax.params import abstract_params, path_name
+from moejax.params import path_name
 from moejax.runs import folder
-from moejax.runs.checksums import checksum, verify
+from moejax.runs.checksums import checksums
+from moejax.runs.restore import Restored, newest_model, newest_state, seal
 from moejax.sharding import Layout
-
-# What orbax and tensorstore raise for files that are cut, emptied or gone; a bare Exception too.
-UNREADABLE = (ValueError, OSError, KeyError)
 
 # Pieces of an array that is not packed.
 PIECE_BYTES = 64 * 2**20
 
 
-class Restored(NamedTuple):
-    """Attributes:
-    params, router_state: the model, in its master dtype.
-    training: the item of that name; None for an imported model.
-    data_state: the position in the data; None for an imported model.
-    """
-
-    params: dict
-    router_state: dict
-    training: dict | None
-    data_state: dict | None
-
-
 class Checkpoints:
-    """Saves in the background; keeps the last `keep_last` steps, and every `keep_every`-th for good."""
+    """Saves in the background, for the one who holds the run's lock. Keeps the last `keep_last` good steps,
+    every `keep_every`-th for good, and the newest."""
 
     def __init__(self, workdir: pathlib.Path, cfg: ExperimentConfig, *, packed: bool = True):
         """`packed` gathers arrays in few large files, of which orbax holds a copy while it writes;
@@ -61,10 +44,9 @@ class Checkpoints:
         self.workdir = workdir.resolve()
         self.folder = self.workdir / folder.CHECKPOINTS
         self.cfg = cfg
+        self.bad_from = sys.maxsize  # steps from here on have the parameters that gave bad steps
         options = ocp.CheckpointManagerOptions(
-            max_to_keep=cfg.train.keep_last,
-            keep_period=cfg.train.keep_every or None,
-            create=True,
+            preservation_policy=self, create=True, cleanup_tmp_directories=True
         )
         handlers: dict[str, Any] = {
             "model": ocp.StandardCheckpointHandler(use_ocdbt=packed),
@@ -73,11 +55,17 @@ class Checkpoints:
         }
         self.manager = ocp.CheckpointManager(self.folder, options=options, item_handlers=handlers)
 
-    def save(self, step: int, model: dict, training: dict, data_state: dict) -> None:
+    def save(
+        self, step: int, model: dict, training: dict, data_state: dict, bad_in_a_row: int = 0
+    ) -> None:
         """Begin to save a state of training; the arrays may be donated as soon as this returns.
+
+        `bad_in_a_row` steps before this one left its parameters as they are. They do not push out what was
+        saved before: of parameters that give only bad steps the first are bad, too.
 
         Raises folder.SaveError if this save, or the one before it, could not be written.
         """
+        self.bad_from = step - bad_in_a_row if bad_in_a_row else sys.maxsize
         self._save(step, data_state, model=model, training=training)
 
     def save_model(self, params: dict, router_state: dict) -> None:
@@ -89,8 +77,9 @@ class Checkpoints:
         meta = {
             "config": json.loads(to_json(self.cfg)),
             "data": data_state,
-            "checksums": {name: checksum(item) for name, item in items.items()},
+            "checksums": {name: _described(item) for name, item in items.items()},
         }
+        meta["sha256"] = seal(meta)
         piece = ocp.SaveArgs(chunk_byte_size=None if self.packed else PIECE_BYTES)
         args = {
             name: ocp.args.StandardSave(item, save_args=jax.tree.map(lambda _: piece, item))
@@ -113,6 +102,20 @@ class Checkpoints:
                 "lower train.keep_last), and the same command goes on from there"
             ) from e
 
+    def should_preserve(self, checkpoints, *, context) -> list[bool]:
+        """Which steps to keep, as orbax asks for it."""
+        del context
+        steps = [c.step for c in checkpoints]
+        every, last = self.cfg.train.keep_every, self.cfg.train.keep_last
+        good = [s for s in steps if s < self.bad_from][-last:]
+        return [s in good or s == steps[-1] or (bool(every) and s % every == 0) for s in steps]
+
+    def forsake(self, first: int) -> int | None:
+        """Move the steps from `first` on to damaged/: the run has diverged in them. The newest that is left."""
+        self.wait()
+        self._set_aside([s for s in self.manager.all_steps() if s >= first])
+        return max(self.manager.all_steps(), default=None)
+
     def restore(self, training: dict, layout: Layout | None = None) -> Restored | None:
         """The newest checkpoint that can be read; None if there is none.
 
@@ -123,73 +126,15 @@ class Checkpoints:
           training: the shapes of that item, `placed`; not looked at for an imported model.
           layout: where the model goes; None: the first device.
         """
-        steps = sorted(self.manager.all_steps(), reverse=True)
-        found = self._newest(steps, lambda step: self._read_all(step, training, layout))
+        found = newest_state(self.workdir, self.cfg, training, layout)
         if found is None:
             return None
-        self._set_aside([s for s in steps if s > found[0]])
-        return found[1]
+        self._set_aside(found.damaged)
+        return found.value
 
     def restore_model(self, layout: Layout | None = None) -> tuple[int, dict, dict] | None:
-        """(step, params, router_state) of the newest checkpoint that can be read, in the dtype in
-        which it is stored; None if there is none."""
-        steps = sorted(self.manager.all_steps(), reverse=True)
-
-        def read(step):
-            return self._read_model(step, self._read_meta(step), layout, stored_dtype=True)
-
-        found = self._newest(steps, read)
-        return None if found is None else (found[0], *found[1])
-
-    def _newest(self, steps: list[int], read: Callable) -> tuple[int, Any] | None:
-        for i, step in enumerate(steps):
-            try:
-                return step, jax.block_until_ready(read(step))
-            except ConfigError:
-                raise
-            except Exception as e:
-                if not isinstance(e, UNREADABLE) and type(e) is not Exception:
-                    raise  # no memory, say: not the file's fault
-                rest = (
-                    f"falling back to step {steps[i + 1]}" if i + 1 < len(steps) else "none is left"
-                )
-                warnings.warn(
-                    f"checkpoint {self.folder / str(step)} cannot be read ({_reason(e)}); {rest}",
-                    stacklevel=3,
-                )
-        if steps:
-            raise ConfigError(
-                f"no checkpoint in {self.folder} can be read; use another --workdir, or remove the folder "
-                "to start again"
-            )
-        return None
-
-    def _read_all(self, step: int, training: dict, layout: Layout | None) -> Restored:
-        meta = self._read_meta(step)
-        params, router_state = self._read_model(step, meta, layout)
-        if meta["data"] is None:
-            return Restored(params, router_state, None, None)
-        args = ocp.args.Composite(training=ocp.args.StandardRestore(training))
-        training = self.manager.restore(step, args=args)["training"]
-        verify(training, meta, "training")
-        return Restored(params, router_state, training, meta["data"])
-
-    def _read_model(
-        self, step: int, meta: dict, layout: Layout | None, *, stored_dtype: bool = False
-    ) -> tuple[dict, dict]:
-        model = abstract_model(self.cfg.model, layout)
-        stored = self.manager.item_metadata(step)["model"]
-        if stored is None:
-            raise ValueError("its model has no metadata")
-        model = _fit(model, stored.tree, self.folder / str(step), stored_dtype)
-        args = ocp.args.Composite(model=ocp.args.StandardRestore(model))
-        out = self.manager.restore(step, args=args)["model"]
-        verify(out, meta, "model")
-        return out["params"], out["router_state"]
-
-    def _read_meta(self, step: int) -> dict:
-        args = ocp.args.Composite(meta=ocp.args.JsonRestore())
-        return self.manager.restore(step, args=args)["meta"]
+        """See `restore.newest_model`."""
+        return newest_model(self.workdir, self.cfg, layout)
 
     def _set_aside(self, damaged: list[int]) -> None:
         """Move damaged steps out of orbax's way: it never saves a step older than its newest."""
@@ -217,64 +162,10 @@ class Checkpoints:
         self.manager.close()
 
 
-def abstract_model(cfg: ModelConfig, layout: Layout | None) -> dict:
-    """{params, router_state} as shapes that say on which devices they belong; without a layout, all on
-    the first device. Parameters in their master dtype."""
-    specs = transformer.param_specs(cfg)
-    shapes = {
-        "params": abstract_params(specs),
-        "router_state": transformer.abstract_router_state(cfg),
+def _described(item: dict) -> dict[str, dict]:
+    """Shape, dtype and checksum of every array of an item, by path."""
+    sums = checksums(item)
+    return {
+        path_name(p): {"shape": a.shape, "dtype": str(a.dtype), "sum": sums[path_name(p)]}
+        for p, a in jax.tree_util.tree_flatten_with_path(item)[0]
     }
-    whole = SingleDeviceSharding(jax.devices()[0]) if layout is None else layout.replicated
-    shardings = jax.tree.map(lambda _: whole, shapes)
-    if layout is not None:
-        shardings["params"] = layout.of_specs(specs)
-    return placed(shapes, shardings)
-
-
-def placed(shapes, shardings):
-    """Shapes, each with its sharding: what orbax is to read, and where to."""
-    return jax.tree.map(
-        lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), shapes, shardings
-    )
-
-
-def _reason(e: Exception) -> str:
-    """The kind of an error and the first words of what it says."""
-    lines = str(e).strip().splitlines() or [""]
-    return f"{type(e).__name__}: {lines[0][:100]}"
-
-
-def _fit(ours: dict, stored: dict, where: pathlib.Path, stored_dtype: bool) -> dict:
-    """`ours` (abstract, placed) if `stored` has the same arrays, in the dtype stored if asked for.
-
-    Raises ConfigError naming the first arrays that differ.
-    """
-    there, here = _by_path(stored), _by_path(ours)
-    lines = [
-        f"{name}: {_shape(there.get(name))} there, {_shape(here.get(name))} now"
-        for name in sorted(there.keys() | here.keys())
-        if _shape(there.get(name)) != _shape(here.get(name))
-    ]
-    if lines:
-        more = [f"and {len(lines) - 5} more"] if len(lines) > 5 else []
-        raise ConfigError(
-            f"{where} holds another model than the config describes:\n"
-            + "\n".join(f"  - {line}" for line in [*lines[:5], *more])
-            + "\nuse the config that it was saved with, or another --workdir"
-        )
-    if not stored_dtype:
-        return ours
-
-    def one(path, a):
-        return jax.ShapeDtypeStruct(a.shape, there[path_name(path)].dtype, sharding=a.sharding)
-
-    return jax.tree_util.tree_map_with_path(one, ours)
-
-
-def _by_path(tree: dict) -> dict:
-    return {path_name(p): a for p, a in jax.tree_util.tree_flatten_with_path(tree)[0]}
-
-
-def _shape(a) -> str:
-    return "absent" if a is None else str(tuple(a.shape))

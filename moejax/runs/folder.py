@@ -5,6 +5,8 @@ tokenizer.json          its tokenizer, if it has one that is not 'byte'
 corpus.json             which files it read, with their checksums
 checkpoints/STEP/       see `moejax.runs.checkpoint`
 damaged/                checkpoints that could not be read
+writer.lock             held by the process that writes here, see `moejax.runs.lock`
+provenance.jsonl        where its numbers come from, see `moejax.runs.provenance`
 metrics.jsonl           see `moejax.train.metrics.Log`, and `moejax.runs.metrics` to read it
 tensorboard/            the scalars among them
 report.html             from `moejax report`
@@ -25,14 +27,17 @@ TOKENIZER = "tokenizer.json"
 CORPUS, CORPUS_BEFORE = "corpus.json", "corpus.before.json"
 CHECKPOINTS = "checkpoints"
 DAMAGED = "damaged"
+LOCK = "writer.lock"
+PROVENANCE = "provenance.jsonl"
 METRICS = "metrics.jsonl"
 TENSORBOARD = "tensorboard"
 REPORT = "report.html"
 HF = "hf"
 
 # Groups of options (and a name) that may change when a run goes on: none of them changes what a checkpoint
-# means.
-FREE = ("name", "train", "mesh", "compute")
+# means. The learning rate's course may change too; `moejax.train.prolong` asks before it jumps.
+SCHEDULE = ("learning_rate", "schedule", "warmup_steps", "min_lr_ratio", "decay_at", "decay_factor")
+FREE = ("name", "train", "mesh", "compute", *(f"optimizer.{key}" for key in SCHEDULE))
 # How an imported model goes on to be trained is a choice of the one who trains it.
 FREE_ONCE_IMPORTED = ("data", "optimizer", "objective")
 
@@ -41,8 +46,24 @@ class SaveError(OSError):
     """Something of a run could not be written; the checkpoints before are whole."""
 
 
+def check_path(workdir: pathlib.Path) -> None:
+    """ConfigError for a path at which orbax cannot keep a checkpoint, or loses it."""
+    path = os.path.realpath(workdir)
+    if not path.isascii() and path.encode("utf-8", "ignore").decode() != path:
+        raise ConfigError(f"--workdir={os.fsencode(path)!r} is not UTF-8; use another path")
+    if path == "/":
+        raise ConfigError("--workdir=/ is no folder for a run; name one below it")
+    for letter in ("[", "\\"):
+        if letter in path:
+            raise ConfigError(
+                f"--workdir={path}: a checkpoint cannot be kept below a folder with {letter!r} in its name; "
+                "use another path"
+            )
+
+
 def check_writable(workdir: pathlib.Path) -> None:
     """ConfigError if the workdir cannot be made or written, as far as that can be known without writing."""
+    check_path(workdir)
     nearest = next(p for p in (workdir.absolute(), *workdir.absolute().parents) if p.exists())
     if not nearest.is_dir() or not os.access(nearest, os.W_OK):
         raise ConfigError(
@@ -58,13 +79,18 @@ def check_workdir(workdir: pathlib.Path, cfg: ExperimentConfig) -> None:
     """
     if not (workdir / CONFIG).exists():
         return
-    only_imported = bool(_steps(workdir)) and not is_trained(workdir)
-    free = FREE + (FREE_ONCE_IMPORTED if only_imported else ())
-    theirs = from_stored(read_config_values(workdir))
-    lines = _differences(json.loads(to_json(theirs)), json.loads(to_json(cfg)), "", free)
+    only_imported = bool(steps(workdir)) and not is_trained(workdir)
+    check_same(read_config_values(workdir), cfg, workdir, imported=only_imported)
+
+
+def check_same(values: dict, cfg: ExperimentConfig, where: pathlib.Path, *, imported: bool) -> None:
+    """ConfigError naming the keys in which a stored config is another than `cfg`, of those that must not be."""
+    free = FREE + (FREE_ONCE_IMPORTED if imported else ())
+    theirs = json.loads(to_json(from_stored(values)))
+    lines = _differences(theirs, json.loads(to_json(cfg)), "", free)
     if lines:
         raise ConfigError(
-            f"{workdir} belongs to a run with another config:\n"
+            f"{where} belongs to a run with another config:\n"
             + "\n".join(f"  - {line}" for line in lines)
             + "\nuse another --workdir, or the same config"
         )
@@ -134,11 +160,16 @@ def check_corpus(workdir: pathlib.Path, manifest: dict) -> None:
 
 def is_trained(workdir: pathlib.Path) -> bool:
     """Whether there is a checkpoint of training: an imported model is step 0, which training never saves."""
-    return any(p.name != "0" for p in _steps(workdir))
+    return any(p.name != "0" for p in steps(workdir))
 
 
-def _steps(workdir: pathlib.Path) -> list[pathlib.Path]:
-    return list((workdir / CHECKPOINTS).glob("[0-9]*"))
+def steps(workdir: pathlib.Path) -> list[pathlib.Path]:
+    """The folders of the checkpoints; one that is still being written has another name."""
+    try:
+        found = list((workdir / CHECKPOINTS).iterdir())
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    return [p for p in found if p.name.isascii() and p.name.isdigit()]
 
 
 def _differences(old, new, key: str, free: tuple[str, ...]) -> list[str]:

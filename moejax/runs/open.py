@@ -7,7 +7,7 @@ from moejax.config import ConfigError, ExperimentConfig
 from moejax.config_io import from_stored
 from moejax.data import Tokenizer, load_tokenizer
 from moejax.runs import folder
-from moejax.runs.checkpoint import Checkpoints
+from moejax.runs.restore import newest_model
 from moejax.sharding import Layout
 
 
@@ -41,11 +41,8 @@ def load_run(workdir: pathlib.Path, layout: Layout | None = None) -> OpenRun:
     Raises ConfigError if there is no run, or no checkpoint that can be read.
     """
     cfg = read_config(workdir)
-    restored = None
-    if (workdir / folder.CHECKPOINTS).exists():
-        checkpoints = Checkpoints(workdir, cfg)
-        restored = checkpoints.restore_model(layout)
-        checkpoints.close()
+    folder.check_path(workdir)
+    restored = newest_model(workdir, cfg, layout)
     if restored is None:
         raise ConfigError(f"{workdir} has no checkpoint yet; moejax train writes one")
     step, params, router_state = restored

@@ -1,8 +1,10 @@
 """The training loop: reads data, steps, logs, evaluates, saves. All side effects of training are here."""
 
+import contextlib
 import dataclasses
 import pathlib
 import re
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -20,12 +22,13 @@ from moejax.data import (
 from moejax.evals.validation import compile_eval, evaluate, size_text
 from moejax.mesh import check_layout, mesh_sizes
 from moejax.params import count
-from moejax.runs import folder
+from moejax.runs import folder, lock, provenance
 from moejax.runs.checkpoint import Checkpoints
 from moejax.sharding import Layout, make_layout, place_rows, rows_here
 from moejax.train import processes
 from moejax.train.metrics import Log, Meter, scalars
 from moejax.train.optimizer import optimizer_of, split_trained
+from moejax.train.prolong import check_schedule
 from moejax.train.signals import StopRequest
 from moejax.train.state import (
     TrainState,
@@ -51,9 +54,10 @@ class Session:
     data: Any  # grain's iterator over this process's rows
     held_out: list[dict]
     checkpoints: Checkpoints
-    log: Log
     plan: RunPlan | None  # in process 0
     say: Callable[[str], None]
+    log: Any = None  # the `Log`, once it is known at which step it begins
+    done: int = 0
 
     @property
     def tokens_per_step(self) -> int:
@@ -74,37 +78,33 @@ def train(cfg: ExperimentConfig, workdir: pathlib.Path) -> dict:
     optimizer_of(cfg)  # whether its groups fit the model
     folder.check_writable(workdir)
     corpus = load_corpus(cfg.data)
-    with processes.first_goes_first():
-        # Check everything before writing anything, so that a refused command does not damage another run.
-        tokenizer = load_tokenizer(cfg.data, corpus, workdir / folder.TOKENIZER)
-        cfg = with_vocabulary(cfg, tokenizer.vocab_size)
-        folder.check_workdir(workdir, cfg)
-        layout = make_layout(cfg, devices)
-        if processes.is_first():
-            folder.check_corpus(workdir, corpus.manifest)
-            folder.claim_workdir(workdir, cfg, tokenizer, corpus.manifest)
-    say = print if processes.is_first() else _say_nothing
-    index, parts = rows_here(layout, cfg.data.batch_size, cfg.data.seq_len)
-    session = Session(
-        cfg=cfg,
-        layout=layout,
-        domains=corpus.domains,
-        data=train_iterator(corpus, tokenizer, cfg.data, process_index=index, process_count=parts),
-        held_out=list(
-            validation_batches(
-                corpus, tokenizer, cfg.data, cfg.train.eval_batches * cfg.data.batch_size
-            )
-        ),
-        checkpoints=Checkpoints(workdir, cfg),
-        log=Log(workdir, write=processes.is_first()),
-        plan=plan_run(cfg, layout) if processes.is_first() else None,
-        say=say,
-    )
-    try:
+    with contextlib.ExitStack() as held:
+        with processes.first_goes_first():
+            # Check everything before writing anything, so that a refused command does not damage another run.
+            tokenizer = load_tokenizer(cfg.data, corpus, workdir / folder.TOKENIZER)
+            cfg = with_vocabulary(cfg, tokenizer.vocab_size)
+            folder.check_workdir(workdir, cfg)
+            check_schedule(workdir, cfg)
+            layout = make_layout(cfg, devices)
+            if processes.is_first():
+                held.enter_context(lock.writing(workdir))
+                folder.check_corpus(workdir, corpus.manifest)
+                folder.claim_workdir(workdir, cfg, tokenizer, corpus.manifest)
+        index, parts = rows_here(layout, cfg.data.batch_size, cfg.data.seq_len)
+        most = cfg.train.eval_batches * cfg.data.batch_size
+        session = Session(
+            cfg=cfg,
+            layout=layout,
+            domains=corpus.domains,
+            data=train_iterator(
+                corpus, tokenizer, cfg.data, process_index=index, process_count=parts
+            ),
+            held_out=list(validation_batches(corpus, tokenizer, cfg.data, most)),
+            checkpoints=Checkpoints(workdir, cfg),
+            plan=plan_run(cfg, layout) if processes.is_first() else None,
+            say=print if processes.is_first() else _say_nothing,
+        )
         return _train(session)
-    finally:
-        session.log.close()
-        session.checkpoints.close()
 
 
 def _check_devices(cfg: ExperimentConfig, devices: list) -> None:
@@ -119,12 +119,14 @@ def _check_devices(cfg: ExperimentConfig, devices: list) -> None:
 def _train(s: Session) -> dict:
     restored = restore_state(s.checkpoints, s.layout)
     key = jax.random.key(s.cfg.train.seed)
+    begin = 0  # of a run that has saved nothing, all that it wrote is written again
     if restored is None:
         state = create_state(s.cfg, key, s.layout)
     else:
         state, data_state = restored
         if data_state is not None:
             s.data.set_state(data_state)
+            begin = int(state.step) + 1
         s.say(f"resuming {s.checkpoints.workdir} at step {int(state.step)}")
     mesh = "" if s.layout is None else f", mesh {_mesh_text(s.layout)}"
     frozen = count(split_trained(state.params, s.cfg)[1])
@@ -141,8 +143,33 @@ def _train(s: Session) -> dict:
         )
         eval_fn = compile_eval(s.cfg, num_domains=len(s.domains), layout=s.layout)
         return _evaluate(s, eval_fn, state)[0]
-    with StopRequest() as stop:
+    with _logged(s, begin, int(state.step)), StopRequest() as stop:
         return _run(s, state, key, stop)
+
+
+@contextlib.contextmanager
+def _logged(s: Session, begin: int, step: int):
+    """Open the log, write down where its numbers come from, and close everything, however the body ends."""
+    workdir, first = s.checkpoints.workdir, processes.is_first()
+    s.log, s.done = Log(workdir, begin, write=first), step
+    started, why = time.monotonic(), None
+    if first:
+        provenance.start(workdir, step)
+    try:
+        yield
+        s.checkpoints.close()
+        why = "finished" if s.done >= s.cfg.train.steps else "stopped"
+    except BaseException as e:
+        why = type(e).__name__
+        if jax.process_count() == 1:  # else it would wait for the others
+            with contextlib.suppress(folder.SaveError):
+                s.checkpoints.close()
+        raise
+    finally:
+        s.log.close()
+        if first:
+            with contextlib.suppress(folder.SaveError):
+                provenance.end(workdir, s.done, time.monotonic() - started, str(why))
 
 
 def _run(s: Session, state: TrainState, key: jax.Array, stop: StopRequest) -> dict:
@@ -166,6 +193,7 @@ def _run(s: Session, state: TrainState, key: jax.Array, stop: StopRequest) -> di
     for done in range(first + 1, train_cfg.steps + 1):
         batch = place_rows(next(s.data), s.layout, s.cfg.data.batch_size)
         state, metrics = step_fn(state, batch)
+        s.done = done
         if bad_before is not None:
             _check_finite(s, done - 1, int(bad_before))  # while the device computes this step
         bad_before = metrics["bad_in_a_row"]
@@ -191,10 +219,16 @@ def _run(s: Session, state: TrainState, key: jax.Array, stop: StopRequest) -> di
 def _check_finite(s: Session, done: int, bad_in_a_row: int) -> None:
     """Raises Diverged if too many steps in a row were skipped."""
     if bad_in_a_row >= s.cfg.train.max_bad_steps:
+        left = s.checkpoints.forsake(done - bad_in_a_row)
+        now = (
+            "no checkpoint is left" if left is None else f"step {left} is now the newest checkpoint"
+        )
         raise Diverged(
-            f"{bad_in_a_row} steps in a row had a NaN or infinite loss or gradient; "
-            f"stopped at step {done}. The last good checkpoint in {s.checkpoints.folder} is intact; "
-            f"see {s.log.path} for the steps before, and lower optimizer.learning_rate"
+            f"{bad_in_a_row} steps in a row had a NaN or infinite loss, gradient or update, and were left "
+            f"out; stopped at step {done}. {now.capitalize()} in {s.checkpoints.folder}: those with the "
+            f"parameters of these steps were moved to {folder.DAMAGED}/. See {s.log.path} for the steps "
+            "before. To go on at a lower rate: --config.optimizer.learning_rate=LOWER "
+            "--config.train.rate_may_jump=true"
         )
 
 

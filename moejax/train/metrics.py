@@ -1,15 +1,18 @@
 """Writes the metrics of a run to its folder, and measures how fast it goes."""
 
 import contextlib
-import json
+import os
 import pathlib
 import statistics
 import time
 
 import numpy as np
-from tensorboardX import SummaryWriter
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.summary import scalar
 
 from moejax.runs import folder
+from moejax.runs.metrics import cut, line
 
 
 def scalars(values: dict, domains) -> dict:
@@ -29,47 +32,60 @@ class Log:
     batches, by domain), 'receipt'.
     """
 
-    def __init__(self, workdir: pathlib.Path, *, write: bool = True):
-        self.path = workdir / folder.METRICS
-        self.file = _open_at_line(self.path) if write else None
-        self.board = SummaryWriter(str(workdir / folder.TENSORBOARD)) if write else None
+    def __init__(self, workdir: pathlib.Path, begin: int, *, write: bool = True):
+        """`begin`: the first step that will be written; what an earlier part of the run wrote of it and of
+        later ones, and lost with its state, is cut off. Raises folder.SaveError, as all here do, for a full
+        disk."""
+        self.path, self.board_path = workdir / folder.METRICS, workdir / folder.TENSORBOARD
+        self.write_rows = write
+        if not write:
+            return
+        with self._writing(self.path, begin):
+            cut(self.path, begin - 1)
+            self.file = self.path.open("a")
+        with self._writing(self.board_path, begin):
+            self.board_path.mkdir(exist_ok=True)
+            # Written here and now: SummaryWriter's thread dies of a full disk, and then blocks for ever.
+            self.board = EventsWriter(str(self.board_path / "events"), f".{os.getpid()}.{begin}")
+            self._event(
+                begin, session_log=SessionLog(status=SessionLog.START)
+            )  # forget later steps
+            self.board.flush()
 
     def write(self, step: int, kind: str, values: dict) -> None:
-        """Write scalars to both."""
-        # First the file, which reports a failed write; TensorBoard's thread would not.
+        """Scalars: to both."""
         self.append(step, kind, values)
-        if self.board is not None:
-            for name, value in values.items():
-                self.board.add_scalar(f"{kind}/{name}", value, step)
+        if self.write_rows:
+            with self._writing(self.board_path, step):
+                for name, value in values.items():
+                    self._event(step, summary=scalar(f"{kind}/{name}", value))
+                self.board.flush()
 
     def append(self, step: int, kind: str, values: dict) -> None:
-        """Write any JSON values to metrics.jsonl only. Raises folder.SaveError if the disk is full."""
-        if self.file is None:
-            return
+        """Anything JSON holds: to metrics.jsonl alone."""
+        if self.write_rows:
+            with self._writing(self.path, step):
+                self.file.write(line({"step": step, "kind": kind, **values}))
+                self.file.flush()
+
+    def _event(self, step: int, **content) -> None:
+        self.board.write_event(Event(wall_time=time.time(), step=step, **content))
+
+    @contextlib.contextmanager
+    def _writing(self, path: pathlib.Path, step: int):
         try:
-            self.file.write(json.dumps({"step": step, "kind": kind, **values}) + "\n")
-            self.file.flush()
+            yield
         except OSError as e:
             raise folder.SaveError(
-                f"{self.path} cannot be written at step {step}: {e.strerror}. Free some space: the "
-                "checkpoints are intact, and the same command continues from the newest"
+                f"{path} cannot be written at step {step}: {e.strerror}. Free some space: the "
+                "checkpoints are whole, and the same command goes on from the newest"
             ) from e
 
     def close(self) -> None:
-        for writer in (self.file, self.board):
-            with contextlib.suppress(OSError):  # the disk is full, and append has said so
-                if writer is not None:
+        if self.write_rows:
+            for writer in (self.file, self.board):
+                with contextlib.suppress(OSError):  # of a disk that is full, which was reported
                     writer.close()
-
-
-def _open_at_line(path: pathlib.Path):
-    """Open a file to append. Ends a last line that a crash cut off, so that rows stay on their own lines."""
-    file = path.open("ab+")
-    file.seek(max(file.seek(0, 2) - 1, 0))
-    if file.read() not in (b"", b"\n"):
-        file.write(b"\n")
-    file.close()
-    return path.open("a")
 
 
 class Meter:

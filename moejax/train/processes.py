@@ -5,11 +5,14 @@ step, orbax, `moejax.train.signals` and the few functions here communicate betwe
 """
 
 import contextlib
+import os
+import sys
+from typing import NoReturn
 
 import jax
-from jax.experimental import multihost_utils
 
 from moejax.config import ConfigError
+from moejax.runs import agree
 
 MODES = ("none", "auto")
 
@@ -65,17 +68,26 @@ def is_first() -> bool:
 
 @contextlib.contextmanager
 def first_goes_first():
-    """Process 0 runs the body before the others, which then find the files that it wrote.
-
-    If it raises, the others run the body too, so that they fail with the same error instead of waiting.
-    """
+    """Process 0 runs the body before the others, which then find the files that it wrote. If it raises, so do
+    they."""
     if not is_first():
-        multihost_utils.sync_global_devices("first")
+        agree.raise_together(None)
+    error: Exception | None = None
     try:
         yield
+    except Exception as e:
+        error = e
+        raise
     finally:
-        if is_first() and jax.process_count() > 1:
-            multihost_utils.sync_global_devices("first")
+        if is_first():
+            agree.first_error(error)
+
+
+def leave(code: int) -> NoReturn:
+    """End this process, although others may wait for it: they notice, and end too."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def ordered_devices() -> list[jax.Device]:

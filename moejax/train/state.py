@@ -10,7 +10,8 @@ from jax.sharding import SingleDeviceSharding
 from moejax.config import ExperimentConfig
 from moejax.models import transformer
 from moejax.params import by_path, init_params, path_name
-from moejax.runs.checkpoint import Checkpoints, placed
+from moejax.runs.checkpoint import Checkpoints
+from moejax.runs.restore import placed
 from moejax.sharding import Layout
 from moejax.train.optimizer import optimizer_of, split_trained
 
@@ -94,7 +95,8 @@ def state_of_model(
 
 def save_state(checkpoints: Checkpoints, state: TrainState, data_state: dict) -> None:
     """See `Checkpoints.save`; `data_state` is the position in the data."""
-    checkpoints.save(int(state.step), *_items(state), data_state)
+    step, bad = int(state.step), int(state.bad_in_a_row)
+    checkpoints.save(step, *_items(state), data_state, bad)
 
 
 def restore_state(

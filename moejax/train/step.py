@@ -116,7 +116,7 @@ def train_step(
 ) -> tuple[TrainState, dict]:
     """One optimiser step.
 
-    A step whose loss or gradient is not finite changes neither parameters, optimiser nor router state;
+    A step whose loss, gradient or result is not finite changes neither parameters, optimiser nor router state;
     it is counted in `skipped` and `bad_in_a_row`.
 
     Args:
@@ -134,7 +134,6 @@ def train_step(
     key = None if seed_key is None else jax.random.fold_in(seed_key, state.step)
     loss, parts, grads = loss_and_grads(state.params, state.router_state, batch, cfg, layout, key)
     grad_norm = optax.tree.norm(grads)
-    finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
     trained, frozen = split_trained(state.params, cfg)
     updates, opt_state = optimizer_of(cfg).update(grads, state.opt_state, trained)
     learned: Any = optax.apply_updates(trained, updates)
@@ -143,6 +142,10 @@ def train_step(
         state.router_state, seen, cfg.model, cfg.objective
     )
 
+    # An update can overflow, or divide by zero, where loss and gradient do not.
+    results = jax.tree.leaves((learned, opt_state, router_state))
+    finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+    finite &= functools.reduce(jnp.logical_and, [jnp.isfinite(a).all() for a in results])
     keep = functools.partial(jax.tree.map, lambda new, old: jnp.where(finite, new, old))
     bad = (~finite).astype(jnp.int32)
     new_state = TrainState(

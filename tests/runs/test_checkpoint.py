@@ -1,6 +1,7 @@
 """Checkpoints: what is saved comes back, on any mesh; what does not fit or is damaged is named."""
 
 import dataclasses
+import errno
 import json
 import os
 import pathlib
@@ -28,8 +29,10 @@ from moejax.config import (
     TrainConfig,
 )
 from moejax.routers import router_options
-from moejax.runs.checkpoint import Checkpoints, abstract_model
-from moejax.runs.checksums import checksum
+from moejax.runs import lock, restore
+from moejax.runs.checkpoint import Checkpoints
+from moejax.runs.checksums import checksums
+from moejax.runs.restore import abstract_model, newest_model, seal
 from moejax.sharding import make_layout
 from moejax.train.state import (
     abstract_state,
@@ -140,7 +143,7 @@ def test_a_damaged_checkpoint_is_passed_over_and_its_step_can_be_saved_again(tmp
 
 def restore_apart(folders):
     """What `restore_state` gives for each folder, in a process of its own: of damaged files orbax leaves
-    readers behind, which die loudly at any later time. (position in the data, checksum of the parameters,
+    readers behind, which die loudly at any later time. (position in the data, checksums of the parameters,
     warnings)."""
     done = subprocess.run(
         [sys.executable, __file__, *map(str, folders)],
@@ -160,55 +163,223 @@ def restore_and_print(folder):
         state, position = restore_state(checkpoints)  # pyright: ignore
     checkpoints.close()
     texts = [str(w.message) for w in caught]
-    print(json.dumps([position["next_index"], checksum(state.params), texts]))
+    index = position["next_index"]  # pyright: ignore
+    print(json.dumps([index, checksums(state.params), texts]))
 
 
-def arrays_of(item):
-    return sorted(f for f in item.rglob("*") if f.parent.name == "d")
+def files_of(step):
+    return sorted(f for f in step.rglob("*") if f.is_file())
 
 
-def test_damaged_arrays_are_noticed(tmp_path, state):
+def cut(file):
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+
+
+def not_json(file):
+    file.write_bytes(b"{" + file.read_bytes())
+
+
+def other_json(file):
+    file.write_bytes(b'{"a": [1]}')
+
+
+def test_damage_of_any_file_is_noticed_or_harmless(tmp_path, state):
+    """Every file of a checkpoint, orbax's own among them, cut, gone, or JSON of another kind."""
     whole = saved(tmp_path / "whole", state, steps=(1, 2))
+    names = [f.relative_to(whole) for f in files_of(whole / "checkpoints" / "2")]
     folders = []
-
-    def copy():
-        folders.append(tmp_path / str(len(folders)))
-        shutil.copytree(whole, folders[-1])
-        return folders[-1] / "checkpoints" / "2"
-
-    def cut(file):
-        file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
-
-    for item in ("model", "training"):
-        for damage_one in (cut, pathlib.Path.unlink):
-            for file in arrays_of(copy() / item):
-                damage_one(file)
-        # Readable, but not what was saved.
-        path = copy() / "meta" / "metadata"
-        meta = json.loads(path.read_text())
-        meta["checksums"][item] ^= 1
-        path.write_text(json.dumps(meta))
-    noticed = len(folders)
-    for number in range(len(arrays_of(whole / "checkpoints" / "2" / "model"))):
-        cut(arrays_of(copy() / "model")[number])
+    for name in names:
+        for damage_one in (cut, pathlib.Path.unlink, not_json, other_json):
+            folders.append(tmp_path / str(len(folders)))
+            shutil.copytree(whole, folders[-1])
+            damage_one(folders[-1] / name)
     results = restore_apart(folders)
-    for position, total, texts in results:
-        assert total == checksum(state.params)
+    right = checksums(state.params)
+    for position, sums, texts in results:
+        assert sums == right
         fell_back = any("/2 cannot be read" in t and "falling back to step 1" in t for t in texts)
         assert position == (1 if fell_back else 2), texts
-    assert all(position == 1 for position, *_ in results[:noticed])
-    # Some files are superseded by others and not read; an index and what it points to are.
-    assert sum(position == 1 for position, *_ in results[noticed:]) >= 2
+    # Some files are superseded by others and not read; meta, _METADATA, manifests and data are.
+    fell_back = [position == 1 for position, *_ in results]
+    assert sum(fell_back) > len(names)
+    at = names.index(pathlib.Path("checkpoints/2/meta/metadata"))
+    assert all(fell_back[4 * at : 4 * at + 4])
 
 
-def test_a_checksum_counts_every_word_once():
-    a = jnp.arange(1, 7, dtype=jnp.int32).reshape(2, 3)
-    assert checksum({"a": a}) == 21
-    assert checksum([a, jnp.full((2,), 2**31 - 1, jnp.int32)]) == (21 + 2**32 - 2) % 2**32
-    for dtype in (jnp.bfloat16, jnp.float16, jnp.float32):  # as the float32 that they are
-        assert checksum(jnp.ones((), dtype)) == 0x3F800000
-    spread = jax.device_put(jnp.arange(8.0), on_mesh(data=2, fsdp=4).sharding("embed"))
-    assert checksum(spread) == checksum(jnp.arange(8.0))
+def change_meta(workdir, change, *, sealed):
+    path = workdir / "checkpoints" / "2" / "meta" / "metadata"
+    meta = json.loads(path.read_text())
+    change(meta)
+    if sealed:
+        meta["sha256"] = seal(meta)
+    path.write_text(json.dumps(meta))
+
+
+@pytest.mark.parametrize(
+    ("change", "sealed", "text"),
+    [
+        (lambda m: m["data"].update(next_index=3), False, "checksum of its meta"),
+        (lambda m: m["config"]["train"].update(steps=3), False, "checksum of its meta"),
+        (lambda m: m.pop("sha256"), False, "checksum of its meta"),
+        (lambda m: m.pop("checksums"), True, "incomplete"),
+        (
+            lambda m: m["checksums"]["model"]["params/head"].update(sum=1),
+            True,
+            "checksum of params/head differs",
+        ),
+        (lambda m: m["checksums"]["training"]["skipped"].update(sum=1), True, "of skipped differs"),
+    ],
+)
+def test_what_was_not_saved_is_named(tmp_path, state, change, sealed, text):
+    saved(tmp_path, state, steps=(1, 2))
+    change_meta(tmp_path, change, sealed=sealed)
+    checkpoints = Checkpoints(tmp_path, CFG)
+    with pytest.warns(UserWarning, match=rf"checkpoints/2 cannot be read .*{text}"):
+        assert restore_state(checkpoints)[1] == {"next_index": 1}  # pyright: ignore
+    checkpoints.close()
+
+
+def test_a_config_that_is_not_the_checkpoint_s_is_refused(tmp_path, state):
+    saved(tmp_path, state)
+    other = dataclasses.replace(CFG, data=dataclasses.replace(CFG.data, seed=5))
+    for read in (
+        lambda: newest_model(tmp_path, other),
+        lambda: restore_state(Checkpoints(tmp_path, other)),
+    ):
+        with pytest.raises(ConfigError, match=r"checkpoints/1 .*\n  - data.seed: 0 there, 5 now"):
+            read()
+
+
+def test_an_error_of_the_system_moves_nothing(tmp_path, state, monkeypatch):
+    """EIO: once, the checkpoint is read all the same; for ever, that is said and nothing is moved."""
+    saved(tmp_path, state, steps=(1, 2))
+    monkeypatch.setattr(restore, "PAUSES_OF_THE_SYSTEM", (0.0, 0.0))
+    read, failures = restore._read, [1]
+
+    def fail(path, shapes):
+        if failures and failures.pop():
+            raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
+        return read(path, shapes)
+
+    monkeypatch.setattr(restore, "_read", fail)
+    checkpoints = Checkpoints(tmp_path, CFG)
+    assert restore_state(checkpoints)[1] == {"next_index": 2}  # pyright: ignore
+    failures[:] = [1] * 99
+    with pytest.raises(
+        ConfigError, match=r"(?s)/2 cannot be read: .*Input/output error.*nothing was moved"
+    ):
+        restore_state(checkpoints)
+    checkpoints.close()
+    assert not (tmp_path / "damaged").exists()
+    assert (tmp_path / "checkpoints" / "2").exists()
+    # As a file gives it: reading a process's memory at 0 is an I/O error.
+    monkeypatch.setattr(restore, "_read", read)
+    meta = tmp_path / "checkpoints/2/meta/metadata"
+    meta.unlink()
+    meta.symlink_to("/proc/self/mem")
+    with pytest.raises(ConfigError, match="Input/output error"):
+        newest_model(tmp_path, CFG)
+    # And as tensorstore puts it in words.
+    assert restore.passing(ValueError("UNAVAILABLE: .. [OS error 116: ESTALE Stale file handle]"))
+    assert not restore.passing(
+        ValueError("NOT_FOUND: [OS error 2: ENOENT No such file or directory]")
+    )
+
+
+def test_a_mistake_in_moejax_is_no_damage(tmp_path, state, monkeypatch):
+    saved(tmp_path, state, steps=(1, 2))
+    monkeypatch.setattr(restore, "_fit", lambda *_: restore._stored(None, None))  # pyright: ignore
+    with pytest.raises(TypeError):
+        newest_model(tmp_path, CFG)
+    monkeypatch.setattr(restore, "_read", lambda *_: bytearray(1 << 62))
+    monkeypatch.setattr(restore, "_fit", lambda *_: {})
+    with pytest.raises(MemoryError):
+        newest_model(tmp_path, CFG)
+
+
+def test_a_reader_beside_a_writer_looks_again(tmp_path, state, monkeypatch):
+    """The writer deletes the step that is being read, having saved another."""
+    saved(tmp_path, state, steps=(1,))
+    read = restore._read
+
+    def writer_goes_on(path, shapes):
+        if path.parent.name == "1":
+            saved(tmp_path, state, steps=(2,))
+            shutil.rmtree(path.parent)
+        return read(path, shapes)
+
+    monkeypatch.setattr(restore, "_read", writer_goes_on)
+    assert newest_model(tmp_path, CFG)[0] == 2  # pyright: ignore
+    # If nothing can be read while a run goes on, nobody is told to leave its folder.
+    damage(tmp_path / "checkpoints" / "2")
+    with (
+        lock.writing(tmp_path),
+        pytest.warns(UserWarning, match="none is left"),
+        pytest.raises(ConfigError, match=rf"process {os.getpid()} on .*: try again in a minute"),
+    ):
+        newest_model(tmp_path, CFG)
+
+
+def test_bad_steps_do_not_push_out_the_last_good_one(tmp_path, state):
+    checkpoints = Checkpoints(tmp_path, CFG)  # which keeps two, and every fourth
+    for step, bad in enumerate([0, 0, 1, 2, 3, 4], start=1):
+        at = state._replace(step=jnp.int32(step), bad_in_a_row=jnp.int32(bad))
+        save_state(checkpoints, at, {"next_index": step})
+    checkpoints.wait()
+    kept = {int(p.name) for p in (tmp_path / "checkpoints").iterdir() if p.name.isdigit()}
+    assert kept == {1, 4, 6}  # the parameters of step 2 gave the bad steps
+    assert checkpoints.forsake(2) == 1 and (tmp_path / "damaged" / "6").exists()
+    for step, bad in ((2, 0), (3, 1), (5, 0)):  # a streak that ends was the batch's fault
+        at = state._replace(step=jnp.int32(step), bad_in_a_row=jnp.int32(bad))
+        save_state(checkpoints, at, {"next_index": step})
+    checkpoints.close()
+    kept = {int(p.name) for p in (tmp_path / "checkpoints").iterdir() if p.name.isdigit()}
+    assert kept == {3, 5}
+
+
+def test_a_checksum_sees_every_word_and_its_place(key):
+    a = jnp.arange(1, 25, dtype=jnp.float32).reshape(2, 3, 4)
+    sums = {
+        name: checksums({"a": b})["a"]
+        for name, b in {
+            "itself": a,
+            "reversed": a[::-1],
+            "rows swapped": a[:, ::-1],
+            "two swapped": a.at[0, 0, 0].set(2).at[0, 0, 1].set(1),
+            "one bit": jax.lax.bitcast_convert_type(
+                jax.lax.bitcast_convert_type(a, jnp.uint32).at[1, 2, 3].add(1), jnp.float32
+            ),
+        }.items()
+    }
+    assert len(set(sums.values())) == len(sums)
+    assert checksums({"a": {"b": a}, "c": jnp.zeros((0,))}) == {"a/b": sums["itself"], "c": 0}
+
+
+@pytest.mark.parametrize(
+    "dtype",
+    ["bool", "int4", "int8", "uint8", "int16", "int32", "float8_e4m3fn", "float16", "bfloat16"],
+)
+def test_checksums_of_every_dtype_on_any_mesh(dtype):
+    """Of odd length too, the same however it is split, and changed by any one element."""
+    a = jnp.arange(8 * 3 * 8).reshape(8, 3, 8) % 2
+    a = a.astype(dtype)
+    whole = checksums([a])
+    for axes in (("batch", None, None), (None, None, "batch"), ("embed", None, "heads")):
+        layout = on_mesh(data=2, fsdp=2, tensor=2)
+        assert layout is not None
+        assert checksums([jax.device_put(a, layout.sharding(*axes))]) == whole
+    changed = a.at[7, 2, 7].set(jnp.asarray(0, dtype))
+    assert checksums([changed]) != whole and a[7, 2, 7] != changed[7, 2, 7]
+    odd = jnp.ones((7,), dtype)
+    assert checksums([odd]) != checksums([odd.at[6].set(jnp.asarray(0, dtype))])
+    if jnp.issubdtype(a.dtype, jnp.floating):  # a model is read in float32
+        assert checksums([a.astype(jnp.float32)]) == whole
+
+
+def test_keys_are_saved_and_verified(key):
+    keys = jax.random.split(key, 3)
+    assert checksums([keys]) != checksums([keys[::-1]])
+    assert checksums([keys]) == checksums([jax.random.split(key, 3)])
 
 
 def test_nothing_left_to_read_is_an_error(tmp_path, state):
@@ -245,7 +416,7 @@ def test_another_model_is_named(tmp_path, state):
     saved(tmp_path, state)
     wider = dataclasses.replace(CFG, model=dataclasses.replace(CFG.model, vocab_size=64))
     checkpoints = Checkpoints(tmp_path, wider)
-    with pytest.raises(ConfigError, match=r"(?s)params/embed.*\(32, 16\) there, \(64, 16\) now"):
+    with pytest.raises(ConfigError, match=r"model.vocab_size: 32 there, 64 now"):
         restore_state(checkpoints)
     checkpoints.close()
 

@@ -71,7 +71,7 @@ def test_an_imported_model_may_be_trained_on_anything(tmp_path):
     )
     folder.claim_workdir(tmp_path, other)
     saved_step(tmp_path, 1)
-    with pytest.raises(ConfigError, match=r"optimizer.learning_rate: 0.5 there"):
+    with pytest.raises(ConfigError, match=r"data.seq_len: 16 there"):
         folder.claim_workdir(tmp_path, CFG)  # now it has been trained, and stays what it is
 
 

@@ -1,9 +1,14 @@
 """The loop in one process: what it writes down, on one device and on a mesh, and how it ends."""
 
 import dataclasses
+import errno
 import json
 import os
+import pathlib
+import re
 import signal
+import subprocess
+import sys
 
 import jax
 import numpy as np
@@ -23,10 +28,9 @@ from moejax.config import (
     TrainConfig,
 )
 from moejax.routers import router_options
-from moejax.runs.checkpoint import Checkpoints
+from moejax.runs import lock, provenance
 from moejax.train.loop import Diverged, train, with_vocabulary
 from moejax.train.signals import StopRequest
-from moejax.train.state import restore_state
 
 ONE, EIGHT = MeshConfig(data=1), MeshConfig(data=2, expert=2, tensor=2)
 
@@ -163,11 +167,111 @@ def test_divergence_stops_the_run_and_spares_the_checkpoint(cfg, tmp_path):
     assert "3 steps in a row" in str(e.value)
     assert str(tmp_path / "checkpoints") in str(e.value)
     assert str(tmp_path / "metrics.jsonl") in str(e.value)
-    checkpoints = Checkpoints(tmp_path, with_vocabulary(bad, 258))
-    state = restore_state(checkpoints)[0]  # pyright: ignore
-    checkpoints.close()
-    assert int(state.bad_in_a_row) == 3
-    assert all(np.isfinite(a).all() for a in jax.tree.leaves(state.params))
+    # The first update blew the parameters up, so that every later step was bad: none of it is left.
+    assert "No checkpoint is left" in str(e.value)
+    # With half of it learned before, that half is.
+    good = dataclasses.replace(bad.train, steps=2)
+    fine = dataclasses.replace(bad.optimizer, learning_rate=1e-3)
+    train(dataclasses.replace(bad, train=good, optimizer=fine), tmp_path)
+    jump = dataclasses.replace(bad.train, rate_may_jump=True)
+    with pytest.raises(Diverged, match=r"Step 2 is now the newest checkpoint in .*checkpoints: "):
+        train(dataclasses.replace(bad, train=jump), tmp_path)
+    # What the message advises works; without its second half the jump is refused before anything is written.
+    lower = dataclasses.replace(
+        bad, optimizer=dataclasses.replace(bad.optimizer, learning_rate=1e-9)
+    )
+    lower = dataclasses.replace(lower, train=dataclasses.replace(lower.train, steps=4))
+    before = (tmp_path / "config.json").read_text()
+    with pytest.raises(ConfigError, match=r"would jump from 0.001 to 1e-09 at step 2"):
+        train(lower, tmp_path)
+    assert (tmp_path / "config.json").read_text() == before
+    jump = dataclasses.replace(lower.train, rate_may_jump=True)
+    assert np.isfinite(train(dataclasses.replace(lower, train=jump), tmp_path)["loss"])
+
+
+def test_a_longer_run_says_that_its_learning_rate_would_jump(cfg, tmp_path):
+    cosine = dataclasses.replace(
+        cfg,
+        optimizer=dataclasses.replace(cfg.optimizer, schedule="cosine", learning_rate=0.01),
+        train=dataclasses.replace(cfg.train, steps=2, eval_every=100),
+    )
+    train(cosine, tmp_path)
+    longer = dataclasses.replace(cosine, train=dataclasses.replace(cosine.train, steps=4))
+    # At its end the cosine has fallen to min_lr_ratio = 0.1; two steps of four are a third of the way down
+    # from step 1, where warm-up ends: 0.1 + 0.9 (1 + cos(pi / 3)) / 2 = 0.775.
+    with pytest.raises(ConfigError, match=r"jump from 0.001 to 0.00775 at step 2") as e:
+        train(longer, tmp_path)
+    offered = re.search(r"schedule=(\w+) --config.optimizer.learning_rate=(\S+)", str(e.value))
+    assert offered
+    optimizer = dataclasses.replace(
+        cosine.optimizer, schedule=offered[1], learning_rate=float(offered[2])
+    )
+    train(dataclasses.replace(longer, optimizer=optimizer), tmp_path)
+    assert rows(tmp_path)["train"][4]["learning_rate"] == pytest.approx(0.001)
+    # Not asked when nothing is left to train.
+    train(dataclasses.replace(longer, optimizer=cosine.optimizer), tmp_path)
+
+
+def test_one_writer(cfg, finished, tmp_path):
+    """Two at once are refused, whoever they are; a reader is not, and sees who writes."""
+    with lock.writing(finished[0]), pytest.raises(ConfigError, match=rf"process {os.getpid()} on "):
+        train(dataclasses.replace(cfg, train=dataclasses.replace(cfg.train, steps=99)), finished[0])
+    assert lock.writer(finished[0]) is None
+    # A process that is killed leaves the file, but no lock.
+    code = (
+        "import pathlib, sys, os, signal\nfrom moejax.runs import lock\n"
+        "with lock.writing(pathlib.Path(sys.argv[1])):\n    print('held', flush=True)\n    signal.pause()"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, text=True
+    ) as other:
+        assert other.stdout is not None and other.stdout.readline() == "held\n"
+        assert f"process {other.pid} on" in str(lock.writer(tmp_path))
+        with (
+            pytest.raises(
+                ConfigError, match=f"process {other.pid} on .* Wait for its end, or stop it"
+            ),
+            lock.writing(tmp_path),
+        ):
+            pass
+        other.kill()
+    assert (tmp_path / "writer.lock").exists() and lock.writer(tmp_path) is None
+    with lock.writing(tmp_path):
+        pass
+
+
+def test_a_file_system_without_locks_is_said(tmp_path, monkeypatch):
+    def none(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("fcntl.flock", none)
+    with pytest.warns(UserWarning, match="no locks"), lock.writing(tmp_path):
+        pass
+    assert lock.writer(tmp_path) is None
+
+
+@pytest.mark.parametrize("name", ["a[1]", "a\\b", "a\udcff"])
+def test_a_path_that_cannot_hold_a_checkpoint_is_refused(cfg, tmp_path, name):
+    nowhere = dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, sources=("a=none*.txt",)))
+    with pytest.raises(ConfigError, match="use another path"):
+        train(nowhere, tmp_path / name)
+    with pytest.raises(ConfigError, match="name one below it"):
+        train(nowhere, pathlib.Path("/"))
+
+
+def test_a_run_says_where_it_comes_from(cfg, finished):
+    start, end, *_ = provenance.read(finished[0])
+    assert start["kind"] == "start" and start["step"] == 0 and "pytest" in start["command"]
+    for name in ("python", "jax", "jaxlib", "optax", "moejax"):
+        assert start[name][0].isdigit()
+    commit, _ = provenance.code_version()
+    assert start["commit"] is None if commit is None else len(start["commit"]) == 40
+    assert start["device"] == jax.devices()[0].device_kind and start["devices"] == 8
+    assert end["kind"] == "end" and end["step"] == 4 and end["why"] == "finished"
+    assert 0 < end["seconds"] < 600
+    table = provenance.table(finished[0])
+    assert table is not None and table.rows[0][1] == "0 to 4"
+    assert (start["commit"] or "moejax")[:12] in table.rows[0][4]
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

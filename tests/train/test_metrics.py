@@ -2,25 +2,59 @@
 pauses."""
 
 import json
+import math
 import struct
 import time
 
+import numpy as np
 import pytest
 from tensorboardX.proto.event_pb2 import Event
 
+from moejax.runs.metrics import read_metrics
 from moejax.train.metrics import Log, Meter
 
 
-def test_a_line_cut_off_by_a_crash_spoils_no_other(tmp_path):
-    for step in (1, 2):
-        log = Log(tmp_path)
-        log.write(step, "train", {"loss": 0.5})
-        log.close()
+def rows_of(log):
+    """Every line as strict JSON: NaN is none."""
+    lines = log.path.read_bytes().split(b"\n")
+    assert lines.pop() == b""
+    return [json.loads(x, parse_constant=lambda c: pytest.fail(f"{c} is no JSON")) for x in lines]
+
+
+def test_every_step_is_there_once_after_any_number_of_kills(tmp_path):
+    for begin in (0, 1, 2, 2, 3):  # where each part of the run goes on
+        log = Log(tmp_path, begin)
+        for step in range(begin, 5):
+            log.write(step, "train", {"loss": float(begin)})
+        log.write(5, "validation", {"loss": 0.5})
         with log.path.open("a") as f:
-            f.write('{"step": 9, "ki')  # killed here
-    lines = log.path.read_text().splitlines()
-    assert [json.loads(line)["step"] for line in lines if line.endswith("}")] == [1, 2]
-    assert sum(not line.endswith("}") for line in lines) == 2
+            f.write('{"step": 2, "ki')  # killed here
+        log.close()
+    log = Log(tmp_path, 4)
+    log.close()
+    assert [(r["step"], r["loss"]) for r in rows_of(log)] == [(0, 0), (1, 1), (2, 2), (3, 3)]
+    before = log.path.stat()
+    Log(tmp_path, 4).close()  # nothing to cut: the file is left as it is
+    assert log.path.stat().st_ino == before.st_ino
+    assert not list(tmp_path.glob("*.part"))
+
+
+def test_what_is_not_finite_is_null_and_read_as_nan(tmp_path):
+    log = Log(tmp_path, 0)
+    log.write(1, "train", {"loss": float("nan"), "grad_norm": float("inf"), "lr": 0.5})
+    log.append(1, "load", {"load_LE": [[1.0, -float("inf")]]})
+    log.write(1, "validation", {"loss": 2.0})
+    log.close()
+    assert rows_of(log)[0] == {
+        "step": 1,
+        "kind": "train",
+        "loss": None,
+        "grad_norm": None,
+        "lr": 0.5,
+    }
+    read = read_metrics(tmp_path)
+    assert math.isnan(read["train"][1]["loss"]) and read["train"][1]["lr"] == 0.5
+    assert np.isnan(read["load"][1]["load_LE"]).tolist() == [[False, True]]
 
 
 def events(folder):
@@ -34,7 +68,7 @@ def events(folder):
 
 
 def test_tensorboard_holds_the_scalars_of_the_log(tmp_path):
-    log = Log(tmp_path)
+    log = Log(tmp_path, 0)
     log.write(3, "train", {"loss": 2.5, "loss/code": 1.75, "learning_rate": 1e-3})
     log.append(3, "load", {"load": [[1, 2]]})  # no scalar: in the file alone
     log.write(6, "train", {"loss": 2.25})
@@ -58,7 +92,7 @@ def test_tensorboard_holds_the_scalars_of_the_log(tmp_path):
 
 
 def test_only_process_zero_writes(tmp_path):
-    log = Log(tmp_path, write=False)
+    log = Log(tmp_path, 0, write=False)
     log.write(1, "train", {"loss": 0.5})
     log.close()
     assert list(tmp_path.iterdir()) == []

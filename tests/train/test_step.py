@@ -84,6 +84,20 @@ def test_a_step_that_is_not_finite_is_skipped_and_counted(step):
     assert (int(state.skipped), int(state.bad_in_a_row)) == (2, 0)
 
 
+def test_an_update_that_is_not_finite_is_skipped_although_loss_and_gradient_are():
+    """An eps below float32's smallest number is 0: the first Adam step divides 0 by 0 for every token that is
+    not in the batch."""
+    optimizer = dataclasses.replace(CFG.optimizer, eps=1e-46)
+    cfg = dataclasses.replace(CFG, optimizer=optimizer)
+    before = create_state(cfg, jax.random.key(0), None)
+    batch = synthetic_batch(8, 4, 16)  # half of the vocabulary
+    state, metrics = jax.jit(lambda s, b: train_step(s, b, cfg))(before, batch)
+    assert np.isfinite(metrics["loss"]) and np.isfinite(metrics["grad_norm"])
+    assert int(state.skipped) == int(metrics["bad_in_a_row"]) == 1
+    for name in ("params", "opt_state", "router_state"):
+        chex.assert_trees_all_equal(getattr(state, name), getattr(before, name))
+
+
 def test_bfloat16_computes_and_float32_remembers(step):
     batch = synthetic_batch(8, 4, 32)
     half = dataclasses.replace(CFG, compute=ComputeConfig(dtype="bfloat16"))
