@@ -112,7 +112,6 @@ def unknown_key(key: str, known: dict[str, type]) -> str:
 
 
 def _build(cls, values, prefix, known, problems) -> Any:
-    values = values.to_dict() if isinstance(values, ConfigDict) else dict(values)
     base = cls()
     if cls is RouterOptions:
         name = values.get("name", DEFAULT)

@@ -39,11 +39,9 @@ def number(
     return dataclasses.field(default=default, metadata={"bounds": bounds})
 
 
-def choice(*choices: str, default: str | None = None) -> Any:
-    """A field that holds one of `choices`; the first of them if there is no other default."""
-    return dataclasses.field(
-        default=choices[0] if default is None else default, metadata={"choices": choices}
-    )
+def choice(*choices: str) -> Any:
+    """A field that holds one of `choices`; the first of them is the default."""
+    return dataclasses.field(default=choices[0], metadata={"choices": choices})
 
 
 def choices_of(cls: type, name: str) -> tuple[str, ...]:

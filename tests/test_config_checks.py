@@ -214,9 +214,14 @@ def test_a_router_of_ones_own_is_checked_like_the_others(monkeypatch):
     def refuse(cfg, prefix):
         return [f"{prefix}router.slope does not fit"] * (cfg.options.slope == 3)
 
-    router = Router(Options(), lambda *a: None, "token", True, balance=("z_loss",), problems=refuse,
-                    specials=lambda cfg: ("zeroo",))  # fmt: skip
-    monkeypatch.setitem(ROUTERS, "own", dataclasses.replace(router, specials=lambda cfg: ("zero",)))
+    def specials(cfg):
+        assert cfg.options.slope != 3  # asked of options that fit only
+        return ("zero",)
+
+    router = Router(
+        Options(), lambda *a: None, "token", True, balance=("z_loss",), problems=refuse, specials=specials
+    )  # fmt: skip
+    monkeypatch.setitem(ROUTERS, "own", router)
     own = {**MOE, "moe.router.name": "own"}
     assert not problems({**own, "moe.router.slope": 2, "objective.z_loss": 1})
     assert problems({**own, "moe.router.slope": 0}) == [
@@ -227,7 +232,8 @@ def test_a_router_of_ones_own_is_checked_like_the_others(monkeypatch):
     assert line.startswith("objective.expert_loss=1.0 is not read by model.moe.router.name='own'")
     cfg = from_config_dict(nested({**own, "moe.router.slope": 2}))
     assert from_stored(json.loads(to_json(cfg))) == cfg and cfg.model.moe.router.slope == 2.0
-    monkeypatch.setitem(ROUTERS, "own", router)
+    wrong = dataclasses.replace(router, specials=lambda cfg: ("zeroo",))
+    monkeypatch.setitem(ROUTERS, "own", wrong)
     (line,) = problems(own)
     assert line.startswith("a special expert of 'own'='zeroo': did you mean 'zero'?")
 

@@ -135,7 +135,7 @@ def _unknown_flag(arg: str, fv: flags.FlagValues) -> str:
     options = [k for k, kind in every_kind().items() if not dataclasses.is_dataclass(kind)]
     # '--model.d_model', '--cfg.model.d_model', '--d_model'.
     for end in (name, name.partition(".")[2], name.rpartition(".")[2]) if "config" in fv else ():
-        keys = [k for k in options if end and f".{k}".endswith(f".{end}")]
+        keys = [k for k in options if f".{k}".endswith(f".{end}")]
         if keys:
             would = " or ".join(f"--config.{k}{equals}{value}" for k in keys)
             return f"unknown flag {arg}; {would} would work"
@@ -243,13 +243,12 @@ def _load(given: str) -> ConfigDict:
         raise ConfigError(_no_file(path))
     arguments = [argument] if colon else []
     get_config = _call(lambda: _get_config(path), path)
+    signature = _call(lambda: inspect.signature(get_config), path)
     try:
-        inspect.signature(get_config).bind(*arguments)
+        signature.bind(*arguments)
     except TypeError as e:
-        takes = f"get_config{inspect.signature(get_config)}"
-        raise ConfigError(
-            f"{takes} {'takes no' if colon else 'needs an'} argument after ':'"
-        ) from e
+        takes = "takes no" if colon else "needs an"
+        raise ConfigError(f"get_config{signature} {takes} argument after ':'") from e
     values = _call(lambda: get_config(*arguments), path)
     if not isinstance(values, ConfigDict):
         raise ConfigError(
@@ -294,7 +293,7 @@ def _no_file(path: pathlib.Path) -> str:
     folders += [project / path.parent, project / "experiments"]
     files = {}
     for folder in folders:
-        for file in filter(_is_config, sorted(folder.glob("*.py")) if folder.is_dir() else ()):
+        for file in filter(_is_config, sorted(folder.glob("*.py"))):
             near_by = file.is_relative_to(here)
             files.setdefault(file.resolve(), file.relative_to(here) if near_by else file)
     # 'experiments/x', 'experiments.x' and 'experiments/x.py' mean the same.

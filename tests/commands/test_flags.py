@@ -8,9 +8,7 @@ import pytest
 from absl import flags
 
 import moejax
-from moejax.__main__ import main
 from moejax.commands import flags as command_flags
-from moejax.commands import report
 from moejax.config import ConfigError, ExperimentConfig
 from moejax.routers import router_options
 
@@ -37,6 +35,9 @@ FILES = {
     "zeros.py": "\0",
     "empty.py": "x = 1\n",
     "number.py": "get_config = 1\n",
+    "builtin.py": "get_config = dict\n",
+    "zz_page.py": "Another page of text.\n",
+    "imports.py": "import zz_page\n",
     "broken.py": "def get_config():\n    import no_such_module\n",
     "deep.py": "import json\n\n\ndef get_config():\n    return json.loads('{')\n",
     "exit.py": "raise SystemExit('usage: a script')\n",
@@ -93,9 +94,9 @@ def problems(line) -> list[str]:
 
 
 def test_arguments_and_overrides():
-    line = "a --config=x.py --config.model.d_model=64 b --config.train.seed 5 --size 4 -- --c"
+    line = "a --config=x.py --config.model.d_model=64 b - --config.train.seed 5 --size 4 -- --config.c=1"
     rest, fv = parse(line)
-    assert rest == ["a", "b", "--c"] and fv.size == 4 and fv.config == "x.py"
+    assert rest == ["a", "b", "-", "--config.c=1"] and fv.size == 4 and fv.config == "x.py"
     cfg = experiment(line)
     assert (cfg.name, cfg.model.d_model, cfg.train.seed) == ("tiny", 64, 5)
     assert experiment("--config x.py:dense -config.model.d_model 64").name == "tinydense"
@@ -108,13 +109,19 @@ def test_values_of_every_type():
         "--config.data.sources=a=x --config.data.sources=b=y --config.data.weights=(1,2.5) "
         "--config.model.attention.windows='[128, 0]' --config.mesh.rules=\"('expert=data',)\" "
         "--noconfig.compute.scan_layers --config.model.ffn_bias --config.model.tie_embeddings true "
-        "--config.model.moe.ffn_bias false --config.optimizer.decay_at=0.5 --config.train.steps=6"
+        "--config.model.moe.ffn_bias false --config.optimizer.decay_at=0.5 --config.train.steps=6 "
+        "--config.model.attention.sinks"
     )
     assert cfg.name == "a=b" and repr(cfg.optimizer.learning_rate) == "1.0"
     assert cfg.data.sources == ("a=x", "b=y") and cfg.data.weights == (1.0, 2.5)
     assert cfg.model.attention.windows == (128, 0) and cfg.mesh.rules == ("expert=data",)
     assert not cfg.compute.scan_layers and cfg.model.ffn_bias and cfg.model.tie_embeddings
-    assert not cfg.model.moe.ffn_bias and cfg.optimizer.decay_at == (0.5,) and cfg.train.steps == 6
+    assert (
+        cfg.model.attention.sinks
+        and not cfg.model.moe.ffn_bias
+        and cfg.optimizer.decay_at == (0.5,)
+        and cfg.train.steps == 6
+    )
 
 
 def test_a_value_has_the_type_of_its_option_not_of_the_file():
@@ -164,7 +171,7 @@ def test_a_router_says_what_it_does_not_read():
 def test_help_lists_the_commands_own_flags_and_says_how_to_override(capsys):
     rest, _ = parse("--config=missing.py --help")
     out = capsys.readouterr().out
-    assert rest is None and out.startswith(USAGE)
+    assert rest is None and out.startswith(USAGE) and "None" not in out
     assert "How many. [3]" in out and "flagfile" not in out
     assert "--config.KEY=VALUE" in out and "those that only the old one has are gone" in out
     fv = flags.FlagValues()
@@ -196,6 +203,32 @@ def test_flags_that_are_none(line, text):
     assert text in f"{e.value}\n" and str(e.value).endswith(USAGE)
 
 
+def test_a_command_without_an_experiment_has_no_overrides():
+    fv = flags.FlagValues()
+    flags.DEFINE_string("workdir", None, "Where.", flag_values=fv)
+    for arg in ("--config.train.steps=3", "--model.d_model=3"):
+        with pytest.raises(ConfigError) as e:
+            command_flags.parse("try", USAGE, fv, [arg])
+        assert str(e.value) == f"unknown flag {arg}\n{USAGE}"
+
+
+def test_a_command_of_flags_alone(capsys):
+    def needed(*argv):
+        fv = flags.FlagValues()
+        for name in ("workdir", "hf_dir", "dtype"):
+            flags.DEFINE_string(name, None, "Where.", flag_values=fv)
+        return command_flags.parse_needed("try", USAGE, fv, list(argv), ("workdir", "hf_dir"))
+
+    assert needed("--workdir=a", "--hf_dir=b") and not needed("--help")
+    assert capsys.readouterr().out.startswith(USAGE)
+    with pytest.raises(ConfigError, match=r"^try needs --workdir and --hf_dir\nusage"):
+        needed()
+    with pytest.raises(ConfigError, match=r"^try needs --hf_dir\n"):
+        needed("--workdir=a")
+    with pytest.raises(ConfigError, match=r"^unexpected \['c'\]\n"):
+        needed("--workdir=a", "--hf_dir=b", "c")
+
+
 def test_all_unknown_flags_are_named_at_once():
     with pytest.raises(ConfigError) as e:
         parse("--siz=2 --steps=3 a --d_modell=3 -- --fine")
@@ -217,6 +250,7 @@ OVERRIDES = {
     "model=3": "--config.model=3: model is a group of options: model.vocab_size, model.d_model, ",
     # What moved since 0.1.0.
     "model.moe.expert_loss=.1": "--config.model.moe.expert_loss=.1 is now --config.objective.expert_loss=.1",
+    "model.moe.z_loss": "--config.model.moe.z_loss is now --config.objective.z_loss=",
     "model.mtp_loss_weight=0": "--config.model.mtp_loss_weight=0 is now --config.objective.mtp_loss_weight=0",
     "model.remat full": "--config.model.remat=full is now --config.compute.remat=full",
     "model.moe.score=sigmoid": "is now --config.model.moe.router.score=sigmoid",
@@ -246,6 +280,7 @@ OVERRIDES = {
     "data.sources=(builtin,code=x)":
         "data.sources must be a tuple of strs, not '(builtin,code=x)', "
         "e.g. --config.data.sources=\"('a=b', 'c=d')\"",
+    "data.sources=(builtin)": "data.sources must be a tuple of strs, not '(builtin)', e.g. --config",
     "data.sources=(builtin,code)": "data.sources must be a tuple of strs, not '(builtin,code)', e.g. --config",
     "data.sources=a=x,b=y": "data.sources must be a tuple of strs, not 'a=x,b=y', e.g. --config",
     "data.sources=a,b": "data.sources must be a tuple of strs, not 'a,b', e.g. --config",
@@ -268,6 +303,7 @@ OVERRIDES = {
     "model.moe.router.scor=softmax": "unknown key model.moe.router.scor; did you mean model.moe.router.score?",
     "model.moe.router.name=expert":
         "model.moe.router.name='expert': did you mean 'expert_choice'? choices are token_choice, expert_choice",
+    "model.moe.router.name": "model.moe.router.name='': choices are token_choice, expert_choice",
     "model.moe.router.name=": "model.moe.router.name='': choices are token_choice, expert_choice",
     # Values that the checks refuse.
     "compute.remat=ful": "compute.remat='ful': did you mean 'full'? choices are none, full, dots",
@@ -279,7 +315,7 @@ OVERRIDES = {
 @pytest.mark.parametrize("flag", OVERRIDES)
 def test_an_override_that_cannot_work(flag):
     (line,) = problems(f"--config=x.py --config.{flag}")
-    assert OVERRIDES[flag] in line
+    assert OVERRIDES[flag] in line and "None" not in line
 
 
 def test_all_of_them_are_named_at_once():
@@ -289,6 +325,7 @@ def test_all_of_them_are_named_at_once():
     keys = {f.partition("=")[0].partition(" ")[0] for f in known}
     lines = problems("--config=x.py " + " ".join(f"--config.{f}" for f in known))
     assert len(lines) == len(keys)
+    assert len(problems("--config=x.py --config.zzz --config.d_model=1")) == 2
     # A router that there is none of has no options to be wrong about.
     lines = problems(f"--config=x.py {ROUTER}.name=zzz {ROUTER}.slope=1 --config.d_model=1")
     assert len(lines) == 2
@@ -300,6 +337,8 @@ def test_all_of_them_are_named_at_once():
         ("x.py:big", "--config=x.py:big: no variant 'big'; leave it out"),
         ("empty.py", "--config=empty.py: the file has no get_config()"),
         ("number.py", "--config=number.py: the file has no get_config()"),
+        ("builtin.py", "--config=builtin.py: builtin.py: ValueError: no signature found"),
+        ("imports.py", "zz_page.py, line 1: not Python: invalid syntax"),
         ("broken.py", "--config=broken.py: broken.py, line 2: ModuleNotFoundError: No module named 'no_such"),
         ("deep.py", "--config=deep.py: deep.py, line 5: JSONDecodeError: "),
         ("exit.py", "--config=exit.py: exit.py, line 1: SystemExit: usage: a script"),
@@ -316,7 +355,8 @@ def test_all_of_them_are_named_at_once():
         ("/", "--config=/: a folder; "),
     ],
 )  # fmt: skip
-def test_configs_that_are_none(config, text, here):
+def test_configs_that_are_none(config, text, here, monkeypatch):
+    monkeypatch.syspath_prepend(here)
     assert text.format(here=here) in said(f"--config={config}")
 
 
@@ -342,27 +382,8 @@ def test_the_nearest_file_that_would_work(config, found, here):
     assert pathlib.Path(found).is_file()
 
 
-@pytest.mark.parametrize(
-    "error, code, text",
-    [
-        (ConfigError("too wide"), 2, "moejax report: too wide"),
-        (PermissionError(13, "Permission denied", "runs/x.html"), 2, "runs/x.html: Permission denied"),
-        (KeyboardInterrupt(), 130, "moejax report: interrupted"),
-    ],
-)  # fmt: skip
-def test_how_a_command_ends(monkeypatch, capsys, error, code, text):
-    def fail(argv):
-        raise error
-
-    monkeypatch.setattr(report, "main", fail)
-    assert main(["report"]) == code
-    assert text in capsys.readouterr().err
-
-
-def test_a_bug_is_not_taken_for_a_users_mistake(monkeypatch):
-    def fail(argv):
-        raise OSError("without a file")
-
-    monkeypatch.setattr(report, "main", fail)
-    with pytest.raises(OSError, match="without a file"):
-        main(["report"])
+def test_where_there_is_no_config_at_all(here, monkeypatch):
+    (here / "bare").mkdir()
+    monkeypatch.chdir(here / "bare")
+    monkeypatch.setattr(moejax, "__file__", str(here / "bare/moejax/__init__.py"))
+    assert said("--config=x.py").endswith("; name a Python file")

@@ -107,7 +107,7 @@ def test_plan_says_what_bounded_buffers_would_save(capsys):
     plan_main(["deepseek-moe-16b", "--batch=64", "--mesh=fsdp=8,expert=8", "--micro_batch=64"])
     lines = [r.strip().split("  ", 1) for r in capsys.readouterr().out.split("\n")]
     rows = {r[0]: r[1] for r in reversed(lines) if len(r) == 2}  # training comes first
-    whole, bounded = rows["= memory per device"], rows["with moe.buffer_factor=2"]
+    whole, bounded = rows["= memory per device"], rows["with compute.buffer_factor=2"]
     assert float(bounded.split()[0]) < float(whole.split()[0])
 
 
@@ -119,7 +119,8 @@ def test_plan_of_a_directory_and_of_an_experiment(tmp_path, capsys):
     assert "indexer" in capsys.readouterr().out
     experiment = tmp_path / "tiny.py"
     experiment.write_text(
-        "from moejax.config import ExperimentConfig, to_config_dict\n"
+        "from moejax.config import ExperimentConfig\n"
+        "from moejax.config_io import to_config_dict\n"
         "def get_config():\n    return to_config_dict(ExperimentConfig(name='tiny'))\n"
     )
     plan_main([f"--config={experiment}", "--config.model.d_model=64", "--device=h100"])

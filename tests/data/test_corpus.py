@@ -141,8 +141,8 @@ def test_bad_corpora(tmp_path):
     half = tmp_path / "half.jsonl"
     half.write_text('{"text": "ok \\ud800"}\n')
     for sources, message in [
-        ((f"a={a}", f"a={a}"), "is a second domain 'a'; give it another name"),
-        (("builtin", f"code={a}"), "is a second domain 'code'"),
+        ((f"a={a}", f"a={a}"), "there is a domain 'a' already; give this one another name"),
+        (("builtin", f"code={a}"), "there is a domain 'code' already"),
         ((f"e={empty}",), "domain 'e' has no text"),
         ((f"s={same}",), "all 2 documents of domain 's' are held out"),
         ((f"s={short}",), "too short to hold out its tail"),

@@ -174,8 +174,8 @@ def test_lines_are_what_split_gives(tmp_path, monkeypatch, data, size):
 @pytest.mark.parametrize(
     "content, message",
     [
-        ('[{"text": "a"}', "x.json:1: the array has no end"),
-        ('[{"text": "a"} {"text": "b"}]', "x.json:1: the array has no end, or no comma"),
+        ('[{"text": "a"}', "x.json:1: the array does not end"),
+        ('[{"text": "a"} {"text": "b"}]', "x.json:1: the array does not end, or a comma is missing"),
         ('[{"text": "a"},]', "x.json:1: an item is missing after the last comma"),
         ('[{"text": "a"}, nope]', "x.json:2: not JSON (Expecting value"),
         ('[{"text": "a"}] more', "x.json:1: there is more after the array"),
@@ -231,10 +231,14 @@ def test_a_byte_order_mark_is_no_text(tmp_path):
 @pytest.mark.parametrize(
     "name, data, message",
     [
-        ("x.csv", b"text\nhello\n", ".csv is not read; convert it to .jsonl or .parquet"),
-        ("x.tar.gz", gzip.compress(b"x"), ".tar is not read; unpack it"),
-        ("x.jsonl.lz4", b"x", ".lz4 is not read; compress it as .gz"),
-        ("x.bin", b"\x7fELF\0\0", "a binary file; what can be read is"),
+        ("x.csv", b"text\nhello\n", ".csv files cannot be read; convert it to .jsonl or .parquet"),
+        ("x.tar.gz", gzip.compress(b"x"), ".tar files cannot be read; unpack it"),
+        ("x.jsonl.lz4", b"x", ".lz4 files cannot be read; compress it as .gz"),
+        (
+            "x.bin",
+            b"\x7fELF\0\0",
+            "this is a binary file; text, .jsonl, .json and .parquet can be read",
+        ),
         ("x.parquet.gz", gzip.compress(b"PAR1"), "decompress the file itself"),
         ("x.txt", b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "git lfs pull"),
         ("x.json", b"\xff\xfe{\0", "not UTF-8 at byte offset 0"),
@@ -290,7 +294,7 @@ def test_parquet_that_is_no_text(tmp_path):
     assert "more than one column data.text_field='text'" in error(file)
     not_utf8 = pa.Array.from_buffers(pa.string(), 2, pa.array([b"ok", b"\xff"]).buffers())
     pq.write_table(pa.table({"text": not_utf8}), file)
-    assert f"{file}:2: not UTF-8, though the column is text" == error(file)
+    assert f"{file}:2: the column is text, but this row is not UTF-8" == error(file)
 
 
 def config(*given, **changes):
@@ -304,7 +308,7 @@ def test_bad_records_are_skipped_and_counted_when_asked(tmp_path, monkeypatch):
     source = f"x={tmp_path}/x.jsonl"
     with pytest.raises(DataError, match=r"x.jsonl:2: no field"):
         load_corpus(config(source))
-    with pytest.warns(UserWarning, match="6 bad records of domain 'x' are left out .*x.jsonl:2: "):
+    with pytest.warns(UserWarning, match="6 bad records of domain 'x' were skipped .*x.jsonl:2: "):
         corpus = load_corpus(config(source, skip_bad_records=True))
     assert {d.text for d in (*corpus.train["x"], *corpus.validation["x"])} == {"a", "b"}
     assert corpus.manifest["skipped_records"] == {"x": 6}
@@ -349,7 +353,7 @@ def test_patterns_match_what_glob_matches(tmp_path, monkeypatch):
 def test_a_link_to_nothing_is_said(tmp_path):
     (tmp_path / "a.txt").write_text("a")
     (tmp_path / "b.txt").symlink_to("annexed")
-    assert f"{tmp_path}/b.txt: a link to nothing ('annexed')" in error(tmp_path / "*.txt")
+    assert f"{tmp_path}/b.txt: a broken link (to 'annexed')" in error(tmp_path / "*.txt")
 
 
 def peak_megabytes(cfg) -> float:
@@ -419,7 +423,7 @@ def test_time_is_bounded_where_there_is_no_text(tmp_path, monkeypatch):
     assert "1,048,676 bytes hold less text than data.max_bytes" in error(blank, max_bytes=1)
     assert texts(blank) == ["story 0 "]
     (tmp_path / "e.jsonl").write_text('{"text": ""}\n' * 1002)
-    with pytest.raises(DataError, match="1,000 records of domain 'e' are without text"):
+    with pytest.raises(DataError, match="1,000 records of domain 'e' have no text"):
         load_corpus(config(f"e={tmp_path}/e.jsonl", max_bytes=5))
 
 
@@ -438,4 +442,4 @@ def test_parquet_bombs_are_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(sources, "_SMALL", 1 << 20)
     table = pa.table({"text": ["x" * (4 << 20)]})
     pq.write_table(table, tmp_path / "x.parquet", compression="zstd", use_dictionary=False)
-    assert "more than 200 times as much: no text does that" in error(tmp_path / "x.parquet")
+    assert "more than 200 times as much: real text never does" in error(tmp_path / "x.parquet")

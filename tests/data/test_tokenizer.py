@@ -167,7 +167,7 @@ def test_external_separators(tmp_path):
     assert tokenizer.encode("<think>") == [302] and tokenizer.pieces[302] == b"<think>"
     cfg = external(tmp_path / "t.json", added_tokens=[special("<other>", 300)])
     with pytest.raises(
-        DataError, match="no token that ends a document; its special tokens are <other>"
+        DataError, match="no special token ends a document; its special tokens are <other>"
     ):
         load_tokenizer(cfg)
 
@@ -175,7 +175,7 @@ def test_external_separators(tmp_path):
 @pytest.mark.parametrize(
     "changes, text",
     [
-        ({"decoder": None, "added_tokens": []}, "no token that ends a document"),
+        ({"decoder": None, "added_tokens": []}, "no special token ends a document"),
         ({"model": {"type": "BPE", "vocab": {"a": 2**32 - 6}, "merges": []}}, "4,294,967,291 token ids"),
         ({"model": {"type": "BPE", "vocab": {}, "merges": []}, "added_tokens": []}, "0 token ids"),
     ],
@@ -190,7 +190,7 @@ def test_fields_may_be_left_out(tmp_path):
     del described["decoder"], described["added_tokens"]
     (tmp_path / "t.json").write_text(json.dumps(described))
     with pytest.raises(
-        DataError, match="no token that ends a document; its special tokens are none"
+        DataError, match="no special token ends a document; its special tokens are none"
     ):
         load_tokenizer(DataConfig(tokenizer=str(tmp_path / "t.json")))
 

@@ -25,6 +25,7 @@ from router_contract import CHECKS, sizes
 from moejax.__main__ import main
 from moejax.data import synthetic_batch
 from moejax.models import transformer
+from moejax.models.mtp import mtp_targets
 from moejax.routers import ROUTERS, balance, token_choice
 from moejax.routers.contract import Router
 from moejax.runs.open import load_run
@@ -128,21 +129,25 @@ def test_accumulation_changes_nothing(name, steps):
 def test_its_state_moves_by_its_rule(name, steps):
     """In each layer, MTP's too, from what that layer counted."""
     _, metrics, states = steps[2]
-    for blocks in ("moe_blocks", "mtp"):
+    batch = {k: np.asarray(v) for k, v in make_batch().items()}
+    # Multi-token prediction routes the positions that have a target.
+    real = {"moe_blocks": batch["segment_ids"] > 0, "mtp": mtp_targets(batch, 1).real_BS > 0}
+    assert real["moe_blocks"].sum() == 21 > real["mtp"].sum() > 0
+    for blocks, mask in real.items():
+        count = int(mask.sum())
         for seen, before, after in zip(metrics, states, states[1:]):
             stats = {s.rpartition("/")[2]: np.asarray(v) for s, v in seen.items() if blocks in s}
             before, after = before[blocks], after[blocks]
             if name == "relu":
-                more = np.sign(stats["open"].sum(axis=1) / 21 - 1.5)
-                assert (stats["tokens"] == 21).all() and more.any()
+                more = np.sign(stats["open"].sum(axis=1) / count - 1.5)
+                assert (stats["tokens"] == count).all() and more.any()
                 key, want = "coefficient", before["coefficient"] * 1.2**more
             elif name == "threshold":
                 key = "threshold"
-                want = np.maximum(before[key] + 0.01 * np.sign(stats["load"] / 21 - 2 / 8), 0)
+                want = np.maximum(before[key] + 0.01 * np.sign(stats["load"] / count - 2 / 8), 0)
                 assert want.max() > 0
             else:
-                batch = make_batch()
-                tokens = np.asarray(batch["tokens"])[np.asarray(batch["segment_ids"]) > 0]
+                tokens = batch["tokens"][np.asarray(mask)]
                 key, want = "met", before["met"] + np.bincount(tokens, minlength=32)[None]
                 np.testing.assert_array_equal(after["table"], before["table"])
             np.testing.assert_allclose(after[key], want, rtol=1e-6)
