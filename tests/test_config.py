@@ -225,7 +225,7 @@ def test_ranges_of_groups_in_groups():
          "unknown key zzz; known keys: name, model, objective, compute, data, optimizer, train, mesh"),
         ({"train": {"q": 3}},
          "unknown key train.q; known keys: steps, accumulation, log_every, eval_every, "
-         "eval_batches, checkpoint_every, keep_last, keep_every, max_bad_steps, seed"),
+         "eval_batches, checkpoint_every, keep_last, keep_every, max_bad_steps, rate_may_jump, seed"),
         ({"mdl": {}}, "unknown key mdl; did you mean model?"),
         ({"steps": 3}, "unknown key steps; it is train.steps"),
         ({"seed": 3}, "unknown key seed; it is data.seed or train.seed"),

@@ -145,7 +145,7 @@ def test_bad_corpora(tmp_path):
         (("builtin", f"code={a}"), "there is a domain 'code' already"),
         ((f"e={empty}",), "domain 'e' has no text"),
         ((f"s={same}",), "all 2 documents of domain 's' are held out"),
-        ((f"s={short}",), "too short to hold out its tail"),
+        ((f"s={short}",), "too short to hold out its end"),
         ((f"h={half}",), f"{half}:1: character 3 is '\\ud800'"),
     ]:
         with pytest.raises(DataError) as e:
