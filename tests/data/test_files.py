@@ -232,14 +232,14 @@ def test_a_byte_order_mark_is_no_text(tmp_path):
     "name, data, message",
     [
         ("x.csv", b"text\nhello\n", ".csv files cannot be read; convert it to .jsonl or .parquet"),
-        ("x.tar.gz", gzip.compress(b"x"), ".tar files cannot be read; unpack it"),
+        ("x.tar.gz", gzip.compress(b"x", mtime=0), ".tar files cannot be read; unpack it"),
         ("x.jsonl.lz4", b"x", ".lz4 files cannot be read; compress it as .gz"),
         (
             "x.bin",
             b"\x7fELF\0\0",
             "this is a binary file; text, .jsonl, .json and .parquet can be read",
         ),
-        ("x.parquet.gz", gzip.compress(b"PAR1"), "decompress the file itself"),
+        ("x.parquet.gz", gzip.compress(b"PAR1", mtime=0), "decompress the file itself"),
         ("x.txt", b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "git lfs pull"),
         ("x.json", b"\xff\xfe{\0", "not UTF-8 at byte offset 0"),
         ("x.json", b'[{"text": "ok"}, {"text": "\xe4"}]', "not UTF-8 at byte offset 27"),

@@ -1,5 +1,6 @@
 """Two processes of four devices: one run, stopped by a signal to either, the same losses as one process."""
 
+import contextlib
 import json
 import os
 import pathlib
@@ -101,7 +102,7 @@ def test_two_processes_are_one_run(tmp_path):
         # To one of them: both stop, after the same step.
         second.process.send_signal(signal.SIGTERM)
         out, silent = first.finish(), second.finish()
-    stopped = re.search(r"saved step (\d+)", out)
+    stopped = re.search(r"at step (\d+), which is saved", out)
     assert stopped, out
     saved = int(stopped[1])
     assert max(losses(two)) == saved
@@ -117,6 +118,63 @@ def test_two_processes_are_one_run(tmp_path):
     # Sums in another order: 1e-7 a step in float32, which Adam's division by small moments amplifies. A
     # row taken twice, or gradients of half the batch, would change the losses by over 1e-3.
     np.testing.assert_allclose(list(losses(two).values()), list(losses(one).values()), rtol=1e-4)
+
+
+@pytest.fixture(scope="module")
+def four_steps(tmp_path_factory):
+    """A run of two processes with the steps 2 and 4, each process's arrays in files of its own."""
+    workdir = tmp_path_factory.mktemp("two") / "run"
+    flags = ["--config.mesh.data=1", "--config.mesh.fsdp=2", "--config.train.checkpoint_every=2"]
+    with both(workdir, *flags, "--config.train.steps=4") as (first, second):
+        first.finish(), second.finish()
+    return workdir, flags
+
+
+@contextlib.contextmanager
+def both(workdir, *flags):
+    joined = [f"--coordinator=127.0.0.1:{free_port()}", "--num_processes=2", *flags]
+    with (
+        Command(workdir, *joined, "--process_id=0") as first,
+        Command(workdir, *joined, "--process_id=1") as second,
+    ):
+        yield first, second
+
+
+def test_processes_go_on_from_a_checkpoint_that_all_can_read(four_steps):
+    """One of them lacks its part of the newest: neither waits for the other at a step of its own."""
+    workdir, flags = four_steps
+    parts = [
+        p for p in (workdir / "checkpoints/4/model").rglob("*") if "process_1" in str(p.parent)
+    ]
+    data = [p for p in parts if p.is_file() and p.parent.name == "d"]
+    assert data
+    for path in data:
+        path.unlink()
+    with both(workdir, *flags, "--config.train.steps=5") as (first, second):
+        out = first.finish()
+        second.finish()
+    assert "checkpoints/4 cannot be read" in out and "falling back to step 2" in out
+    assert "at step 2" in out and (workdir / "damaged" / "4").exists()
+    assert list(losses(workdir)) == [1, 2, 3, 4, 5]
+
+
+def test_a_process_that_is_killed_leaves_the_other_with_a_clear_end(tmp_path):
+    """Within three minutes, of which the runtime of jax.distributed waits 100 seconds for a sign of life."""
+    workdir = tmp_path / "run"
+    flags = ["--config.mesh.data=2", "--config.train.steps=100000"]
+    for victim in (0, 1):
+        with both(workdir, *flags) as pair:
+            deadline, before = time.monotonic() + 300, max(losses(workdir), default=0)
+            while max(losses(workdir), default=0) < before + 3:
+                assert time.monotonic() < deadline
+                time.sleep(0.02)
+            killed, left = pair[victim], pair[1 - victim]
+            killed.process.kill()
+            code = left.process.wait(timeout=180)
+            text = left.out.read_text()
+        assert code == 3, text
+        assert f"process {1 - victim} lost another one" in text
+        assert "goes on from the newest checkpoint" in text and "Traceback" not in text
 
 
 @pytest.mark.parametrize(
