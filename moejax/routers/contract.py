@@ -199,7 +199,12 @@ class Router:
     """A router: pure functions (router maths in float32) and what is true of them.
 
     Attributes:
-      options: its options at their defaults.
+      options: its options at their defaults, the paper's where it has any.
+      source: paper and arXiv id: 'Switch Transformer, 2101.03961'.
+      about: its page: what it does in three lines, the equation, what the paper claims. A router with a file of
+        its own gives the file's docstring.
+      recipe: what the paper sets besides the router's own options, as dotted config keys and values:
+        (('model.moe.experts_per_token', 1), ('objective.expert_loss', 0.01)).
       route: `(params, state, tokens: Tokens, cfg: RouterConfig) -> Routed`.
       form: 'token' (`Routing`), 'slot' (`SlotRouting`) or 'soft' (`SoftRouting`).
       causal: whether a token's route depends on that token alone. Decoding sees one at a time, so generation
@@ -226,6 +231,9 @@ class Router:
     route: Callable[[dict, dict, Tokens, RouterConfig], Routed]
     form: str
     causal: bool
+    source: str = ""
+    about: str = ""
+    recipe: tuple[tuple[str, Any], ...] = ()
     param_specs: Callable[[RouterConfig], dict] = _nothing
     init_state: Callable[[RouterConfig, int], dict] = _nothing
     update: Callable[[dict, dict, RouterConfig], dict] = _as_it_is

@@ -63,6 +63,8 @@ def route(params: dict, state: dict, tokens: Tokens, cfg: RouterConfig) -> Route
 
 ROUTER = Router(
     options=Options(),
+    source="Expert Choice, 2202.09368",
+    about=__doc__ or "",
     route=route,
     form="slot",
     causal=False,

@@ -158,6 +158,8 @@ def problems(cfg: RouterConfig, prefix: str) -> list[str]:
 
 ROUTER = Router(
     options=Options(),
+    source="DeepSeekMoE, 2401.06066",
+    about=__doc__ or "",
     route=route,
     form="token",
     causal=True,
