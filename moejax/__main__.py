@@ -17,7 +17,7 @@ usage: moejax COMMAND [flags]      (moejax COMMAND --help explains each)
   import    --hf_dir=DIR --workdir=runs/model                              a run from a Hugging Face folder
   export    --workdir=runs/model --hf_dir=DIR                              a Hugging Face folder from a run
   plan      MODEL | --config=.. | --hf_config=..                           what a model costs, before it runs
-  compare   MODEL MODEL ..                                                 models side by side"""
+  models    MODEL MODEL ..                                                 published models side by side"""
 
 
 # The module of each command, imported when it is called: --help needs no JAX.
@@ -29,6 +29,7 @@ COMMANDS = {
     "import": "moejax.commands.import_",
     "export": "moejax.commands.export",
     "plan": "moejax.commands.plan",
+    "models": "moejax.commands.models",
     "compare": "moejax.commands.compare",
 }
 

@@ -1,41 +1,22 @@
-"""`moejax compare`: models side by side."""
+"""`moejax compare`: runs side by side (in 0.1.0 the table of published models, now `moejax models`)."""
 
-import sys
+import shlex
 
-from absl import flags
-
-from moejax.commands.flags import parse
-from moejax.cost import compare as comparing
-from moejax.text import FORMATS, render
-
-USAGE = """\
-usage: moejax compare MODEL MODEL ...          names of published models, or config.json files
-   e.g. moejax compare deepseek-moe-16b llama-2-7b gpt-2-xl gpt-4 --baseline=llama-2-7b --plot=x.png"""
+from moejax.config import ConfigError
+from moejax.cost.published import known_names
 
 
 def main(argv: list[str]) -> int:
     """`moejax compare ...`; argv without the command's name. Raises ConfigError for bad input."""
-    fv = flags.FlagValues()
-    flags.DEFINE_string("baseline", "", "Model FLOPs are relative to [the first].", flag_values=fv)
-    flags.DEFINE_integer("context", 4096, "Tokens per sequence.", flag_values=fv)
-    flags.DEFINE_enum("format", "table", FORMATS, "table, markdown or csv.", flag_values=fv)
-    flags.DEFINE_string(
-        "plot", None, "Draw the comparison into this file (.png, .svg, .pdf).", flag_values=fv
-    )
-    models = parse("compare", USAGE, fv, argv)
-    if models is None:
-        return 0
-    rows = comparing.compare(models, fv.baseline, fv.context)
-    baseline = fv.baseline or models[0]
-    tables = {
-        "table": lambda: comparing.text_tables(rows, baseline, fv.context),
-        "markdown": lambda: [comparing.wide_table(rows, baseline, fv.context)],
-        "csv": lambda: [comparing.csv_table(rows)],
-    }[fv.format]()
-    print(render(tables, fv.format), end="")
-    if fv.plot:
-        from moejax.cost.plot import plot
+    refuse_models(argv)
+    raise ConfigError("there is nothing yet that compares runs")
 
-        plot(rows, fv.plot, fv.context)
-        print(f"wrote {fv.plot}", file=sys.stderr)
-    return 0
+
+def refuse_models(argv: list[str]) -> None:
+    """ConfigError with the command that does it now, if argv asks for the table of published models."""
+    known, flags = set(known_names()), ("--context", "--plot", "--format")
+    if any(a in known or a.startswith(flags) for a in argv):
+        raise ConfigError(
+            "this compares runs; the table of published models is now: "
+            f"moejax models {shlex.join(argv)}"
+        )

@@ -8,9 +8,9 @@ from absl import flags
 from moejax.axes import BATCH
 from moejax.commands.flags import define_config, experiment_of, parse
 from moejax.config import ComputeConfig, ConfigError, ExperimentConfig
-from moejax.cost.compare import load_architecture, load_file
 from moejax.cost.hardware import load_device
 from moejax.cost.memory import checkpoint_bytes
+from moejax.cost.models import load_architecture, load_file
 from moejax.cost.plan import plan
 from moejax.cost.published import facts_of, published, sizes_text
 from moejax.cost.roofline import EFFICIENCY

@@ -3,7 +3,7 @@
 import pathlib
 
 from moejax.config import ConfigError
-from moejax.cost.compare import Row
+from moejax.cost.models import Row
 from moejax.text import UNKNOWN, bytes_text, count_text, flops_text
 
 MOE, DENSE, INK, PALE, BAND = "#1769aa", "#c4622d", "#222222", "#8a8f98", "#f4f5f7"

@@ -14,7 +14,7 @@ from moejax.config import (
     MoEConfig,
     TrainConfig,
 )
-from moejax.cost import compare, hardware, memory, roofline
+from moejax.cost import hardware, memory, models, roofline
 from moejax.cost.architecture import of_model
 from moejax.cost.flops import flops_per_token
 from moejax.cost.plan import plan
@@ -188,7 +188,7 @@ def test_deepseek_moe_16b_fits_a_40gb_device():
     held = memory.inference(a, MeshSizes(), 1, 4096)
     total = sum(v for v in held.values() if v is not None)
     assert total < 0.9 * hardware.load_device("a100-40gb").memory
-    row = compare.compare(["deepseek-moe-16b"])[0]
+    row = models.compare(["deepseek-moe-16b"])[0]
     assert row.device == "a100-40gb"
 
 

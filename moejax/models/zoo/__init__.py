@@ -143,7 +143,7 @@ def config_from_hf(hf: dict) -> ModelConfig:
     if not isinstance(kind, str):
         raise ConfigError("a config.json must be an object with a model_type such as 'mixtral'")
     if kind in COUNTED_ONLY:
-        raise ConfigError(f"model_type {kind!r} can be counted (plan, compare) but not run")
+        raise ConfigError(f"model_type {kind!r} can be counted (plan, models) but not run")
     if kind not in FAMILIES:
         raise ConfigError(f"unknown model_type {shown(kind)}; known: {', '.join(FAMILIES)}")
     unknown = keys.unknown(hf, FAMILIES[kind])

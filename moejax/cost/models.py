@@ -1,4 +1,4 @@
-"""`moejax compare`: models side by side, computed from their configs beside what was published."""
+"""`moejax models`: published models side by side, computed from their configs beside what was published."""
 
 import dataclasses
 import json
@@ -100,7 +100,7 @@ def compare(models: list[str], baseline: str = "", context: int = 4096) -> list[
       context: tokens; a model with a shorter maximum is computed at its maximum.
     """
     if not models:
-        raise ConfigError(f"compare needs model names; known: {', '.join(known_names())}")
+        raise ConfigError(f"models needs the names of some; known: {', '.join(known_names())}")
     if context < 1:
         raise ConfigError(f"context={context} must be at least 1")
     base = load_architecture(baseline or models[0])

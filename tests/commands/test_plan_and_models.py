@@ -1,4 +1,4 @@
-"""`moejax plan` and `moejax compare`: their tables, and what they refuse."""
+"""`moejax plan` and `moejax models`: their tables, and what they refuse."""
 
 import csv
 import io
@@ -9,12 +9,13 @@ import sys
 
 import pytest
 
-from moejax.commands.compare import main as compare_main
+from moejax.__main__ import main
+from moejax.commands.models import main as models_main
 from moejax.commands.plan import main as plan_main
 from moejax.config import (
     ConfigError,
 )
-from moejax.cost import compare
+from moejax.cost import models
 from moejax.models import zoo
 from moejax.text import (
     FORMATS,
@@ -26,8 +27,8 @@ ISSUE = ["deepseek-moe-16b", "llama-2-7b", "llama-1-65b", "gpt-2-xl", "gpt-4"] +
 ]
 
 
-def test_compare_command(capsys):
-    assert compare_main(ISSUE) == 0
+def test_models_command(capsys):
+    assert models_main(ISSUE) == 0
     out = capsys.readouterr().out
     assert max(map(len, out.split("\n"))) <= 100
     gpt4 = [line for line in out.split("\n") if line.startswith("gpt-4")]
@@ -37,38 +38,38 @@ def test_compare_command(capsys):
     assert "671B" in v3 and "$5.576M" in v3 and "274.5 MiB" in v3
 
 
-def test_compare_csv_has_plain_numbers(capsys):
-    compare_main(["gpt-4", "deepseek-v3", "--baseline=deepseek-v3", "--format=csv"])
+def test_models_csv_has_plain_numbers(capsys):
+    models_main(["gpt-4", "deepseek-v3", "--baseline=deepseek-v3", "--format=csv"])
     rows = list(csv.DictReader(io.StringIO(capsys.readouterr().out)))
     assert rows[0]["total"] == rows[0]["flops"] == "undisclosed"
     assert int(rows[1]["total"]) == 671_026_419_200 and float(rows[1]["relative"]) == 1.0
     assert int(rows[1]["cost"]) == 5_576_000
 
 
-def test_compare_markdown_is_one_table(capsys):
-    compare_main(["gpt-2", "--format=markdown"])
+def test_models_markdown_is_one_table(capsys):
+    models_main(["gpt-2", "--format=markdown"])
     lines = [s for s in capsys.readouterr().out.split("\n") if s.startswith("|")]
     assert len(lines) == 3 and len({s.count("|") for s in lines}) == 1
 
 
-def test_compare_a_config_of_ones_own(tmp_path):
+def test_models_a_config_of_ones_own(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(zoo.load_hf("gpt-2")))
-    own, known = compare.compare([str(tmp_path), "gpt-2"])
+    own, known = models.compare([str(tmp_path), "gpt-2"])
     assert own.total == known.total and own.source == "" and own.tokens is None
     assert own.relative == 1.0
 
 
 def test_undisclosed_baseline_gives_no_ratio():
-    row = compare.compare(["gpt-2"], baseline="gpt-4")[0]
+    row = models.compare(["gpt-2"], baseline="gpt-4")[0]
     assert row.relative is None and row.flops
 
 
-def test_compare_plot(tmp_path):
+def test_models_plot(tmp_path):
     target = tmp_path / "out.png"
-    compare_main([*ISSUE, f"--plot={target}", "--format=csv"])
+    models_main([*ISSUE, f"--plot={target}", "--format=csv"])
     assert target.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n" and target.stat().st_size > 10_000
     with pytest.raises(ConfigError, match="does not exist"):
-        compare_main(["gpt-2", f"--plot={tmp_path}/none/x.png"])
+        models_main(["gpt-2", f"--plot={tmp_path}/none/x.png"])
 
 
 @pytest.mark.parametrize("name", ["deepseek-moe-16b", "deepseek-v4-pro", "kimi-k2"])
@@ -157,23 +158,23 @@ def test_plan_refuses(argv, text):
     assert text in str(e.value)
 
 
-def test_compare_refuses(tmp_path):
+def test_models_refuses(tmp_path):
     for argv, text in (
-        ([], "needs model names"),
+        ([], "needs the names"),
         (["gpt-5"], "did you mean gpt-4 or gpt-3 or gpt-2"),
         (["gpt-2", "--baseline=x"], "unknown model 'x'"),
         (["gpt-2", "--context=0"], "context=0"),
     ):
         with pytest.raises(ConfigError) as e:
-            compare_main(argv)
+            models_main(argv)
         assert text in str(e.value)
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(ConfigError, match="is not readable JSON"):
-        compare_main([str(tmp_path)])
+        models_main([str(tmp_path)])
 
 
 def test_help(capsys):
-    assert plan_main(["--help"]) == 0 and compare_main(["--help"]) == 0
+    assert plan_main(["--help"]) == 0 and models_main(["--help"]) == 0
     out = capsys.readouterr().out
     assert "usage: moejax plan" in out and "--baseline" in out
 
@@ -183,7 +184,7 @@ def test_answers_in_time():
     Seconds of the processor: what a busy machine adds is not ours."""
     code = (
         "import sys\nfrom moejax.__main__ import main\n"
-        "assert main(['compare', 'deepseek-v4-pro', 'kimi-k2', 'deepseek-v3']) == 0\n"
+        "assert main(['models', 'deepseek-v4-pro', 'kimi-k2', 'deepseek-v3']) == 0\n"
         "assert main(['plan', 'kimi-k2']) == 0\n"
         "assert 'matplotlib' not in sys.modules\n"
     )
@@ -191,3 +192,9 @@ def test_answers_in_time():
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 3
+
+
+@pytest.mark.parametrize("argv", [["gpt-2", "llama-2-7b"], ["x", "--context=4096"]])
+def test_old_calls_of_compare_say_where_the_table_went(argv, capsys):
+    assert main(["compare", *argv]) == 2
+    assert f"now: moejax models {' '.join(argv)}" in capsys.readouterr().err
