@@ -16,6 +16,7 @@ usage: moejax COMMAND [flags]      (moejax COMMAND --help explains each)
   report    --workdir=runs/quickstart                                      a page of pictures of a run
   import    --hf_dir=DIR --workdir=runs/model                              a run from a Hugging Face folder
   export    --workdir=runs/model --hf_dir=DIR                              a Hugging Face folder from a run
+  routers   [NAME]                                                         the table of routers, or one's page
   plan      MODEL | --config=.. | --hf_config=..                           what a model costs, before it runs
   models    MODEL MODEL ..                                                 published models side by side"""
 
@@ -28,6 +29,7 @@ COMMANDS = {
     "report": "moejax.commands.report",
     "import": "moejax.commands.import_",
     "export": "moejax.commands.export",
+    "routers": "moejax.commands.routers",
     "plan": "moejax.commands.plan",
     "models": "moejax.commands.models",
     "compare": "moejax.commands.compare",

@@ -60,7 +60,7 @@ def problems(cfg: Any, prefix: str = "") -> list[str]:
             p = choice_problem(key, value, field.metadata["choices"])
             out += [p] if p else []
         elif "bounds" in field.metadata and not _inside(value, **field.metadata["bounds"]):
-            out.append(f"{key}={value} must be {_range_text(**field.metadata['bounds'])}")
+            out.append(f"{key}={value} must be {bounds_text(**field.metadata['bounds'])}")
     return out
 
 
@@ -73,7 +73,8 @@ def _inside(value, least, above, most, below) -> bool:
     )
 
 
-def _range_text(least, above, most, below) -> str:
+def bounds_text(least, above, most, below) -> str:
+    """'at least 0 and below 1', 'between 1 and 8'."""
     if least is not None and most is not None:
         return f"between {least} and {most}"
     words = {"at least": least, "above": above, "at most": most, "below": below}

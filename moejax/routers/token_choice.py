@@ -31,11 +31,13 @@ class Options(RouterOptions):
     # Bias on the scores for selection only, moved by the rule objective.bias_update (V3); kept as it is
     # without one.
     expert_bias: bool = False
-    # Group-limited selection: keep topk_groups of num_groups, judged by their 'max' member (V2) or the
-    # 'top2_sum' of their biased scores (V3). num_groups = 1: no limit.
-    num_groups: int = number(1, least=1)
-    topk_groups: int = 1
-    group_score: str = choice("max", "top2_sum")
+    num_groups: int = number(
+        1, least=1
+    )  # equal groups of experts for group-limited selection; 1: no limit
+    topk_groups: int = 1  # groups that a token may reach
+    group_score: str = choice(
+        "max", "top2_sum"
+    )  # worth of a group: best member (V2), two best biased (V3)
 
 
 def init_state(cfg: RouterConfig, layer: int) -> dict:
