@@ -31,13 +31,11 @@ class Options(RouterOptions):
     # Bias on the scores for selection only, moved by the rule objective.bias_update (V3); kept as it is
     # without one.
     expert_bias: bool = False
-    num_groups: int = number(
-        1, least=1
-    )  # equal groups of experts for group-limited selection; 1: no limit
+    # Group-limited selection: equal groups of experts; 1: no limit.
+    num_groups: int = number(1, least=1)
     topk_groups: int = 1  # groups that a token may reach
-    group_score: str = choice(
-        "max", "top2_sum"
-    )  # worth of a group: best member (V2), two best biased (V3)
+    # What a group is worth: its best member (V2), or its two best biased scores (V3).
+    group_score: str = choice("max", "top2_sum")
 
 
 def init_state(cfg: RouterConfig, layer: int) -> dict:
