@@ -150,6 +150,11 @@ class ModelConfig:
         )
 
     @property
+    def routes_per_token(self) -> int:
+        """The most routes that one token can have, special experts included; 0 for a dense model."""
+        return self.router.routes_per_token(self.router_config()) if self.router else 0
+
+    @property
     def experts_used(self) -> float:
         """Routed experts that compute for one token on average, by the router's own word."""
         return self.router.experts_used(self.router_config()) if self.router else 0.0

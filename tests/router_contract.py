@@ -10,109 +10,37 @@ not so. Options are arguments of `sizes`, so each can be tried. What a router co
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, NamedTuple
 
 import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+from router_case import (
+    KEY,
+    MASK_T,
+    SETTINGS,
+    B,
+    S,
+    T,
+    by_token,
+    count_experts,
+    given,
+    route,
+    same,
+    with_balance,
+)
+from router_case import sizes as sizes  # for whoever runs the checks
 
-from moejax.moe.dispatch.dense import combine_matrix
-from moejax.params import init_params
 from moejax.routers.balance import BalanceConfig
 from moejax.routers.contract import (
     FORMS,
-    BatchTotals,
     Routed,
     Router,
     RouterConfig,
     RouterOptions,
     count_totals,
-    tokens_of,
 )
 from moejax.routers.specials import SPECIALS
-
-B, S = 4, 4
-T = B * S
-# Row 1 ends in padding, row 3 is nothing else.
-MASK_T = jnp.array([1, 1, 1, 1, 1, 1, 1, 0, 1, 1, 1, 1, 0, 0, 0, 0], jnp.float32)
-KEY = jax.random.key(2)
-# Fields of BalanceConfig that say how, not whether.
-SETTINGS = ("bias_rate", "balance_groups")
-
-
-def sizes(router: Router, balance: BalanceConfig | None = None, **options) -> RouterConfig:
-    """A small model's: 4 experts, 2 of them for each token."""
-    return RouterConfig(
-        options=dataclasses.replace(router.options, **options),
-        num_experts=4,
-        experts_per_token=2,
-        d_model=16,
-        vocab_size=32,
-        num_layers=2,
-        init_std=0.5,
-        balance=balance or BalanceConfig(),
-    )
-
-
-def with_balance(cfg: RouterConfig, *fields: str) -> RouterConfig:
-    """The config with these fields of BalanceConfig on, over two groups."""
-    on = {}
-    for field in dataclasses.fields(BalanceConfig):
-        if field.name in fields:
-            choices = field.metadata.get("choices")
-            on[field.name] = choices[1] if choices else 0.1
-    return dataclasses.replace(cfg, balance=BalanceConfig(balance_groups=2, **on))
-
-
-class Given(NamedTuple):
-    """One call's arguments; `_replace` what a check varies."""
-
-    params: Any
-    state: Any
-    x_TD: jax.Array
-    ids_T: jax.Array
-    mask_T: jax.Array = MASK_T
-    totals: BatchTotals | None = None
-    key: jax.Array | None = None
-    forced_TK: jax.Array | None = None
-
-    def rows(self, rows) -> "Given":
-        """Some of its tokens."""
-        names = ("x_TD", "ids_T", "mask_T", "forced_TK")
-        return self._replace(**{n: a[rows] for n in names if (a := getattr(self, n)) is not None})
-
-
-def given(router: Router, cfg: RouterConfig) -> Given:
-    params = init_params(router.param_specs(cfg), jax.random.key(0))
-    x_TD = (
-        jax.random.normal(jax.random.key(1), (T, cfg.d_model)).at[9].set(0.0)
-    )  # 0 has no direction
-    return Given(params, router.init_state(cfg, 0), x_TD, 3 * jnp.arange(T) % cfg.vocab_size)
-
-
-def route(router: Router, cfg: RouterConfig, g: Given, seq_len: int = S) -> Routed:
-    rest = dict(ids_T=g.ids_T, key=g.key, forced_TK=g.forced_TK, totals=g.totals)
-    return router.route(g.params, g.state, tokens_of(g.x_TD, seq_len, g.mask_T, **rest), cfg)
-
-
-def count_experts(router: Router, cfg: RouterConfig) -> int:
-    """Experts and special experts."""
-    return cfg.num_experts + len(router.specials(cfg))
-
-
-def by_token(router: Router, cfg: RouterConfig, out: Routed, x_TD: jax.Array) -> jax.Array:
-    """What becomes of each token: its weight on every expert, or its result where experts see mixtures."""
-    if router.form == "soft":
-        slots_ECD = jnp.einsum("TEC,TD->ECD", out.routing.dispatch_TEC, x_TD)
-        scale_E = 1.0 + jnp.arange(slots_ECD.shape[0])  # experts that differ
-        return jnp.einsum("TEC,ECD,E->TD", out.routing.combine_TEC, slots_ECD, scale_E)
-    return combine_matrix(out.routing, x_TD.shape[0], count_experts(router, cfg))
-
-
-def same(got, want, rtol=1e-5):
-    """Equal up to the order of float32 sums, of up to 16 terms of order 1."""
-    chex.assert_trees_all_close(got, want, rtol=rtol, atol=1e-6)
 
 
 def check_declaration(router: Router, cfg: RouterConfig) -> None:
@@ -124,8 +52,9 @@ def check_declaration(router: Router, cfg: RouterConfig) -> None:
     assert set(router.specials(cfg)) <= set(SPECIALS)
     assert router.form == "token" or not router.specials(cfg), "only a token's route names one"
     assert router.problems(cfg, "model.moe.") == []
-    most = cfg.experts_per_token if router.form == "token" else cfg.num_experts
-    assert 0 <= router.experts_used(cfg) <= most
+    most = router.routes_per_token(cfg) if router.form == "token" else cfg.num_experts
+    assert 0 <= router.experts_used(cfg) <= most <= count_experts(router, cfg)
+    assert set(router.pooled) <= set(route(router, cfg, given(router, cfg)).stats)
 
 
 def check_shapes_and_dtypes(router: Router, cfg: RouterConfig) -> None:
@@ -137,7 +66,7 @@ def check_shapes_and_dtypes(router: Router, cfg: RouterConfig) -> None:
         assert isinstance(out.routing, FORMS[router.form])
         first, weights = out.routing
         if router.form == "token":
-            chex.assert_shape([first, weights], (T, cfg.experts_per_token))
+            chex.assert_shape([first, weights], (T, router.routes_per_token(cfg)))
         elif router.form == "slot":
             chex.assert_shape([first, weights], (cfg.num_experts, first.shape[1]))
         else:
@@ -273,6 +202,7 @@ def check_gradients(router: Router, cfg: RouterConfig) -> None:
     def total(params, x_TD):
         out = route(router, cfg, g._replace(params=params, x_TD=x_TD))
         weights = [a for a in out.routing if jnp.issubdtype(a.dtype, jnp.floating)]
+        weights += [] if out.carry_TW is None else [out.carry_TW * MASK_T[:, None]]
         return sum((w**2).sum() for w in weights) + sum(out.losses.values(), 0.0)
 
     dparams, dx_TD = jax.grad(total, argnums=(0, 1))(g.params, g.x_TD)
@@ -280,6 +210,30 @@ def check_gradients(router: Router, cfg: RouterConfig) -> None:
     np.testing.assert_array_equal(dx_TD[MASK_T == 0], 0.0)
     for path, a in jax.tree_util.tree_flatten_with_path(dparams)[0]:
         assert abs(a).max() > 0, f"no gradient reaches {jax.tree_util.keystr(path)}"
+
+
+def check_carry(router: Router, cfg: RouterConfig) -> None:
+    """What is passed on is as wide as declared, and what arrives has an effect on a token, with a gradient."""
+    g, width = given(router, cfg), router.carries(cfg)
+    out = route(router, cfg, g)
+    if not width:
+        assert out.carry_TW is None, "it carries what it does not declare"
+        return
+    chex.assert_shape(out.carry_TW, (T, width))
+    chex.assert_type(out.carry_TW, jnp.float32)
+
+    def of_weights(carried_TW):
+        weights = by_token(
+            router, cfg, route(router, cfg, g._replace(carried_TW=carried_TW)), g.x_TD
+        )
+        return (weights[:, : count_experts(router, cfg)] ** 2).sum()
+
+    gradient = jax.grad(of_weights)(g.carried_TW)
+    chex.assert_tree_all_finite(gradient)
+    reached = (np.asarray(gradient) != 0).any(axis=1)
+    np.testing.assert_array_equal(
+        reached, MASK_T > 0, "tokens whose weights depend on what arrives"
+    )
 
 
 def check_float32_products(router: Router, cfg: RouterConfig) -> None:
@@ -393,6 +347,7 @@ CHECKS: dict[str, Check] = {
     "parts add up": under_each_balance(check_parts_add_up),
     "stats": under_each_balance(check_stats),
     "gradients": under_each_balance(check_gradients),
+    "carry": check_carry,
     "float32 products": check_float32_products,
     "forced routes": check_forced_routes,
     "balance fields": check_balance_fields,

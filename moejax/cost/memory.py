@@ -195,11 +195,11 @@ def rows_per_token(cfg: ExperimentConfig, mesh: MeshSizes) -> float:
     K on a device that holds all experts. With experts split, what its peers may send at worst, or
     `buffer_factor` times the balanced load if that is less (`moejax.moe.dispatch.expert_parallel`).
     """
-    k, factor = cfg.model.moe.experts_per_token, cfg.compute.buffer_factor
+    k, factor = cfg.model.routes_per_token, cfg.compute.buffer_factor
     if mesh.size(EXPERT) == 1:
         return max(k, cfg.model.experts_used)  # slots of an expert may be more than its routes
     worst = mesh.peers * min(k, cfg.model.moe.num_experts / mesh.size(EXPERT))
-    balanced = mesh.peers * k / mesh.size(EXPERT)
+    balanced = mesh.peers * min(k, cfg.model.moe.experts_per_token) / mesh.size(EXPERT)
     return min(worst, factor * balanced) if factor else worst
 
 
@@ -231,7 +231,7 @@ def layer_bytes(cfg: ExperimentConfig, seq_len: int, mesh: MeshSizes) -> float:
             ring = cfg.compute.expert_parallel == "ring"
             moe += b * d * (mesh.peers if ring else 2 * rows_per_token(cfg, mesh))
         moe += b * 6 * m.shared_width / tensor + b * into * d * bool(m.shared_width)
-        moe += wide * (d + m.num_experts * (m.experts_per_token + 1))
+        moe += wide * (d + m.num_experts * (model.routes_per_token + 1))
     share = model.num_moe_layers / model.num_layers
     return 2 * 3 * wide * d + attention + share * moe + (1 - share) * dense
 

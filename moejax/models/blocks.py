@@ -92,16 +92,31 @@ def locate(tokens_BS, cfg: ModelConfig, positions_BS=None, segment_ids_BS=None) 
     return attn.Where(positions_BS, segment_ids_BS, cos_sin)
 
 
-def constrain(x_BSD: jax.Array, layout: Layout | None) -> jax.Array:
-    if layout is None:
-        return x_BSD
-    return layout.constrain(x_BSD, axes.BATCH, axes.SEQ, axes.ACT_EMBED)
+def constrain(x_BSD: jax.Array, layout: Layout | None, last: str | None = axes.ACT_EMBED):
+    """Positions laid out over the mesh; `last` is the logical axis of what each of them holds."""
+    return x_BSD if layout is None else layout.constrain(x_BSD, axes.BATCH, axes.SEQ, last)
 
 
-def block(x_BSD: jax.Array, layer: LayerInput, ctx: Context, *, cache=None, stack=None):
-    """One pre-norm block. Returns (x_BSD, cache, MoEAux or None).
+def block(
+    x_BSD: jax.Array,
+    layer: LayerInput,
+    ctx: Context,
+    *,
+    carried_BSW: jax.Array | None = None,
+    cache=None,
+    stack=None,
+):
+    """One pre-norm block.
 
-    `stack`: the experts of all layers and this layer's index among them, see `routed_ffn`.
+    Args:
+      x_BSD: the hidden state.
+      layer, ctx: see there.
+      carried_BSW: what the router of the layer before passed on, see `moe.layer.nothing_carried`.
+      cache: of this layer, or None.
+      stack: the experts of all layers and this layer's index among them, see `routed_ffn`.
+
+    Returns:
+      x_BSD, carried_BSW for the next block, the cache, and MoEAux or None.
     """
     p, cfg = layer.params, ctx.cfg
     h = norm(p["attn_norm"], x_BSD, cfg.norm_eps)
@@ -119,7 +134,7 @@ def block(x_BSD: jax.Array, layer: LayerInput, ctx: Context, *, cache=None, stac
     h = norm(p["ffn_norm"], x_BSD, cfg.norm_eps)
     if "moe" not in p:
         y = ffn(p["ffn"], h, of_dense(cfg))
-        return constrain(x_BSD + y, ctx.layout), cache, None
+        return constrain(x_BSD + y, ctx.layout), carried_BSW, cache, None
     y, aux = moe_layer.moe(
         p["moe"],
         layer.state or {},
@@ -134,8 +149,11 @@ def block(x_BSD: jax.Array, layer: LayerInput, ctx: Context, *, cache=None, stac
         layout=ctx.layout,
         stack=stack,
         key=None if ctx.key is None else jax.random.fold_in(ctx.key, layer.index),
+        carried_BSW=carried_BSW,
     )
-    return constrain(x_BSD + y, ctx.layout), cache, aux
+    if aux.carry_BSW is not None:
+        carried_BSW = constrain(aux.carry_BSW, ctx.layout, None)
+    return constrain(x_BSD + y, ctx.layout), carried_BSW, cache, aux._replace(carry_BSW=None)
 
 
 REMAT_POLICIES = {
@@ -164,10 +182,10 @@ def run_blocks(x_BSD: jax.Array, layers: LayerInput, ctx: Context, *, cache=None
     """A stack (or list) of equal blocks. Returns (x_BSD, cache, aux stacked over layers or None)."""
 
     def body(carry, layer):
-        x, kv = carry
+        x, carried, kv = carry
         stack = None if experts is None else (experts, layer.index - layers.index[0])
-        x, kv, aux = block(x, layer, ctx, cache=kv, stack=stack)
-        return (x, kv), aux
+        *carry, aux = block(x, layer, ctx, carried_BSW=carried, cache=kv, stack=stack)
+        return tuple(carry), aux
 
     listed = isinstance(layers.params, list)
     unrolled = listed or not ctx.compute.scan_layers
@@ -175,11 +193,15 @@ def run_blocks(x_BSD: jax.Array, layers: LayerInput, ctx: Context, *, cache=None
         raise TypeError(
             "a list of caches (init_layers) needs lists of layers (unstack) or scan_layers=False"
         )
-    experts = None if listed or "moe" not in layers.params else layers.params["moe"]["experts"]
+    is_moe = "moe" in (layers.params[0] if listed else layers.params)
+    experts = layers.params["moe"]["experts"] if is_moe and not listed else None
+    carried = moe_layer.nothing_carried(x_BSD, ctx.cfg) if is_moe else None
+    if carried is not None:
+        carried = constrain(carried, ctx.layout, None)
     if cache is None:
         body = rematerialised(body, ctx.compute, prevent_cse=unrolled)
     if not unrolled:
-        (x_BSD, cache), aux = jax.lax.scan(body, (x_BSD, cache), layers)
+        (x_BSD, _, cache), aux = jax.lax.scan(body, (x_BSD, carried, cache), layers)
         return x_BSD, cache, aux
     auxes, apart = [], list(cache) if isinstance(cache, list) else None
     params = layers.params if listed else unstack(layers.params)
@@ -187,9 +209,10 @@ def run_blocks(x_BSD: jax.Array, layers: LayerInput, ctx: Context, *, cache=None
         rest = jax.tree.map(lambda a, i=i: a[i], layers._replace(params=None))
         rest = rest._replace(params=params[i])
         if apart is None:
-            (x_BSD, cache), aux = body((x_BSD, cache), rest)
+            (x_BSD, carried, cache), aux = body((x_BSD, carried, cache), rest)
         else:
-            (x_BSD, apart[i]), aux = body((x_BSD, apart[i]), rest._replace(slot=0))
+            here = x_BSD, carried, apart[i]
+            (x_BSD, carried, apart[i]), aux = body(here, rest._replace(slot=0))
         auxes.append(aux)
     aux = None if auxes[0] is None else jax.tree.map(lambda *a: jnp.stack(a), *auxes)
     return x_BSD, cache if apart is None else apart, aux

@@ -16,6 +16,7 @@ from moejax.config import ModelConfig
 from moejax.models.blocks import Context, LayerInput, block, block_specs, rematerialised
 from moejax.models.embedding import embed
 from moejax.models.norm import norm, norm_specs
+from moejax.moe.layer import nothing_carried
 from moejax.params import ParamSpec
 from moejax.routers.contract import BatchTotals
 
@@ -74,7 +75,8 @@ def mtp_step(
     x_BSD = jnp.dot(both, depth_params["proj"].astype(both.dtype))
     index = cfg.num_layers + depth
     layer = LayerInput(depth_params["block"], index, depth, state=state, stats=stats)
-    x_BSD, cache, aux = block(x_BSD, layer, ctx, cache=cache)
+    carried = nothing_carried(x_BSD, cfg) if cfg.num_moe_layers else None
+    x_BSD, _, cache, aux = block(x_BSD, layer, ctx, carried_BSW=carried, cache=cache)
     return x_BSD, norm(depth_params["norm"], x_BSD, cfg.norm_eps), cache, aux
 
 

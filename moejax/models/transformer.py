@@ -94,8 +94,14 @@ def update_router_state(
     if cfg.router is None:
         return state
     update, static = cfg.router.update, cfg.router_config(objective)
+    pooled = {
+        key: sum(stats[name][key].sum(axis=0) for name in _router_layers(cfg))
+        for key in cfg.router.pooled
+    }
     return {
-        name: jax.vmap(lambda s, seen: update(s, seen, static))(s, stats[name]) if s else s
+        name: jax.vmap(lambda s, seen: update(s, {**seen, **pooled}, static))(s, stats[name])
+        if s
+        else s
         for name, s in state.items()
     }
 

@@ -27,12 +27,14 @@ class MoEAux(NamedTuple):
         that does not exist. Sums over tokens.
       routing: the router's routing, over T = B*S tokens.
       scores_TE: its scores, or None.
+      carry_BSW: what it passes to the next layer's router, or None; `block` takes it out.
     """
 
     losses: dict[str, jax.Array]
     stats: dict[str, jax.Array]
     routing: Any
     scores_TE: jax.Array | None
+    carry_BSW: jax.Array | None = None
 
 
 def param_specs(cfg: ModelConfig) -> dict:
@@ -67,6 +69,7 @@ def moe(
     layout: Layout | None = None,
     stack: tuple | None = None,
     key: jax.Array | None = None,
+    carried_BSW: jax.Array | None = None,
 ) -> tuple[jax.Array, MoEAux]:
     """One MoE layer.
 
@@ -84,6 +87,7 @@ def moe(
       layout: the mesh and its table; None on one device.
       stack: the experts of all layers and this layer's index among them, where `params` is a slice of those.
       key: for routers that draw random numbers.
+      carried_BSW: what the router of the MoE layer before passed on, see `nothing_carried`.
 
     Returns:
       y_BSD and `MoEAux`.
@@ -101,6 +105,7 @@ def moe(
         ids_T=flat(token_ids_BS),
         key=key,
         forced_TK=forced_TK,
+        carried_TW=None if carried_BSW is None else carried_BSW.reshape(b * s, -1),
     )
     out = router.route(params.get("router", {}), state, tokens, static)
     routing, stats, kinds = out.routing, dict(out.stats), router.specials(static)
@@ -128,4 +133,13 @@ def moe(
             gate = jax.nn.sigmoid(jnp.dot(x_BSD, params["shared_gate"].astype(x_BSD.dtype)))
             shared_BSD = gate * shared_BSD
         y_BSD = y_BSD + shared_BSD
-    return y_BSD, MoEAux(out.losses, stats, out.routing, out.scores_TE)
+    carry_BSW = None if out.carry_TW is None else out.carry_TW.reshape(b, s, -1)
+    losses = {} if objective is None else out.losses  # a router's own losses are for training, too
+    return y_BSD, MoEAux(losses, stats, out.routing, out.scores_TE, carry_BSW)
+
+
+def nothing_carried(x_BSD: jax.Array, cfg: ModelConfig) -> jax.Array | None:
+    """What the first MoE layer's router receives: zeros, or None if the model's router carries nothing."""
+    width = router_of(cfg.moe.router).carries(cfg.router_config())
+    dtype = jnp.promote_types(x_BSD.dtype, jnp.float32)
+    return jnp.zeros((*x_BSD.shape[:2], width), dtype) if width else None

@@ -2,6 +2,8 @@
 
 A router is one file that builds a `Router`, and one line in `ROUTERS`. Contract tests run over that table.
 Nothing outside the file asks for a router's name: what it declares here decides what is possible with it.
+
+Here: W width of what a router passes on to the next layer's.
 """
 
 import dataclasses
@@ -18,7 +20,7 @@ from moejax.routers.balance import BalanceConfig
 
 
 class Routing(NamedTuple):
-    """Token choice: each token names its experts, up to K of them.
+    """Token choice: each token names its experts, up to K of them (`Router.routes_per_token`).
 
     Attributes:
       expert_index_TK: int32. 0 .. E-1 are experts, E, E+1, .. the router's special experts in their order, -1
@@ -68,12 +70,14 @@ class Routed(NamedTuple):
         experts included, [E + specials]) and whatever else `route`, `update` or a reader wants to know of the
         whole batch. Micro-batches and devices add them up. No gradient.
       scores_TE: affinities before any bias, for whoever looks at single tokens; None if the router has none.
+      carry_TW: float32, what the next layer's router receives as `carried_TW`; None if it carries nothing.
     """
 
     routing: Any
     losses: dict[str, jax.Array]
     stats: dict[str, jax.Array]
     scores_TE: jax.Array | None = None
+    carry_TW: jax.Array | None = None
 
 
 # --------------------------------------------------------------------------------------------------
@@ -111,6 +115,8 @@ class Tokens(NamedTuple):
         accumulation.
       forced_TK: expert indices to take instead of choosing, int32, or None; weights are computed all the same.
         Routers that fill slots raise ValueError.
+      carried_TW: what the router of the MoE layer before returned as `carry_TW`, gradient included; zeros
+        before the first layer, and before each depth of multi-token prediction. None if `Router.carries` is 0.
     """
 
     x_TD: jax.Array
@@ -120,6 +126,7 @@ class Tokens(NamedTuple):
     ids_T: jax.Array | None = None
     key: jax.Array | None = None
     forced_TK: jax.Array | None = None
+    carried_TW: jax.Array | None = None
 
     def total(self, stats: dict[str, jax.Array], name: str) -> jax.Array:
         """A stat summed over the whole batch: as counted beforehand, or else here."""
@@ -222,6 +229,10 @@ class Router:
         from E.
       experts_used: `(cfg) -> experts` (special ones left out) that compute for one token on average: for cost
         and report.
+      routes_per_token: `(cfg) -> K` of its `Routing`: the most routes that a token can have.
+      carries: `(cfg) -> W`, the width of what passes from one layer's router to the next, beside the hidden
+        state; 0: nothing does.
+      pooled: stats that `update` sees summed over all layers, for a rule that looks at the whole model.
       balance: fields of `BalanceConfig` that it honours; any other that is set is refused.
       problems: `(cfg, prefix) -> sentences` about options that do not fit together. A key is written
         `{prefix}num_experts`, `{prefix}router.<option>` or `objective.<field>`.
@@ -240,5 +251,8 @@ class Router:
     linear_losses: Callable[[RouterConfig], bool] = lambda cfg: False
     specials: Callable[[RouterConfig], tuple[str, ...]] = lambda cfg: ()
     experts_used: Callable[[RouterConfig], float] = lambda cfg: float(cfg.experts_per_token)
+    routes_per_token: Callable[[RouterConfig], int] = lambda cfg: cfg.experts_per_token
+    carries: Callable[[RouterConfig], int] = lambda cfg: 0
+    pooled: tuple[str, ...] = ()
     balance: tuple[str, ...] = ()
     problems: Callable[[RouterConfig, str], list[str]] = lambda cfg, prefix: []

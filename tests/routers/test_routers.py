@@ -174,6 +174,18 @@ BROKEN = {
     "no gradient": ("gradients", with_routing(weights=lambda w, t: jax.lax.stop_gradient(w))),
     "NaN gradient": (
         "gradients", with_routing(weights=lambda w, t: w / (w.sum(axis=-1, keepdims=True)))),
+    "carries what it does not declare": (
+        "carry", bent(lambda o, t, s: o._replace(carry_TW=t.x_TD[:, :3]))),
+    "ignores what it carries": (
+        "carry",
+        bent(lambda o, t, s: o._replace(carry_TW=t.x_TD[:, :3]), carries=lambda cfg: 3)),
+    "carries less than it declares": (
+        "carry",
+        bent(lambda o, t, s: o._replace(carry_TW=t.x_TD[:, :2]), carries=lambda cfg: 3)),
+    "carries what comes later": (
+        "causality",
+        bent(lambda o, t, s: o._replace(carry_TW=jnp.flip(t.x_TD, 0)), carries=lambda cfg: 16)),
+    "pools what it does not count": ("declaration", dataclasses.replace(TOKEN, pooled=("open",))),
     "bfloat16": ("float32 products", dataclasses.replace(TOKEN, route=in_bfloat16)),
     "forced in vain": ("forced routes", dataclasses.replace(TOKEN, route=ignores_forced)),
     "slots forced in silence": (

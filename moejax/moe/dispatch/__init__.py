@@ -50,7 +50,7 @@ def dispatch(
     if isinstance(routing, SoftRouting):
         return soft(params, x_TD, routing, act), none
     if isinstance(routing, Routing) and capacity_factor:
-        return capacity(params, x_TD, routing, act, capacity_factor)
+        return capacity(params, x_TD, routing, act, capacity_factor, moe.experts_per_token)
     if compute.dispatcher == "dense":
         return dense(params, x_TD, routing, act), none
     if isinstance(routing, SlotRouting):

@@ -54,10 +54,17 @@ def slots(params: Params, x_TD: jax.Array, routing: SlotRouting, act: Activation
 
 
 def capacity(
-    params: Params, x_TD: jax.Array, routing: Routing, act: Activation, factor: float
+    params: Params,
+    x_TD: jax.Array,
+    routing: Routing,
+    act: Activation,
+    factor: float,
+    experts_per_token: int,
 ) -> tuple[jax.Array, jax.Array]:
-    """Token choice with `slots_per_expert` slots. Returns (y_TD, dropped routes)."""
-    num_experts, k = params["w_down"].shape[0], routing.expert_index_TK.shape[1]
+    """Token choice with `slots_per_expert` slots; where a token may have more routes than `experts_per_token`,
+    that is their mean. Returns (y_TD, dropped routes)."""
+    num_experts = params["w_down"].shape[0]
+    k = min(experts_per_token, routing.expert_index_TK.shape[1])
     size = slots_per_expert(x_TD.shape[0], k, num_experts, factor)
     filled, dropped = fill_slots(routing, num_experts, size)
     return slots(params, x_TD, filled, act), dropped

@@ -147,7 +147,7 @@ def _ring(params_e, x_tD, routing_tK, moe, compute, experts: Axes, batch: Axes):
     num_tokens, k = index_tK.shape
     local_tK = index_tK - held * jax.lax.axis_index(experts).astype(index_tK.dtype)
     local_tK = jnp.where((index_tK >= 0) & (local_tK >= 0) & (local_tK < held), local_tK, -1)
-    balanced = num_tokens * k * held / moe.num_experts
+    balanced = num_tokens * min(k, moe.experts_per_token) * held / moe.num_experts
     num_rows = _rows(compute.buffer_factor, num_tokens * min(k, held), balanced)
     routing = Routing(local_tK, weights_tK)
     y_tD, dropped = dropless(params_e, x_tD, routing, *kernel, num_rows=num_rows)
@@ -161,7 +161,7 @@ def _all_to_all(params_e, x_tD, routing_tK, moe, compute, experts: Axes):
     kernel = of_experts(moe), compute.grouped_matmul
     held = params_e["w_down"].shape[0]
     num_tokens, k = routing_tK.expert_index_TK.shape
-    balanced = num_tokens * k * held / moe.num_experts
+    balanced = num_tokens * min(k, moe.experts_per_token) * held / moe.num_experts
     size = _rows(compute.buffer_factor, num_tokens * min(k, held), balanced)
     routes, send_Pe, dropped = _pack(routing_tK.expert_index_TK, held, moe.num_experts, size)
     receive_Pe = jax.lax.all_to_all(send_Pe, experts, 0, 0, tiled=True)
