@@ -76,6 +76,10 @@ def token_stats(
     return stats
 
 
+# Fields of `BalanceConfig` that `token_losses` honours.
+TOKEN_LOSSES = ("expert_loss", "sequence_loss", "device_loss", "communication_loss", "z_loss")
+
+
 def token_losses(
     logits_TE: jax.Array,
     scores_TE: jax.Array,
