@@ -65,3 +65,11 @@ def get_config(variant: str = "moe"):
         train=TrainConfig(steps=500, eval_every=100, checkpoint_every=100),
     )
     return to_config_dict(cfg)
+
+
+def get_sweep():
+    """moejax sweep --config=experiments/quickstart.py --workdir=runs/quickstart-sweep --jobs=2"""
+    return {
+        "variants": {"dense": {"variant": "dense"}, "moe": {}},
+        "seeds": (0, 1, 2, 3, 4),
+    }

@@ -11,6 +11,7 @@ USAGE = """\
 usage: moejax COMMAND [flags]      (moejax COMMAND --help explains each)
 
   train     --config=experiments/quickstart.py --workdir=runs/quickstart   train or resume a run
+  sweep     --config=experiments/quickstart.py --workdir=runs/sweep        variants and seeds, what is missing
   evaluate  --workdir=runs/quickstart                                      loss of held-out text, by domain
   generate  --workdir=runs/quickstart --prompt="def "                      text from a trained run
   report    --workdir=runs/quickstart                                      a page of pictures of a run
@@ -24,6 +25,7 @@ usage: moejax COMMAND [flags]      (moejax COMMAND --help explains each)
 # The module of each command, imported when it is called: --help needs no JAX.
 COMMANDS = {
     "train": "moejax.commands.train",
+    "sweep": "moejax.commands.sweep",
     "evaluate": "moejax.commands.evaluate",
     "generate": "moejax.commands.generate",
     "report": "moejax.commands.report",

@@ -6,6 +6,7 @@ import runpy
 
 import pytest
 
+from moejax.commands import sweep_file
 from moejax.config import ConfigError, ExperimentConfig, ModelConfig
 from moejax.config_io import from_config_dict, to_json
 from moejax.cost.architecture import counts, of_model
@@ -24,6 +25,16 @@ def test_gives_a_valid_config(name, tmp_path):
     (tmp_path / "config.json").write_text(to_json(RUN))
     cfg = load(name, *([str(tmp_path)] if name == "finetune" else []))
     assert cfg.name and cfg.train.steps > 0
+
+
+@pytest.mark.parametrize(
+    "name", [n for n in FILES if "def get_sweep" in (FOLDER / f"{n}.py").read_text()]
+)
+def test_every_variant_of_a_sweep_is_valid(name):
+    plan = sweep_file.read(str(FOLDER / f"{name}.py"), [])
+    for variant in plan.variants:
+        cfg = plan.experiment(variant, plan.seeds[0])
+        assert cfg.train.seed == cfg.data.seed == plan.seeds[0]
 
 
 def test_dense_quickstart_differs_by_its_experts_alone():

@@ -11,6 +11,7 @@ import pathlib
 import re
 import sys
 import traceback
+import types
 import typing
 from collections.abc import Callable
 
@@ -101,12 +102,17 @@ def parse_needed(
 
 def experiment_of(fv: flags.FlagValues, argv: list[str]) -> ExperimentConfig:
     """The experiment of --config with the overrides in argv. Raises ConfigError naming every problem."""
+    return experiment(fv.config, argv)
+
+
+def experiment(file: str, argv: list[str]) -> ExperimentConfig:
+    """The experiment of `FILE.py[:ARGUMENT]` with the overrides in argv; see `experiment_of`."""
     try:
-        cfg = from_config_dict(_load(fv.config), check=False)
+        cfg = from_config_dict(_load(file), check=False)
     except ConfigError as e:
-        raise ConfigError(f"--config={fv.config}: {e}") from e
+        raise ConfigError(f"--config={file}: {e}") from e
     given: dict[str, list[Override]] = {}
-    for override in _split(argv)[0]:
+    for override in overrides_of(argv):
         given.setdefault(override.key, []).append(override)
     problems = []
     for choice in given.pop(_ROUTER, [])[-1:]:
@@ -122,6 +128,11 @@ def experiment_of(fv: flags.FlagValues, argv: list[str]) -> ExperimentConfig:
     if problems:
         raise ConfigError(problems_text(problems))
     return from_config_dict(values)
+
+
+def overrides_of(argv: list[str]) -> list[Override]:
+    """The overrides of an experiment, `--config.KEY=VALUE`, among the arguments of a command."""
+    return _split(argv)[0]
 
 
 def _help(flag: flags.Flag) -> str:
@@ -239,10 +250,8 @@ def _load(given: str) -> ConfigDict:
     """Call get_config() of `FILE.py[:ARGUMENT]`. Raises ConfigError for any error in it."""
     name, colon, argument = given.partition(":")
     path = pathlib.Path(name)
-    if not path.is_file():
-        raise ConfigError(_no_file(path))
     arguments = [argument] if colon else []
-    get_config = _call(lambda: _get_config(path), path)
+    get_config = _function(path, "get_config", "returns its ConfigDict")
     signature = _call(lambda: inspect.signature(get_config), path)
     try:
         signature.bind(*arguments)
@@ -258,17 +267,30 @@ def _load(given: str) -> ConfigDict:
     return values
 
 
-def _get_config(path: pathlib.Path) -> Callable:
+def get_sweep(path: pathlib.Path) -> typing.Any:
+    """What get_sweep() of the file of an experiment returns. Raises ConfigError for any error in it."""
+    function = _function(path, "get_sweep", "returns its variants and seeds")
+    return _call(function, path)
+
+
+def _function(path: pathlib.Path, name: str, purpose: str) -> Callable:
+    """The function of that name in the file `path`."""
+    if not path.is_file():
+        raise ConfigError(_no_file(path))
+    function = getattr(_call(lambda: _module(path), path), name, None)
+    if not callable(function):
+        raise ConfigError(f"the file has no {name}(), the function that {purpose}")
+    return function
+
+
+def _module(path: pathlib.Path) -> types.ModuleType:
     loader = importlib.machinery.SourceFileLoader(f"config_{path.stem}", str(path))
     spec = importlib.util.spec_from_loader(loader.name, loader)
     assert spec is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[loader.name] = module  # dataclasses look up their own module there
     loader.exec_module(module)
-    get_config = getattr(module, "get_config", None)
-    if not callable(get_config):
-        raise ConfigError("the file has no get_config(), the function that returns its ConfigDict")
-    return get_config
+    return module
 
 
 def _call(code: Callable, path: pathlib.Path) -> typing.Any:

@@ -73,9 +73,7 @@ def train(cfg: ExperimentConfig, workdir: pathlib.Path) -> dict:
     Raises ConfigError or DataError for bad input before anything is computed, and Diverged after
     `train.max_bad_steps` non-finite steps in a row; the last good checkpoint stays intact.
     """
-    devices = processes.ordered_devices()
-    _check_devices(cfg, devices)
-    optimizer_of(cfg)  # whether its groups fit the model
+    devices = check_here(cfg)
     folder.check_writable(workdir)
     corpus = load_corpus(cfg.data)
     with contextlib.ExitStack() as held:
@@ -107,13 +105,17 @@ def train(cfg: ExperimentConfig, workdir: pathlib.Path) -> dict:
         return _train(session)
 
 
-def _check_devices(cfg: ExperimentConfig, devices: list) -> None:
-    """Check dtype and mesh before the corpus is read: everything except whether the vocabulary divides."""
+def check_here(cfg: ExperimentConfig) -> list:
+    """Check dtype, mesh and the optimiser's groups before the corpus is read: everything except whether the
+    vocabulary divides. Returns the devices."""
+    devices = processes.ordered_devices()
     if cfg.compute.dtype == "float64" and not jax.config.jax_enable_x64:  # pyright: ignore
         raise ConfigError("compute.dtype='float64' needs JAX_ENABLE_X64=1 in the environment")
     mesh = mesh_sizes(cfg.mesh, len(devices))
     check_layout(cfg, mesh, devices[0].platform, vocabulary=False)
     processes.check_devices(mesh.devices)
+    optimizer_of(cfg)
+    return devices
 
 
 def _train(s: Session) -> dict:
