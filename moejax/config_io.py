@@ -87,6 +87,18 @@ def with_router(cfg: ExperimentConfig, name: str) -> ExperimentConfig:
     return dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, moe=moe))
 
 
+def with_recipe(cfg: ExperimentConfig, name: str) -> ExperimentConfig:
+    """The experiment with a router as its paper has it: its options at their defaults, and its `recipe`.
+
+    Raises ConfigError for a router that is not in the table, or if the rest of the config does not fit it.
+    """
+    moe = dataclasses.replace(cfg.model.moe, router=router_options(name))
+    model = dataclasses.replace(cfg.model, moe=moe)
+    values = to_config_dict(dataclasses.replace(cfg, model=model))
+    values.update_from_flattened_dict(dict(ROUTERS[name].recipe))
+    return from_config_dict(values)
+
+
 def unknown_key(key: str, known: dict[str, type]) -> str:
     """What to say of a dotted key that is not among the `kinds` of its config: where it is, or the nearest."""
     group, _, last = key.rpartition(".")

@@ -10,6 +10,7 @@ from moejax.commands import sweep_file
 from moejax.config import ConfigError, ExperimentConfig, ModelConfig
 from moejax.config_io import from_config_dict, to_json
 from moejax.cost.architecture import counts, of_model
+from moejax.routers import ROUTERS
 
 FOLDER = pathlib.Path(__file__).parent.parent / "experiments"
 FILES = sorted(p.stem for p in FOLDER.glob("*.py") if p.stem != "__init__")
@@ -64,3 +65,25 @@ def test_finetuning_keeps_the_model_and_data_of_its_run(tmp_path):
 def test_unknown_variant_names_the_variants():
     with pytest.raises(ConfigError, match=r"quickstart\.py:big.*variants: moe, dense"):
         load("quickstart", "big")
+
+
+def test_routers_compute_equally_much_for_a_token():
+    widths = {}
+    for name, router in ROUTERS.items():
+        cfg = load("routers", name)
+        given = dict(router.recipe)
+        assert all(_at(cfg, key) == value for key, value in given.items()), name
+        used = 4 if name == "dense_mixer" else cfg.model.experts_used
+        if "model.moe.d_expert" not in given:
+            widths[name] = used * cfg.model.moe.d_expert
+        assert cfg.model.moe.shared_width == 64
+    # Rounded to whole units of each expert.
+    assert all(width == pytest.approx(256, rel=0.03) for width in widths.values()), widths
+    with pytest.raises(ConfigError, match="did you mean 'expert_choice'"):
+        load("routers", "expert_choic")
+
+
+def _at(cfg, key):
+    for part in key.split("."):
+        cfg = getattr(cfg, part)
+    return cfg

@@ -13,9 +13,9 @@ from absl import flags
 
 from moejax.commands.flags import parse
 from moejax.config import ConfigError, ExperimentConfig, ModelConfig, MoEConfig
-from moejax.config_io import from_config_dict, to_config_dict
+from moejax.config_io import with_recipe
 from moejax.options import bounds_text, choice_problem
-from moejax.routers import ROUTERS, router_options
+from moejax.routers import ROUTERS
 from moejax.routers.contract import RouterOptions, tokens_of
 from moejax.routers.left_out import LEFT_OUT
 from moejax.text import Table, render
@@ -25,6 +25,11 @@ usage: moejax routers                           the table
        moejax routers NAME                      its page: equation, options, what its paper sets
        moejax routers --docs=docs/routers.md    write table and pages into that page, between its two marks"""
 BEGIN, END = "<!-- begin: moejax routers -->", "<!-- end: moejax routers -->"
+
+
+SMALL = ExperimentConfig(
+    model=ModelConfig(d_model=64, moe=MoEConfig(num_experts=16, experts_per_token=4, d_expert=32))
+)
 
 
 class Facts(NamedTuple):
@@ -141,7 +146,7 @@ def _as_lines(option: str, default: str, may_be: str, meaning: str) -> str:
 
 def facts(name: str) -> Facts:
     """See `Facts`. The router is traced, not computed."""
-    router, cfg = ROUTERS[name], with_recipe(name)
+    router, cfg = ROUTERS[name], with_recipe(SMALL, name)
     static = cfg.model.router_config(cfg.objective)
     params = {
         key: jax.ShapeDtypeStruct(spec.shape, jnp.float32)
@@ -167,18 +172,6 @@ def facts(name: str) -> Facts:
         specials=tuple(f"{kinds.count(kind)} {kind}" for kind in dict.fromkeys(kinds)),
         options=_options(router.options),
     )
-
-
-def with_recipe(name: str, base: ExperimentConfig | None = None) -> ExperimentConfig:
-    """An experiment with this router, and all else that its paper sets. Raises ConfigError if `base` cannot."""
-    small = MoEConfig(num_experts=16, experts_per_token=4, d_expert=32, shared_experts=1)
-    base = base or ExperimentConfig(model=ModelConfig(d_model=64, moe=small))
-    moe = dataclasses.replace(base.model.moe, router=router_options(name))
-    values = to_config_dict(
-        dataclasses.replace(base, model=dataclasses.replace(base.model, moe=moe))
-    )
-    values.update_from_flattened_dict(dict(ROUTERS[name].recipe))
-    return from_config_dict(values)
 
 
 def _options(options: RouterOptions) -> list[tuple[str, str, str, str]]:

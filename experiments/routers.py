@@ -1,0 +1,78 @@
+"""Which router predicts held-out text best, at the same compute for each token?
+
+    moejax sweep --config=experiments/routers.py --workdir=runs/routers
+
+`routers.py:NAME` is one of them: any name of `moejax routers`, with what its paper sets besides. The text is
+the quickstart's. All have the same layers, and per token the same width of experts: `TOKEN` hidden units, in as
+many experts as the router uses on average (its own word), and a shared expert. Where a token has fewer experts,
+they are wider and there are fewer of them, so that the total is the same too.
+
+What that leaves unequal: the router's own parameters and time; special experts, which cost nothing, so that the
+others are wider; routers with another number of experts by design.
+"""
+
+import dataclasses
+
+from moejax.config import (
+    AttentionConfig,
+    ConfigError,
+    DataConfig,
+    ExperimentConfig,
+    ModelConfig,
+    MoEConfig,
+    OptimizerConfig,
+    TrainConfig,
+)
+from moejax.config_io import to_config_dict, with_recipe
+from moejax.options import choice_problem
+from moejax.routers import ROUTERS
+
+EXPERTS, PER_TOKEN, WIDTH = 32, 4, 64
+TOKEN = PER_TOKEN * WIDTH
+# Trained through all experts, used through a few: as wide as for those.
+DENSE_IN_TRAINING = ("dense_mixer",)
+
+
+def get_config(router: str = "token_choice"):
+    problem = choice_problem("routers.py", router, ROUTERS)
+    if problem:
+        raise ConfigError(problem)
+    base = ExperimentConfig(
+        name=f"router-{router}",
+        model=ModelConfig(
+            vocab_size=2048,
+            d_model=128,
+            num_layers=3,
+            num_dense_layers=1,
+            d_ff=TOKEN + WIDTH,
+            init_std=0.02,
+            attention=AttentionConfig(num_heads=4, num_kv_heads=4, head_dim=32),
+            moe=MoEConfig(
+                num_experts=EXPERTS, experts_per_token=PER_TOKEN, d_expert=WIDTH, shared_experts=1
+            ),
+        ),
+        data=DataConfig(seq_len=128, batch_size=16, validation_fraction=0.05),
+        optimizer=OptimizerConfig(learning_rate=2e-3, warmup_steps=30),
+        train=TrainConfig(steps=300, eval_every=300, eval_batches=40, checkpoint_every=300),
+    )
+    return to_config_dict(same_compute(with_recipe(base, router), router))
+
+
+def same_compute(cfg: ExperimentConfig, router: str) -> ExperimentConfig:
+    """The experiment with experts as wide as the compute of a token allows."""
+    moe, given = cfg.model.moe, dict(ROUTERS[router].recipe)
+    if "model.moe.num_experts" not in given and TOKEN % moe.experts_per_token == 0:
+        moe = dataclasses.replace(moe, num_experts=EXPERTS * moe.experts_per_token // PER_TOKEN)
+    model = dataclasses.replace(cfg.model, moe=moe)
+    if "model.moe.d_expert" not in given:
+        used = PER_TOKEN if router in DENSE_IN_TRAINING else model.experts_used
+        moe = dataclasses.replace(moe, d_expert=max(1, round(TOKEN / used)), d_shared=WIDTH)
+    return dataclasses.replace(cfg, model=dataclasses.replace(model, moe=moe))
+
+
+def get_sweep():
+    return {
+        "variants": {name: {"variant": name} for name in ROUTERS},
+        "seeds": (0, 1, 2),
+        "baseline": "token_choice",
+    }
