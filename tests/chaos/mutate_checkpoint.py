@@ -18,74 +18,10 @@ import sys
 import tempfile
 import warnings
 
+from damage import mutate
+
 ROOT = pathlib.Path(__file__).parents[2]
 BATCH = 25  # mutations read by one process: a death costs only the rest of them
-
-
-def mutate(path: pathlib.Path, rng: random.Random) -> str:
-    """Change one file in one way; returns which."""
-    data = bytearray(path.read_bytes())
-    at = rng.randrange(max(len(data), 1))
-    kinds = [
-        "flip",
-        "zeros",
-        "cut",
-        "empty",
-        "gone",
-        "grow",
-        "swap",
-        "copy",
-        "json",
-        "folder",
-        "link",
-    ]
-    kind = rng.choice(kinds)
-    if kind == "flip" and data:
-        data[at] ^= 1 << rng.randrange(8)
-    elif kind == "zeros":
-        data[at : at + 16] = bytes(len(data[at : at + 16]))
-    elif kind == "cut":
-        del data[at:]
-    elif kind == "empty":
-        data = bytearray()
-    elif kind == "grow":
-        data += rng.randbytes(rng.randrange(1, 100))
-    elif kind == "swap":  # two parts of the file change places
-        data = data[at:] + data[:at]
-    elif kind == "copy":  # another file of the same checkpoint
-        others = sorted(p for p in path.parents[1].rglob("*") if p.is_file())
-        data = bytearray(rng.choice(others).read_bytes())
-    elif kind == "json":
-        data = bytearray(_other_json(bytes(data), rng))
-    if kind in ("gone", "folder", "link"):
-        path.unlink()
-        if kind == "folder":
-            path.mkdir()
-        elif kind == "link":
-            path.symlink_to(path)
-    else:
-        path.write_bytes(data)
-    return kind
-
-
-def _other_json(data: bytes, rng: random.Random) -> bytes:
-    """One value anywhere in a JSON file becomes another; other files get JSON that is none of theirs."""
-    values = [None, True, -1, 0, 1, 10**30, 0.5, "", "x", [], {}, [[]], "float64"]
-    try:
-        tree = json.loads(data)
-    except ValueError:
-        return json.dumps(rng.choice(values)).encode()
-    node, parent, key = tree, None, None
-    while isinstance(node, dict | list) and node and (parent is None or rng.random() < 0.8):
-        parent, key = node, rng.choice(list(node) if isinstance(node, dict) else range(len(node)))
-        node = parent[key]
-    if parent is None:
-        tree = rng.choice(values)
-    elif isinstance(parent, dict) and rng.random() < 0.3:
-        del parent[key]
-    else:
-        parent[key] = rng.choice(values)  # pyright: ignore
-    return json.dumps(tree).encode()
 
 
 def config():
@@ -216,7 +152,7 @@ def _read_apart(folders: list[str], right: dict) -> list[dict]:
         if code and len(lines) < len(rest):
             results.append({"is": "TRACEBACK", "text": f"exit {code}: {err[-500:]}"})
         elif "Traceback" in err:
-            results[-1] = {"is": "TRACEBACK", "text": err[-1500:]}
+            results[-1] = {"is": "TRACEBACK", "text": err[:3000]}
     return results
 
 
