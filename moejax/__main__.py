@@ -19,6 +19,7 @@ usage: moejax COMMAND [flags]      (moejax COMMAND --help explains each)
   export    --workdir=runs/model --hf_dir=DIR                              a Hugging Face folder from a run
   routers   [NAME]                                                         the table of routers, or one's page
   plan      MODEL | --config=.. | --hf_config=..                           what a model costs, before it runs
+  compare   RUN RUN .. | SWEEP                                             runs and seeds side by side
   models    MODEL MODEL ..                                                 published models side by side"""
 
 

@@ -1,4 +1,4 @@
-"""`moejax sweep`: runs the variants and seeds of an experiment file that are missing."""
+"""`moejax sweep`: runs the variants and seeds of an experiment file that are missing, and compares them."""
 
 import dataclasses
 import pathlib
@@ -55,7 +55,9 @@ def main(argv: list[str]) -> int:
     if fv.dry_run:
         return 0
     sweep.write(root, _record(plan, root))
-    return run_jobs(jobs, fv.jobs)
+    ended = run_jobs(jobs, fv.jobs)
+    _compare(root)
+    return ended
 
 
 def _seeds(texts: list[str]) -> tuple[int, ...]:
@@ -148,3 +150,17 @@ def _record(plan: Sweep, root: pathlib.Path) -> dict:
         "seeds": plan.seeds,
         "common": plan.common,
     }
+
+
+def _compare(root: pathlib.Path) -> None:
+    """Print the comparison of what is finished."""
+    from moejax.evals.comparison import compare
+    from moejax.evals.comparison_tables import tables
+
+    try:
+        found = compare([root])
+    except ConfigError as e:  # nothing is finished, or variants have vocabularies of their own
+        print(f"no comparison: {e}")
+        return
+    print("\n" + render(tables(found)), end="")
+    print(f"\nmoejax compare {root} --page=comparison.html draws the curves")

@@ -2,7 +2,7 @@
 
 FOLDER/sweep.json           the experiment file, its variants, seeds and baseline
 FOLDER/VARIANT/seed_0/      the folder of a run
-FOLDER/VARIANT/seed_0.log   what its process printed
+FOLDER/logs/VARIANT.0       what its process printed
 """
 
 import json
@@ -20,7 +20,7 @@ def run_folder(root: pathlib.Path, variant: str, seed: int) -> pathlib.Path:
 
 
 def log_file(root: pathlib.Path, variant: str, seed: int) -> pathlib.Path:
-    return root / variant / f"{_SEED}{seed}.log"
+    return root / "logs" / f"{variant}.{seed}"
 
 
 def write(root: pathlib.Path, values: dict) -> None:
@@ -55,10 +55,15 @@ def seeds_of(variant: pathlib.Path) -> list[pathlib.Path]:
     """The folders of the runs of one variant, by seed."""
     seeds = {}
     for path in variant.iterdir():
-        number = path.name.removeprefix(_SEED)
-        if path.name != number and number.isascii() and number.isdigit() and is_run(path):
-            seeds[int(number)] = path
+        if is_seed(path) and is_run(path):
+            seeds[int(path.name.removeprefix(_SEED))] = path
     return [seeds[s] for s in sorted(seeds)]
+
+
+def is_seed(path: pathlib.Path) -> bool:
+    """Whether a folder is called as a run of a sweep is."""
+    number = path.name.removeprefix(_SEED)
+    return path.name != number and number.isascii() and number.isdigit()
 
 
 def is_run(path: pathlib.Path) -> bool:

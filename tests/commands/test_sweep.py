@@ -366,6 +366,7 @@ def test_a_real_sweep_goes_on_after_a_kill_and_ends_with_the_comparison(tmp_path
     assert done.returncode == 0, done.stdout + done.stderr
     assert "moe/seed_0: goes on from step" in done.stdout
     assert "moe/seed_1: finished in" in done.stdout
+    assert "What it gives" in done.stdout and "loss by seed" in done.stdout
     alone = [sys.executable, "-m", "moejax", "train", "--noreport", f"--config={QUICKSTART}"]
     alone += [f"--workdir={whole}", *flags, "--config.train.seed=1", "--config.data.seed=1"]
     subprocess.run(alone, env=env, capture_output=True, check=True, timeout=600)
