@@ -3,12 +3,33 @@
 import dataclasses
 
 from moejax.options import ConfigError, choice_problem
-from moejax.routers import expert_choice, token_choice
+from moejax.routers import (
+    ada_moe,
+    deepseek_v4_hash,
+    dyn_moe,
+    expert_choice,
+    expert_threshold,
+    hashed,
+    longcat,
+    moe_pp,
+    remoe,
+    token_choice,
+    top_p,
+)
 from moejax.routers.contract import Router, RouterOptions
 
 ROUTERS: dict[str, Router] = {
     "token_choice": token_choice.ROUTER,
     "expert_choice": expert_choice.ROUTER,
+    "remoe": remoe.ROUTER,
+    "top_p": top_p.ROUTER,
+    "dyn_moe": dyn_moe.ROUTER,
+    "expert_threshold": expert_threshold.ROUTER,
+    "ada_moe": ada_moe.ROUTER,
+    "moe_pp": moe_pp.ROUTER,
+    "longcat": longcat.ROUTER,
+    "hash": hashed.ROUTER,
+    "deepseek_v4_hash": deepseek_v4_hash.ROUTER,
 }
 DEFAULT = "token_choice"
 

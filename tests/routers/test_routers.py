@@ -33,6 +33,14 @@ VARIANTS = {
         "gpt-oss": dict(normalize_weights=True, router_bias=True),
     },
     "expert_choice": {"tight": dict(capacity_factor=0.5, routed_scaling=2.0, router_bias=True)},
+    "remoe": {"at most 2": dict(max_experts=2, coefficient=0.1)},
+    "top_p": {"at most 3": dict(max_experts=3, threshold=0.9, entropy_loss=0.0)},
+    "dyn_moe": {"at most 2": dict(max_experts=2, diversity_loss=0.0)},
+    "expert_threshold": {"at most 2": dict(max_experts=2, bins=16)},
+    "ada_moe": {"2 null": dict(null_experts=2)},
+    "moe_pp": {"no residual": dict(gating_residual=False, zero_experts=0, tau=0.5)},
+    "longcat": {"3 identity": dict(identity_experts=3, expected_experts=1.5)},
+    "deepseek_v4_hash": {"scores": dict(hash_layers=0), "table": dict(hash_layers=1)},
 }
 CASES = {
     f"{name}, {variant}": (name, options)
