@@ -155,8 +155,11 @@ def facts(name: str) -> Facts:
     state = jax.eval_shape(lambda: router.init_state(static, 0))
 
     def traced(params, state, x_TD, ids_T, key):
-        return router.route(params, state, tokens_of(x_TD, 32, ids_T=ids_T, key=key), static)
+        carried_TW = jnp.zeros((64, width)) if width else None
+        tokens = tokens_of(x_TD, 32, ids_T=ids_T, key=key, carried_TW=carried_TW)
+        return router.route(params, state, tokens, static)
 
+    width = router.carries(static)
     x_TD, ids_T = jnp.zeros((64, static.d_model)), jnp.zeros(64, jnp.int32)
     out = jax.eval_shape(traced, params, state, x_TD, ids_T, jax.random.key(0))
     kinds = router.specials(static)

@@ -5,18 +5,19 @@ LEFT_OUT: tuple[tuple[str, str, str], ...] = (
     (
         "hash, balanced by frequency",
         "Hash Layers, 2106.04426",
-        "its table is made from how often each entry of the vocabulary occurs in the training text, and a router "
-        "is made before there is a text",
+        "its table is made from how often each entry of the vocabulary occurs in the training text, and a "
+        "router is made before there is a text",
     ),
     (
         "hash of bigrams, clustered hash",
         "Hash Layers, 2106.04426",
-        "a bigram's route looks at the token before, and decoding shows a router one token; clusters need a trained "
-        "model's embeddings",
+        "a bigram's route looks at the token before, and decoding shows a router one token; clusters need a "
+        "trained model's embeddings",
     ),
     (
         "DynMoE's changing number of experts",
         "DynMoE, 2405.14297",
-        "arrays have fixed shapes in a run: dyn_moe has the gate and the losses, with a fixed number of experts",
+        "arrays have fixed shapes in a run: dyn_moe has the gate and the losses, with a fixed number of "
+        "experts",
     ),
 )

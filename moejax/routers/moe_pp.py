@@ -26,9 +26,9 @@ from moejax.routers.contract import Routed, Router, RouterConfig, RouterOptions,
 
 @dataclasses.dataclass(frozen=True)
 class Options(RouterOptions):
-    zero_experts: int = number(1, least=0)
-    copy_experts: int = number(1, least=0)
-    constant_experts: int = number(2, least=0)
+    zero_experts: int = number(1, least=0)  # a route to one adds nothing
+    copy_experts: int = number(1, least=0)  # adds the token itself
+    constant_experts: int = number(2, least=0)  # adds a mix of the token and a learned vector
     tau: float = number(0.75, above=0, most=1)  # weight in the loss of experts that cost nothing
     gating_residual: bool = True  # scores start from the layer before
 

@@ -52,6 +52,7 @@ def pytest_terminal_summary(terminalreporter, config):
         "padded",
         "gradient",
         "balance loss",
+        "router",
         "routes equal",
         "tokens equal",
     ]
