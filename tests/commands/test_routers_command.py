@@ -57,8 +57,8 @@ def test_the_flags_of_a_page_work(name):
 
 
 def test_a_page_is_made_between_its_marks():
-    made = routers.in_page(f"before\n{routers.BEGIN}\nold\n{routers.END}\nafter\n")
-    assert made.startswith("before\n") and made.endswith("after\n") and "old" not in made
+    made = routers.in_page(f"before\n{routers.BEGIN}\nstale page\n{routers.END}\nafter\n")
+    assert made.startswith("before\n") and made.endswith("after\n") and "stale page" not in made
     assert "| [token_choice](#token_choice) | DeepSeekMoE, [2401.06066](https://arxiv.org" in made
     with pytest.raises(ConfigError, match=r"x.md: no line <!-- begin"):
         routers.in_page("nothing", "x.md")
