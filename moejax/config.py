@@ -145,6 +145,7 @@ class ModelConfig:
             d_model=self.d_model,
             vocab_size=self.vocab_size,
             num_layers=self.num_moe_layers,
+            shared_experts=self.moe.shared_experts,
             init_std=self.init_std,
             balance=BalanceConfig() if balance is None else balance,
         )

@@ -78,10 +78,15 @@ def every_kind() -> dict[str, type]:
 
 def with_router(cfg: ExperimentConfig, name: str) -> ExperimentConfig:
     """The experiment with another router: options that both routers have by name keep their values, the others
-    are the new router's defaults. Raises ConfigError for a router that is not in the table."""
+    are the new router's defaults. A router that is another one with options as published has all of those: its
+    options are what it is. Raises ConfigError for a router that is not in the table."""
     moe, old = cfg.model.moe, cfg.model.moe.router
     new = router_options(name)
+    if name == old.name:
+        return cfg
     both = {f.name for f in dataclasses.fields(new)} & {f.name for f in dataclasses.fields(old)}
+    if name not in _by_options():
+        both = set()
     kept = {key: getattr(old, key) for key in both - {"name"}}
     moe = dataclasses.replace(moe, router=dataclasses.replace(new, **kept))
     return dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, moe=moe))
@@ -99,10 +104,18 @@ def with_recipe(cfg: ExperimentConfig, name: str) -> ExperimentConfig:
     return from_config_dict(values)
 
 
+def _by_options() -> list[str]:
+    """The routers without those that are another one with options as published."""
+    first: dict[type, str] = {}
+    for name, router in ROUTERS.items():
+        first.setdefault(type(router.options), name)
+    return list(first.values())
+
+
 def unknown_key(key: str, known: dict[str, type]) -> str:
     """What to say of a dotted key that is not among the `kinds` of its config: where it is, or the nearest."""
     group, _, last = key.rpartition(".")
-    owners = [n for n in ROUTERS if last in kinds(router_options(n))]
+    owners = [n for n in _by_options() if last in kinds(router_options(n))]
     if owners and group.endswith("router"):
         return (
             f"{key} is an option of the router {' and '.join(owners)}: "

@@ -36,6 +36,7 @@ def sizes(router: Router, balance: BalanceConfig | None = None, **options) -> Ro
         d_model=16,
         vocab_size=32,
         num_layers=2,
+        shared_experts=2,
         init_std=0.5,
         balance=balance or BalanceConfig(),
     )

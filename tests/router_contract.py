@@ -79,6 +79,9 @@ def check_shapes_and_dtypes(router: Router, cfg: RouterConfig) -> None:
         if out.scores_TE is not None:
             chex.assert_shape(out.scores_TE, (T, cfg.num_experts))
             chex.assert_type(out.scores_TE, jnp.float32)
+        if out.shared_TS is not None:
+            chex.assert_shape(out.shared_TS, (T, cfg.shared_experts))
+            chex.assert_type(out.shared_TS, jnp.float32)
         chex.assert_tree_all_finite(out)
 
 
@@ -111,6 +114,8 @@ def check_padding(router: Router, cfg: RouterConfig) -> None:
     else:
         assert not np.asarray(out.routing.dispatch_TEC)[idle].any()
         assert not np.asarray(out.routing.combine_TEC)[idle].any()
+    if out.shared_TS is not None:
+        assert not np.asarray(out.shared_TS)[idle].any(), "shared experts weigh nothing there"
     x_TD, ids_T = jnp.where(idle[:, None], 5.0, g.x_TD), jnp.where(idle, 1, g.ids_T)
     changed = route(router, cfg, g._replace(x_TD=x_TD, ids_T=ids_T))
     same([out.routing, out.losses, out.stats], [changed.routing, changed.losses, changed.stats])
@@ -203,6 +208,7 @@ def check_gradients(router: Router, cfg: RouterConfig) -> None:
     def total(params, x_TD):
         out = route(router, cfg, g._replace(params=params, x_TD=x_TD))
         weights = [a for a in out.routing if jnp.issubdtype(a.dtype, jnp.floating)]
+        weights += [] if out.shared_TS is None else [out.shared_TS]
         weights += [] if out.carry_TW is None else [out.carry_TW * MASK_T[:, None]]
         return sum((w**2).sum() for w in weights) + sum(out.losses.values(), 0.0)
 

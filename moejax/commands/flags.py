@@ -41,7 +41,8 @@ _HELP = f"""
 --config=FILE.py[:ARGUMENT] is a Python file with get_config([ARGUMENT]). --config.KEY=VALUE changes a key of
 moejax/config.py; a tuple is written as in Python: --config.data.sources="('a=x.txt', 'b=y.txt')".
 --config.{_ROUTER}=NAME chooses another router ({", ".join(ROUTERS)}). Options that
-both routers have keep their values, those that only the old one has are gone. The new router's other options
+both routers have keep their values, those that only the old one has are gone. A router that is another one
+with options as published (mixtral, switch) has all of those. The new router's other options
 are at their defaults unless the same command sets them."""
 
 

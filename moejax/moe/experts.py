@@ -94,10 +94,19 @@ def ffn_param_specs(
     return _specs((), (axes.EMBED, axes.MLP), d_model, width, activation, bias, std)
 
 
-def ffn(params: Params, x: jax.Array, act: Activation) -> jax.Array:
-    """The FFN of x (..., D) -> (..., D), computed in x's dtype."""
+def ffn(
+    params: Params, x: jax.Array, act: Activation, weights: jax.Array | None = None
+) -> jax.Array:
+    """The FFN of x (..., D) -> (..., D), computed in x's dtype.
+
+    `weights` (..., S): the FFN is S equal ones side by side, and this is the weight of each one's output.
+    b_down, which is of all of them, is added as it is. S divides the width.
+    """
     gate = _linear(params, "gate", x) if act.gated else None
-    return _linear(params, "down", act.apply(gate, _linear(params, "up", x)))
+    h = act.apply(gate, _linear(params, "up", x))
+    if weights is not None:
+        h = h * jnp.repeat(weights.astype(h.dtype), h.shape[-1] // weights.shape[-1], axis=-1)
+    return _linear(params, "down", h)
 
 
 def _linear(params, name, x):

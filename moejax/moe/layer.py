@@ -119,6 +119,7 @@ def moe(
         routing,
         cfg.moe,
         compute,
+        weighs_inputs=router.weighs_inputs(static),
         capacity_factor=objective.capacity_factor if objective else 0.0,
         layout=layout,
         stack=stack,
@@ -128,7 +129,8 @@ def moe(
         y_TD = y_TD + specials.combine(params.get("specials", {}), x_TD, special_TN, kinds)
     y_BSD = y_TD.reshape(b, s, d)
     if "shared" in params:
-        shared_BSD = ffn(params["shared"], x_BSD, of_experts(cfg.moe))
+        weights = None if out.shared_TS is None else out.shared_TS.reshape(b, s, -1)
+        shared_BSD = ffn(params["shared"], x_BSD, of_experts(cfg.moe), weights)
         if "shared_gate" in params:
             gate = jax.nn.sigmoid(jnp.dot(x_BSD, params["shared_gate"].astype(x_BSD.dtype)))
             shared_BSD = gate * shared_BSD

@@ -71,6 +71,8 @@ class Routed(NamedTuple):
         whole batch. Micro-batches and devices add them up. No gradient.
       scores_TE: affinities before any bias, for whoever looks at single tokens; None if the router has none.
       carry_TW: float32, what the next layer's router receives as `carried_TW`; None if it carries nothing.
+      shared_TS: float32, each token's weight on the output of each of the S shared experts, 0 for padding;
+        None: all weigh 1.
     """
 
     routing: Any
@@ -78,6 +80,7 @@ class Routed(NamedTuple):
     stats: dict[str, jax.Array]
     scores_TE: jax.Array | None = None
     carry_TW: jax.Array | None = None
+    shared_TS: jax.Array | None = None
 
 
 # --------------------------------------------------------------------------------------------------
@@ -173,6 +176,7 @@ class RouterConfig:
       num_experts: E; special experts are not among them.
       experts_per_token: K.
       d_model, vocab_size, num_layers: sizes of the model; layers with a router only.
+      shared_experts: S, beside the routed ones.
       init_std: for parameters that start at random.
       balance: what the step is trained for besides the text; all off where nothing is trained.
     """
@@ -183,6 +187,7 @@ class RouterConfig:
     d_model: int
     vocab_size: int
     num_layers: int = 1
+    shared_experts: int = 0
     init_std: float = 0.006
     balance: BalanceConfig = dataclasses.field(default_factory=BalanceConfig)
 
@@ -233,6 +238,8 @@ class Router:
       carries: `(cfg) -> W`, the width of what passes from one layer's router to the next, beside the hidden
         state; 0: nothing does.
       pooled: stats that `update` sees summed over all layers, for a rule that looks at the whole model.
+      weighs_inputs: `(cfg) -> whether` the weights of its `Routing` multiply what an expert reads, not what it
+        returns: y = sum_k E_k(w_k x). Special experts are weighed as ever.
       balance: fields of `BalanceConfig` that it honours; any other that is set is refused.
       problems: `(cfg, prefix) -> sentences` about options that do not fit together. A key is written
         `{prefix}num_experts`, `{prefix}router.<option>` or `objective.<field>`.
@@ -254,5 +261,6 @@ class Router:
     routes_per_token: Callable[[RouterConfig], int] = lambda cfg: cfg.experts_per_token
     carries: Callable[[RouterConfig], int] = lambda cfg: 0
     pooled: tuple[str, ...] = ()
+    weighs_inputs: Callable[[RouterConfig], bool] = lambda cfg: False
     balance: tuple[str, ...] = ()
     problems: Callable[[RouterConfig, str], list[str]] = lambda cfg, prefix: []

@@ -32,6 +32,15 @@ def linear_specs(cfg: RouterConfig) -> dict:
     return specs
 
 
+def jitter(x_TD: jax.Array, key: jax.Array | None, epsilon: float) -> jax.Array:
+    """x times uniform noise from [1 - epsilon, 1 + epsilon], drawn for every element, in float32; x as it is
+    without a key. Switch Transformer (2101.03961 section 2.4)."""
+    if key is None or epsilon == 0:
+        return x_TD
+    dtype = jnp.promote_types(x_TD.dtype, jnp.float32)
+    return x_TD.astype(dtype) * jax.random.uniform(key, x_TD.shape, dtype, 1 - epsilon, 1 + epsilon)
+
+
 SCORES = ("softmax", "sigmoid", "sqrt_softplus")
 
 
@@ -54,6 +63,35 @@ def entropy_sum(scores_TE: jax.Array, mask_T: jax.Array) -> jax.Array:
 def chosen(index_TK: jax.Array, num_experts: int, dtype) -> jax.Array:
     """One-hot [T, K, E] of the chosen experts; an empty slot (-1) is all zeros."""
     return jax.nn.one_hot(index_TK, num_experts, dtype=dtype)
+
+
+def select(choice_TE: jax.Array, tokens: Tokens, cfg: RouterConfig) -> jax.Array:
+    """expert_index_TK: the K largest of each token or those it is forced to, -1 for padding."""
+    index_TK = tokens.forced_TK
+    if index_TK is None:
+        choice_TE = jax.lax.stop_gradient(choice_TE)
+        index_TK = jax.lax.top_k(choice_TE, cfg.experts_per_token)[1]
+    return jnp.where(tokens.mask_T[:, None] > 0, index_TK, -1).astype(jnp.int32)
+
+
+def pick(values_TE: jax.Array, chosen_TKE: jax.Array) -> jax.Array:
+    """The chosen of values (T, E) or (1, E), 0 in an empty slot. A product with the one-hot, not a gather: its
+    gradient is not a scatter."""
+    return (chosen_TKE * values_TE[:, None, :]).sum(axis=-1)
+
+
+def divided(values_TN: jax.Array, by_T1: jax.Array) -> jax.Array:
+    """values / by. Where `by` is 0 there are no weights at all (padding): dividing by 1 keeps their gradient 0
+    where 0/1e-20 would be NaN."""
+    return values_TN / jnp.where(by_T1 > 0, by_T1 + 1e-20, 1.0)
+
+
+def p_norm(weights_TK: jax.Array, power: float) -> jax.Array:
+    """(sum_k w_k^p)^(1/p) of weights that are not negative, (T, 1)."""
+    if power == 1:
+        return weights_TK.sum(axis=-1, keepdims=True)
+    powers_T1 = (weights_TK**power).sum(axis=-1, keepdims=True)
+    return jnp.where(powers_T1 > 0, jnp.where(powers_T1 > 0, powers_T1, 1.0) ** (1 / power), 0.0)
 
 
 def group_load(routes_TE: jax.Array, num_groups: int) -> jax.Array:

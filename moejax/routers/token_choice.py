@@ -17,7 +17,9 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+from moejax import axes
 from moejax.options import Problems, choice, divisors_text, number
+from moejax.params import ParamSpec
 from moejax.routers import balance, parts
 from moejax.routers.contract import Routed, Router, RouterConfig, RouterOptions, Routing, Tokens
 
@@ -25,17 +27,42 @@ from moejax.routers.contract import Routed, Router, RouterConfig, RouterOptions,
 @dataclasses.dataclass(frozen=True)
 class Options(RouterOptions):
     score: str = choice(*parts.SCORES)  # 'softmax' (v1, V2), 'sigmoid' (V3), 'sqrt_softplus' (V4)
-    normalize_weights: bool = False  # divide the K chosen weights by their sum
+    normalize_weights: bool = False  # divide the K chosen weights by their norm
+    norm_power: float = number(1.0, above=0)  # p of the norm (sum w^p)^(1/p); 1: the sum (DBRX)
+    # Divide by the sum of the chosen and the shared experts' scores instead. The shared ones then have logits
+    # and weights, too, and a learned factor multiplies all (Inkling).
+    normalize_with_shared: bool = False
     routed_scaling: float = number(1.0, above=0)  # multiply the weights (V3: 2.5)
     router_bias: bool = False  # bias on the logits, learned by gradient (gpt-oss)
     # Bias on the scores for selection only, moved by the rule objective.bias_update (V3); kept as it is
     # without one.
     expert_bias: bool = False
+    # What is ranked, and what the selection bias is added to: the scores, or the logits (kolibri1).
+    select_by: str = choice("score", "logit")
     # Group-limited selection: equal groups of experts; 1: no limit.
     num_groups: int = number(1, least=1)
     topk_groups: int = 1  # groups that a token may reach
     # What a group is worth: its best member (V2), or its two best biased scores (V3).
     group_score: str = choice("max", "top2_sum")
+    jitter: float = number(0.0, least=0, below=1)  # noise on the router's input (Switch 0.01)
+    input_norm: bool = False  # RMSNorm with a learned scale on the router's input (Gemma 4)
+    expert_scale: bool = False  # a learned factor for the weight of each expert (Gemma 4)
+    weigh_inputs: bool = False  # the weights multiply what experts read instead (Llama 4)
+
+
+def param_specs(cfg: RouterConfig) -> dict:
+    o = cfg.options
+    shared = cfg.shared_experts if o.normalize_with_shared else 0
+    specs = {"kernel": parts.kernel_spec(cfg, cfg.num_experts + shared)}
+    if o.router_bias:
+        specs["bias"] = ParamSpec((cfg.num_experts + shared,), (None,), init="zeros")
+    if o.input_norm:
+        specs["input_scale"] = ParamSpec((cfg.d_model,), (axes.EMBED,), init="ones")
+    if o.expert_scale:
+        specs["expert_scale"] = ParamSpec((cfg.num_experts,), (None,), init="ones")
+    if o.normalize_with_shared:
+        specs["scale"] = ParamSpec((1,), (None,), init="ones")
+    return specs
 
 
 def init_state(cfg: RouterConfig, layer: int) -> dict:
@@ -64,29 +91,50 @@ def limit_groups(choice_TE: jax.Array, options: Options) -> jax.Array:
     return jnp.where(keep_TG[:, :, None], groups_TGe, -jnp.inf).reshape(t, -1)
 
 
+def all_logits(params: dict, tokens: Tokens, cfg: RouterConfig) -> jax.Array:
+    """Logits of the experts, and of the shared ones after them where those have any: (T, E + S)."""
+    x_TD = parts.jitter(tokens.x_TD, tokens.key, cfg.options.jitter)
+    if "input_scale" in params:
+        x_TD = x_TD.astype(jnp.promote_types(x_TD.dtype, jnp.float32))
+        x_TD = x_TD * jax.lax.rsqrt((x_TD**2).mean(axis=-1, keepdims=True) + 1e-6)
+        x_TD = x_TD * params["input_scale"].astype(x_TD.dtype)[None] * cfg.d_model**-0.5
+    return parts.logits(params, x_TD)
+
+
+def weigh(params, scores_TE, shared_TS, chosen_TKE, cfg: RouterConfig):
+    """weights_TK of the chosen experts and, if the shared ones are normalised with them, weights of those."""
+    o = cfg.options
+    weights_TK = parts.pick(scores_TE, chosen_TKE)
+    if o.normalize_with_shared:
+        shared_TS = shared_TS * chosen_TKE.max(axis=(1, 2))[:, None]  # none for padding
+        both_T1 = parts.p_norm(jnp.concatenate([weights_TK, shared_TS], axis=-1), 1.0)
+        factor = o.routed_scaling * params["scale"].astype(weights_TK.dtype)[0]
+        return factor * parts.divided(weights_TK, both_T1), factor * parts.divided(
+            shared_TS, both_T1
+        )
+    if o.normalize_weights:
+        weights_TK = parts.divided(weights_TK, parts.p_norm(weights_TK, o.norm_power))
+    weights_TK = weights_TK * o.routed_scaling
+    if "expert_scale" in params:
+        scale_E = params["expert_scale"].astype(weights_TK.dtype)
+        weights_TK = weights_TK * parts.pick(scale_E[None], chosen_TKE)
+    return weights_TK, None
+
+
 def route(params: dict, state: dict, tokens: Tokens, cfg: RouterConfig) -> Routed:
     """g_i = s_i of the K largest s_i + b_i (2412.19437 eq. 13-16); see `Router.route`."""
     options = cfg.options
-    logits_TE = parts.logits(params, tokens.x_TD)
+    all_TN = all_logits(params, tokens, cfg)
+    logits_TE, shared_TS = all_TN[:, : cfg.num_experts], all_TN[:, cfg.num_experts :]
     scores_TE = parts.score(logits_TE, options.score)
 
-    if tokens.forced_TK is None:
-        choice_TE = jax.lax.stop_gradient(scores_TE)
-        if "expert_bias" in state:
-            choice_TE = choice_TE + state["expert_bias"].astype(choice_TE.dtype)[None]
-        _, index_TK = jax.lax.top_k(limit_groups(choice_TE, options), cfg.experts_per_token)
-    else:
-        index_TK = tokens.forced_TK
-    index_TK = jnp.where(tokens.mask_T[:, None] > 0, index_TK, -1).astype(jnp.int32)
-
-    # A product with the one-hot, not a gather: its gradient is not a scatter.
+    choice_TE = logits_TE if options.select_by == "logit" else scores_TE
+    if "expert_bias" in state:
+        choice_TE = choice_TE + state["expert_bias"].astype(choice_TE.dtype)[None]
+    index_TK = parts.select(limit_groups(choice_TE, options), tokens, cfg)
     chosen_TKE = parts.chosen(index_TK, cfg.num_experts, scores_TE.dtype)
-    weights_TK = (chosen_TKE * scores_TE[:, None, :]).sum(axis=-1)
-    if options.normalize_weights:
-        total_T1 = weights_TK.sum(axis=-1, keepdims=True)
-        # Padding has no weights at all: dividing by 1 keeps its gradient 0 where 0/1e-20 would be NaN.
-        weights_TK = weights_TK / jnp.where(total_T1 > 0, total_T1 + 1e-20, 1.0)
-    weights_TK = weights_TK * options.routed_scaling
+    shared_TS = parts.score(shared_TS, options.score)
+    weights_TK, shared_TS = weigh(params, scores_TE, shared_TS, chosen_TKE, cfg)
 
     routes_TE = jax.lax.stop_gradient(chosen_TKE.sum(axis=1))
     stats = parts.token_stats(routes_TE, scores_TE, tokens, cfg)
@@ -103,7 +151,7 @@ def route(params: dict, state: dict, tokens: Tokens, cfg: RouterConfig) -> Route
         ),
         normalized=options.score == "softmax",
     )
-    return Routed(Routing(index_TK, weights_TK), losses, stats, scores_TE)
+    return Routed(Routing(index_TK, weights_TK), losses, stats, scores_TE, shared_TS=shared_TS)
 
 
 def update(state: dict, stats: dict, cfg: RouterConfig) -> dict:
@@ -132,6 +180,21 @@ def problems(cfg: RouterConfig, prefix: str) -> list[str]:
         f"objective.communication_loss={b.communication_loss} counts devices as groups: "
         f"objective.balance_groups={b.balance_groups} must equal {key}num_groups={o.num_groups}",
     )
+    if o.normalize_with_shared:
+        out.need(
+            cfg.shared_experts >= 1,
+            f"{key}normalize_with_shared=True needs {prefix}shared_experts >= 1, not {cfg.shared_experts}",
+        )
+        out.need(
+            o.score != "softmax",
+            f"{key}normalize_with_shared=True sums scores of their own: {key}score='sigmoid' or "
+            "'sqrt_softplus' would work",
+        )
+        out.need(
+            not o.normalize_weights and not o.expert_scale,
+            f"{key}normalize_with_shared=True has its own weights: set {key}normalize_weights=False and "
+            f"{key}expert_scale=False",
+        )
     if o.num_groups <= 1:
         return out
     size = e // o.num_groups
@@ -163,10 +226,11 @@ ROUTER = Router(
     route=route,
     form="token",
     causal=True,
-    param_specs=parts.linear_specs,
+    param_specs=param_specs,
     init_state=init_state,
     update=update,
     linear_losses=linear_losses,
+    weighs_inputs=lambda cfg: cfg.options.weigh_inputs,
     balance=tuple(f.name for f in dataclasses.fields(balance.BalanceConfig)),
     problems=problems,
 )

@@ -10,7 +10,7 @@ from absl import flags
 import moejax
 from moejax.commands import flags as command_flags
 from moejax.config import ConfigError, ExperimentConfig
-from moejax.routers import router_options
+from moejax.routers import ROUTERS, router_options
 
 ROOT = pathlib.Path(moejax.__file__).parents[1]
 USAGE = "usage: moejax try --size=3"
@@ -302,9 +302,9 @@ OVERRIDES = {
         "choose it by model.moe.router.name=expert_choice",
     "model.moe.router.scor=softmax": "unknown key model.moe.router.scor; did you mean model.moe.router.score?",
     "model.moe.router.name=expert":
-        "model.moe.router.name='expert': did you mean 'expert_choice'? choices are token_choice, expert_choice",
-    "model.moe.router.name": "model.moe.router.name='': choices are token_choice, expert_choice",
-    "model.moe.router.name=": "model.moe.router.name='': choices are token_choice, expert_choice",
+        "model.moe.router.name='expert': did you mean 'expert_choice'? choices are " + ", ".join(ROUTERS),
+    "model.moe.router.name": "model.moe.router.name='': choices are " + ", ".join(ROUTERS),
+    "model.moe.router.name=": "model.moe.router.name='': choices are " + ", ".join(ROUTERS),
     # Values that the checks refuse.
     "compute.remat=ful": "compute.remat='ful': did you mean 'full'? choices are none, full, dots",
     "train.steps=0": "train.steps=0 must be at least 1",

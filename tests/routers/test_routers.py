@@ -31,6 +31,12 @@ VARIANTS = {
         "V3": V3,
         "groups": dict(score="sqrt_softplus", num_groups=2, topk_groups=1, group_score="top2_sum"),
         "gpt-oss": dict(normalize_weights=True, router_bias=True),
+        "2-norm, noise": dict(normalize_weights=True, norm_power=2.0, jitter=0.1),
+        "Llama 4": dict(score="sigmoid", select_by="logit", weigh_inputs=True),
+        "Gemma 4": dict(normalize_weights=True, input_norm=True, expert_scale=True),
+        "Inkling": dict(
+            score="sigmoid", normalize_with_shared=True, router_bias=True, routed_scaling=8.0
+        ),
     },
     "expert_choice": {"tight": dict(capacity_factor=0.5, routed_scaling=2.0, router_bias=True)},
     "remoe": {"at most 2": dict(max_experts=2, coefficient=0.1)},
@@ -42,9 +48,12 @@ VARIANTS = {
     "longcat": {"3 identity": dict(identity_experts=3, expected_experts=1.5)},
     "deepseek_v4_hash": {"scores": dict(hash_layers=0), "table": dict(hash_layers=1)},
 }
+# Values of token_choice are told apart by its variants. All checks on each would be the same code many times.
+VALUES = [name for name, router in ROUTERS.items() if router.route is token_choice.route][1:]
 CASES = {
     f"{name}, {variant}": (name, options)
     for name in ROUTERS
+    if name not in VALUES
     for variant, options in {"defaults": {}, **VARIANTS.get(name, {})}.items()
 }
 
@@ -54,6 +63,15 @@ CASES = {
 def test_contract(case, check):
     name, options = CASES[case]
     CHECKS[check](ROUTERS[name], sizes(ROUTERS[name], **options))
+
+
+@pytest.mark.parametrize(
+    "check", ["declaration", "indices", "padding", "causality", "forced routes"]
+)
+@pytest.mark.parametrize("name", VALUES)
+def test_contract_of_values(name, check):
+    groups = dict(num_groups=2, topk_groups=1) if ROUTERS[name].options.num_groups > 1 else {}
+    CHECKS[check](ROUTERS[name], sizes(ROUTERS[name], **groups))
 
 
 def test_the_table():
