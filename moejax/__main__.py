@@ -5,7 +5,8 @@ import importlib
 import os
 import sys
 
-from moejax.config import ConfigError
+from moejax.commands import compile_cache
+from moejax.options import ConfigError
 
 USAGE = """\
 usage: moejax COMMAND [flags]      (moejax COMMAND --help explains each)
@@ -51,6 +52,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"moejax: unknown command {command!r}{hint}\n{USAGE}", file=sys.stderr)
         return 2
     try:
+        compile_cache.turn_on()  # before a command imports JAX
         code = importlib.import_module(COMMANDS[command]).main(rest)
         sys.stdout.flush()
         return code

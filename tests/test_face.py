@@ -12,8 +12,8 @@ def test_every_name_is_there():
     assert set(moejax.__all__) == set(moejax._HOMES)
 
 
-def test_the_package_alone_loads_no_jax():
-    code = "import moejax, sys; assert 'jax' not in sys.modules, 'jax was loaded'"
+def test_the_package_and_help_load_no_jax():
+    code = "import moejax, moejax.__main__, sys; assert 'jax' not in sys.modules, 'jax was loaded'"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
 

@@ -9,7 +9,6 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-from tqdm import tqdm
 
 from moejax.config import ConfigError, ExperimentConfig
 from moejax.cost.receipt import RunPlan, model_flops_per_token, plan_run
@@ -29,6 +28,7 @@ from moejax.train import processes
 from moejax.train.metrics import Log, Meter, scalars
 from moejax.train.optimizer import optimizer_of, split_trained
 from moejax.train.prolong import check_schedule
+from moejax.train.show import Show
 from moejax.train.signals import StopRequest
 from moejax.train.state import (
     TrainState,
@@ -184,13 +184,7 @@ def _run(s: Session, state: TrainState, key: jax.Array, stop: StopRequest) -> di
     results: dict = {}
     meter = Meter()
     first = int(state.step)
-    bar = tqdm(
-        total=train_cfg.steps,
-        initial=first,
-        desc=s.cfg.name,
-        unit="step",
-        disable=not processes.is_first(),
-    )
+    show = Show(s.cfg.name, first, train_cfg.steps, on=processes.is_first())
     bad_before = None
     for done in range(first + 1, train_cfg.steps + 1):
         batch = place_rows(next(s.data), s.layout, s.cfg.data.batch_size)
@@ -203,17 +197,17 @@ def _run(s: Session, state: TrainState, key: jax.Array, stop: StopRequest) -> di
         asked = stop.now(done)  # asked once: a signal during this step stops the next one
         last = done == train_cfg.steps or asked
         if done % train_cfg.log_every == 0 or last:
-            bar.set_postfix(_log_step(s, done, jax.device_get(metrics), meter))
-        bar.update()
+            show.values(done, *_log_step(s, done, jax.device_get(metrics), meter))
+        show.step(done)
         if done % train_cfg.eval_every == 0 or last:
-            results = _log_evaluation(s, done, eval_fn, state, bar)
+            results = _log_evaluation(s, done, eval_fn, state, show)
             meter.restart()
         if done % train_cfg.checkpoint_every == 0 or last:
             save_state(s.checkpoints, state, s.data.get_state())
             meter.restart()
         if asked:
             break
-    bar.close()
+    show.close()
     _finish(s, int(state.step), meter)
     return results
 
@@ -234,8 +228,8 @@ def _check_finite(s: Session, done: int, bad_in_a_row: int) -> None:
         )
 
 
-def _log_step(s: Session, done: int, values: dict, meter: Meter) -> dict:
-    """Write the metrics of a step, and return what the progress bar shows. Raises Diverged."""
+def _log_step(s: Session, done: int, values: dict, meter: Meter) -> tuple[float, float]:
+    """Write the metrics of a step, and return its loss and tokens per second. Raises Diverged."""
     _check_finite(s, done, values["bad_in_a_row"])
     values["tokens_per_second"] = speed = meter.read()
     values["flops_per_second"] = speed * model_flops_per_token(s.cfg)
@@ -245,16 +239,15 @@ def _log_step(s: Session, done: int, values: dict, meter: Meter) -> dict:
         own = re.compile("(stats|state)/moe_blocks/(?!load$)")
         arrays = {k: v.tolist() for k, v in values.items() if own.match(k)}
         s.log.append(done, "router", {k.replace("/moe_blocks", ""): v for k, v in arrays.items()})
-    return {"loss": f"{values['cross_entropy']:.3f}", "tok_s": f"{speed:.0f}"}
+    return float(values["cross_entropy"]), speed
 
 
-def _log_evaluation(s: Session, done: int, eval_fn, state: TrainState, bar: tqdm) -> dict:
+def _log_evaluation(s: Session, done: int, eval_fn, state: TrainState, show: Show) -> dict:
     results, load_dLE = _evaluate(s, eval_fn, state)
     s.log.write(done, "validation", results)
     if load_dLE is not None:
         s.log.append(done, "routing", {"domains": list(s.domains), "load_dLE": load_dLE.tolist()})
-    if not bar.disable:
-        bar.write(f"step {done}: validation loss {results['loss']:.4f} ({size_text(results)})")
+    show.say(f"step {done}: validation loss {results['loss']:.4f} ({size_text(results)})")
     return results
 
 

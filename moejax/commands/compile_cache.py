@@ -1,0 +1,51 @@
+"""Keeps compiled programs in the user's cache folder, so that the same command begins at once the next time.
+
+JAX reads the environment when it is imported, which is after this. Its own variables decide if they are set;
+MOEJAX_CACHE=off sets none.
+"""
+
+import contextlib
+import hashlib
+import os
+import pathlib
+import platform
+
+OFF, DIRECTORY = "MOEJAX_CACHE", "JAX_COMPILATION_CACHE_DIR"
+MOST_BYTES = 4 * 2**30  # JAX itself deletes nothing
+
+
+def turn_on() -> None:
+    """Name the folder to JAX, unless the environment names one, or says 'off'."""
+    if os.environ.get(OFF, "").lower() in ("off", "0", "false") or DIRECTORY in os.environ:
+        return
+    path = folder()
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError:  # no home, or one that cannot be written
+        return
+    prune(path, MOST_BYTES)
+    os.environ[DIRECTORY] = str(path)
+
+
+def folder() -> pathlib.Path:
+    """~/.cache/moejax/compiled/KIND (or in XDG_CACHE_HOME), KIND of processor: programs for one may not run on
+    another that shares the home folder."""
+    home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    kind = platform.machine()
+    with contextlib.suppress(OSError), open("/proc/cpuinfo") as file:
+        kind += next((line for line in file if line.startswith(("flags", "Features"))), "")
+    return pathlib.Path(home) / "moejax/compiled" / hashlib.sha256(kind.encode()).hexdigest()[:8]
+
+
+def prune(path: pathlib.Path, most: int) -> None:
+    """Delete the oldest files beyond `most` bytes."""
+    files = []
+    for file in path.iterdir():
+        with contextlib.suppress(OSError):  # another process deletes, too
+            stat = file.stat()
+            files.append((stat.st_mtime, stat.st_size, file))
+    for _, size, file in sorted(files, reverse=True):
+        most -= size
+        if most < 0:
+            with contextlib.suppress(OSError):
+                file.unlink()
