@@ -8,6 +8,7 @@ With perfect balance each product-form loss is exactly 1 (times its coefficient)
 """
 
 import dataclasses
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -100,6 +101,19 @@ def router_z(logits_TE, mask_T, num_tokens) -> jax.Array:
     """Router z-loss, ST-MoE (2202.08906) eq. 5: mean over tokens of logsumexp(logits)^2."""
     lse_T = jax.nn.logsumexp(logits_TE, axis=-1)
     return jnp.sum(mask_T * lse_T**2) / jnp.maximum(num_tokens, 1.0)
+
+
+def squared_cv(sum_E: jax.Array) -> jax.Array:
+    """CV(v)^2 = Var(v) / mean(v)^2 over experts (1701.06538 eq. 7); 0 where all of v is 0."""
+    mean = sum_E.mean()
+    return jnp.where(mean > 0, sum_E.var() / jnp.where(mean > 0, mean, 1.0) ** 2, 0.0)
+
+
+def share(function: Callable, here: jax.Array, total: jax.Array, part) -> jax.Array:
+    """function(total) where `total` is a sum over the whole batch, of which this call holds `here`: the loss's
+    value times `part` (its part of the tokens), and the gradient that reaches its own tokens."""
+    value, gradient = jax.value_and_grad(function)(jax.lax.stop_gradient(total))
+    return value * part + (gradient * (here - jax.lax.stop_gradient(here))).sum()
 
 
 def update_bias(bias_E: jax.Array, load_E: jax.Array, rule: str, rate: float) -> jax.Array:

@@ -100,15 +100,18 @@ def group_load(routes_TE: jax.Array, num_groups: int) -> jax.Array:
     return (reached_TG > 0).astype(routes_TE.dtype).sum(axis=0)
 
 
+def plain_stats(routes_TE: jax.Array, scores_TE: jax.Array, tokens: Tokens) -> dict:
+    """The stats of every router with scores: load and score entropy."""
+    load_E = jax.lax.stop_gradient(routes_TE).sum(axis=0)
+    return {"load": load_E, "score_entropy": entropy_sum(scores_TE, tokens.mask_T)}
+
+
 def token_stats(
     routes_TE: jax.Array, scores_TE: jax.Array, tokens: Tokens, cfg: RouterConfig
 ) -> dict:
-    """The stats of most routers: load, score entropy, and what the active losses count."""
+    """The stats of most routers: `plain_stats`, and what the active losses count."""
     routes_TE = jax.lax.stop_gradient(routes_TE)
-    stats = {
-        "load": routes_TE.sum(axis=0),
-        "score_entropy": entropy_sum(scores_TE, tokens.mask_T),
-    }
+    stats = plain_stats(routes_TE, scores_TE, tokens)
     if cfg.balance.communication_loss:
         stats["group_load"] = group_load(routes_TE, cfg.balance.balance_groups)
     return stats

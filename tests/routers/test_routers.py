@@ -38,6 +38,10 @@ VARIANTS = {
             score="sigmoid", normalize_with_shared=True, router_bias=True, routed_scaling=8.0
         ),
     },
+    "cosine": {"sigmoid": dict(score="sigmoid", dim=3)},
+    "noisy_topk": {"no losses": dict(importance_loss=0.0, load_loss=0.0)},
+    # So wide that several experts can be chosen: one alone has the weight 1, whatever its logit.
+    "sparse_mixer": {"defaults": dict(jitter=0.5)},
     "expert_choice": {"tight": dict(capacity_factor=0.5, routed_scaling=2.0, router_bias=True)},
     "remoe": {"at most 2": dict(max_experts=2, coefficient=0.1)},
     "top_p": {"at most 3": dict(max_experts=3, threshold=0.9, entropy_loss=0.0)},
