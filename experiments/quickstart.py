@@ -47,7 +47,6 @@ def get_config(variant: str = "moe"):
     if variant == "dense":
         moe, objective = MoEConfig(), ObjectiveConfig()  # no experts: a dense model
     model = ModelConfig(
-        vocab_size=4096,
         d_model=192,
         num_layers=4,
         num_dense_layers=1,

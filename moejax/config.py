@@ -108,7 +108,7 @@ class MoEConfig:
 class ModelConfig:
     """A pre-norm decoder-only transformer: which function it is."""
 
-    vocab_size: int = number(256, least=1)
+    vocab_size: int = number(0, least=0)  # rows for tokens; 0: as many as the tokenizer has
     d_model: int = number(128, least=1)
     num_layers: int = number(4, least=1)
     # Leading layers with a dense FFN; the rest are MoE if num_experts > 0.
@@ -264,6 +264,9 @@ class OptimizerConfig:
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
     steps: int = number(300, least=1)
+    # Begin with the weights, router state and tokenizer of this run, of one of its checkpoints
+    # (RUN/checkpoints/STEP), or of a Hugging Face folder: docs/runs.md. '': begin from scratch.
+    init_from: str = ""
     accumulation: int = number(
         1, least=1
     )  # micro-batches per optimiser step; results do not depend on it

@@ -66,17 +66,18 @@ def test_the_bases_are_valid(base):
 # What is said of a value out of its range, and of which keys.
 RANGES = {
     "at least 1":
-        "vocab_size d_model num_layers max_seq_len attention.num_heads attention.rope.yarn_factor "
+        "d_model num_layers max_seq_len attention.num_heads attention.rope.yarn_factor "
         "attention.rope.yarn_original_len moe.router.num_groups objective.balance_groups data.vocab_size "
         "data.seq_len data.batch_size train.steps train.accumulation train.log_every train.eval_every "
         "train.eval_batches train.checkpoint_every train.keep_last train.max_bad_steps",
     "at least 0":
-        "mtp_depth attention.q_lora_rank attention.rope.yarn_mscale attention.rope.yarn_mscale_all_dim "
-        "moe.num_experts moe.shared_experts moe.d_shared moe.activation_limit objective.mtp_loss_weight "
-        "objective.bias_rate objective.expert_loss objective.sequence_loss objective.device_loss "
-        "objective.communication_loss objective.z_loss objective.capacity_factor compute.loss_chunk "
-        "compute.buffer_factor data.max_bytes data.seed optimizer.warmup_steps optimizer.weight_decay "
-        "optimizer.clip_norm optimizer.consistent_rms train.keep_every train.seed",
+        "vocab_size mtp_depth attention.q_lora_rank attention.rope.yarn_mscale "
+        "attention.rope.yarn_mscale_all_dim moe.num_experts moe.shared_experts moe.d_shared "
+        "moe.activation_limit objective.mtp_loss_weight objective.bias_rate objective.expert_loss "
+        "objective.sequence_loss objective.device_loss objective.communication_loss objective.z_loss "
+        "objective.capacity_factor compute.loss_chunk compute.buffer_factor data.max_bytes data.seed "
+        "optimizer.warmup_steps optimizer.weight_decay optimizer.clip_norm optimizer.consistent_rms "
+        "train.keep_every train.seed",
     "above 0":
         "norm_eps init_std attention.rope.yarn_beta_slow attention.rope.yarn_beta_fast "
         "moe.router.routed_scaling moe.router.capacity_factor optimizer.learning_rate optimizer.eps "
@@ -224,7 +225,7 @@ def test_ranges_of_groups_in_groups():
         ({"zzz": 3},
          "unknown key zzz; known keys: name, model, objective, compute, data, optimizer, train, mesh"),
         ({"train": {"q": 3}},
-         "unknown key train.q; known keys: steps, accumulation, log_every, eval_every, "
+         "unknown key train.q; known keys: steps, init_from, accumulation, log_every, eval_every, "
          "eval_batches, checkpoint_every, keep_last, keep_every, max_bad_steps, rate_may_jump, seed"),
         ({"mdl": {}}, "unknown key mdl; did you mean model?"),
         ({"steps": 3}, "unknown key steps; it is train.steps"),

@@ -36,6 +36,7 @@ from moejax.routers import ROUTERS
 from moejax.text import shown
 
 _OVERRIDE = re.compile(r"--?(no)?config\.([^=]*)(?:=(.*))?", re.DOTALL)
+_INIT_FROM = "train.init_from"
 _ROUTER = "model.moe.router.name"
 _HELP = f"""
 --config=FILE.py[:ARGUMENT] is a Python file with get_config([ARGUMENT]). --config.KEY=VALUE changes a key of
@@ -103,11 +104,13 @@ def parse_needed(
 
 def experiment_of(fv: flags.FlagValues, argv: list[str]) -> ExperimentConfig:
     """The experiment of --config with the overrides in argv. Raises ConfigError naming every problem."""
-    return experiment(fv.config, argv)
+    workdir = fv.workdir if "workdir" in fv else None
+    return experiment(fv.config, argv, pathlib.Path(workdir) if workdir else None)
 
 
-def experiment(file: str, argv: list[str]) -> ExperimentConfig:
-    """The experiment of `FILE.py[:ARGUMENT]` with the overrides in argv; see `experiment_of`."""
+def experiment(file: str, argv: list[str], workdir: pathlib.Path | None = None) -> ExperimentConfig:
+    """The experiment of `FILE.py[:ARGUMENT]` with the overrides in argv; see `experiment_of`. `workdir`: of the
+    run, which may be there already."""
     try:
         cfg = from_config_dict(_load(file), check=False)
     except ConfigError as e:
@@ -116,6 +119,13 @@ def experiment(file: str, argv: list[str]) -> ExperimentConfig:
     for override in overrides_of(argv):
         given.setdefault(override.key, []).append(override)
     problems = []
+    for base in given.get(_INIT_FROM, [])[-1:]:
+        train = dataclasses.replace(cfg.train, init_from=base.value or "")
+        cfg = dataclasses.replace(cfg, train=train)
+    if cfg.train.init_from:
+        from moejax.train.base import as_base  # with JAX, which --help does without
+
+        cfg = as_base(cfg, workdir)
     for choice in given.pop(_ROUTER, [])[-1:]:
         try:
             cfg = with_router(cfg, choice.value or "")

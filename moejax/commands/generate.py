@@ -57,6 +57,8 @@ def main(argv: list[str]) -> int:
         return 0
     if fv.batch_size < 1:
         raise ConfigError(f"--batch_size={fv.batch_size} must be at least 1")
+    if fv.greedy and fv.temperature:
+        raise ConfigError(f"--greedy and --temperature={fv.temperature} contradict each other")
     requests = _requests(fv)  # read before the weights: a wrong file is reported at once
     from moejax.evals.writer import Writer
 

@@ -15,6 +15,7 @@ from moejax.cost.plan import plan
 from moejax.cost.published import facts_of, published, sizes_text
 from moejax.cost.roofline import EFFICIENCY
 from moejax.cost.setup import Setup, of_experiment
+from moejax.data.vocabulary import expected_tokens, with_vocabulary
 from moejax.mesh import parse_mesh
 from moejax.models import zoo
 from moejax.options import choice_problem, choices_of
@@ -74,6 +75,7 @@ def main(argv: list[str]) -> int:
     device = load_device(fv.device, fv.price)
     if fv.config is not None:
         experiment = experiment_of(fv, argv)
+        experiment = with_vocabulary(experiment, expected_tokens(experiment.data))
         arch, setup = of_experiment(experiment, device, fv.devices)
         cfg: ExperimentConfig | None = experiment
         note = ""
@@ -145,8 +147,10 @@ def _override(setup: Setup, fv, max_seq_len: int) -> Setup:
         raise ConfigError(f"context={setup.context} is beyond the model's maximum of {max_seq_len}")
     if fv.batch is None and fv.config is None:
         setup = dataclasses.replace(setup, batch=setup.mesh.size(BATCH))
-    micro = fv.micro_batch or (setup.micro_batch if fv.config is not None else setup.batch)
-    return dataclasses.replace(setup, micro_batch=min(micro, setup.batch))
+    micro = fv.micro_batch
+    if micro is None:
+        micro = min(setup.micro_batch, setup.batch) if fv.config is not None else setup.batch
+    return dataclasses.replace(setup, micro_batch=micro)
 
 
 def _computed(cfg: ExperimentConfig | None, fv, published: bool) -> ExperimentConfig | None:

@@ -10,6 +10,7 @@ from moejax.commands.flags import define_config, parse_needed
 from moejax.commands.sweep_file import Sweep
 from moejax.commands.sweep_jobs import Job, run_jobs
 from moejax.config import ConfigError, ExperimentConfig
+from moejax.data.vocabulary import with_vocabulary
 from moejax.runs import folder, sweep
 from moejax.runs.open import read_config
 from moejax.runs.progress import DIVERGED, FINISHED, progress
@@ -88,8 +89,7 @@ def _check_run(workdir: pathlib.Path, cfg: ExperimentConfig) -> None:
     if not sweep.is_run(workdir):
         return
     there = read_config(workdir)
-    model = dataclasses.replace(cfg.model, vocab_size=there.model.vocab_size)  # of its tokenizer
-    folder.check_workdir(workdir, dataclasses.replace(cfg, model=model))
+    folder.check_workdir(workdir, with_vocabulary(cfg, there.model.vocab_size))
     step = progress(workdir, cfg.train.steps).step
     if step > cfg.train.steps:
         raise ConfigError(

@@ -17,29 +17,15 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 from moejax.config import DataConfig
 from moejax.data.corpus import Corpus
 from moejax.data.decoding import BYTE_TOKEN, Decoding, find_decoding, join_bytes
+from moejax.data.separators import PADDING, SEPARATOR, Separators, by_names, read_separators
 from moejax.data.sources import DataError
 from moejax.data.tokenizer_check import check_tokenizer
 from moejax.text import cut
 
 FILE_NAME = "tokenizer.json"
 MOST_TOKENS = 2**24  # a larger id is a mistake: published vocabularies stay below 2^19
-SEPARATOR, PADDING = "<|endoftext|>", "<|pad|>"
 # BPE learns from at most this much text of the training documents: a few seconds on one core.
 BPE_TRAINING_BYTES = 6_000_000
-# Published names for the start and the end of a document, and for padding.
-_BOS_NAMES = (
-    "<｜begin▁of▁sentence｜>",
-    "<|begin_of_text|>",
-    "<|startoftext|>",
-    "<s>",
-    "<bos>",
-    "[BOS]",
-)
-_EOS_NAMES = (
-    *("<｜end▁of▁sentence｜>", "<|end_of_text|>", SEPARATOR, "</s>", "<eos>", "[EOS]"),
-    *("<|return|>", "<|im_end|>"),
-)
-_PAD_NAMES = (PADDING, "<pad>", "[PAD]", "<|padding|>", "<|PAD_TOKEN|>", "<｜▁pad▁｜>")
 
 
 class Counted(NamedTuple):
@@ -125,6 +111,7 @@ class JsonTokenizer:
     Args:
       text: the content of the file; it is kept.
       name: the file's name in error messages.
+      find: gives the separators of the tokenizer; None: by names.
 
     Attributes:
       special: the special tokens, text -> id.
@@ -132,7 +119,9 @@ class JsonTokenizer:
     Raises DataError wherever the library fails. Give a file from strangers to `check_tokenizer` first.
     """
 
-    def __init__(self, text: str, name: str):
+    def __init__(
+        self, text: str, name: str, find: Callable[["JsonTokenizer"], Separators] | None = None
+    ):
         self._name = name
         self._tokenizer = self._safe(tokenizers.Tokenizer.from_str, text)
         described = self._safe(json.loads, text)
@@ -148,9 +137,6 @@ class JsonTokenizer:
                 f"{name}: {self.vocab_size:,} token ids; 1 to {MOST_TOKENS:,} are supported"
             )
         self.special = {t["content"]: t["id"] for t in _added(described) if t["special"]}
-        self.eos_id = self._find(_EOS_NAMES)
-        self.bos_id = self._find(_BOS_NAMES, self.eos_id)
-        self.pad_id = self._find(_PAD_NAMES, self.eos_id)
         self.decoding = find_decoding(described, vocab, set(self.special.values()))
         self.pieces = _pieces(described, vocab, self.vocab_size, self.decoding.kind == "bytes")
         model = described["model"]
@@ -160,6 +146,10 @@ class JsonTokenizer:
         self._missing_bytes = _missing_bytes(described, vocab)
         self.lossless = self._missing_bytes == b""
         self._inexpressible: dict[str, bool] = {}
+        found = find(self) if find is not None else by_names(self.special, name)
+        self.bos_id, self.eos_id, self.pad_id = found
+        if find is not None and max(found) >= self.vocab_size:
+            raise DataError(f"{name}: {found} are not among its {self.vocab_size} tokens")
 
     def _safe(self, call: Callable, *args, **kwargs) -> Any:
         """Call the library. A panic of its Rust code is not an Exception."""
@@ -172,17 +162,6 @@ class JsonTokenizer:
                 f"{self._name}: not a tokenizer.json that the `tokenizers` library can use "
                 f"({cut(str(e), 400)})"
             ) from e
-
-    def _find(self, names, default: int | None = None) -> int:
-        for token in names:
-            if token in self.special:
-                return self.special[token]
-        if default is not None:
-            return default
-        raise DataError(
-            f"{self._name}: no special token ends a document; its special tokens are "
-            f"{cut(', '.join(self.special), 400) or 'none'}, known names are {', '.join(names)}"
-        )
 
     def token_id(self, token: str) -> int | None:
         """The id of a token by its text, special or not."""
@@ -260,7 +239,9 @@ def load_tokenizer(
         text = copy or train_bpe(corpus, cfg.vocab_size)
     else:
         text = _external(cfg.tokenizer, kept, copy)
-    tokenizer = JsonTokenizer(text, str(kept if copy else cfg.tokenizer))
+    kept_ids = read_separators(kept) if kept is not None and copy else None
+    find = None if kept_ids is None else lambda _: kept_ids
+    tokenizer = JsonTokenizer(text, str(kept if copy else cfg.tokenizer), find)
     if cfg.tokenizer == "bpe" and tokenizer.vocab_size > cfg.vocab_size:
         raise DataError(
             f"{kept} has {tokenizer.vocab_size} tokens, more than data.vocab_size="

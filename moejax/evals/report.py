@@ -273,6 +273,8 @@ def provenance_section(workdir: pathlib.Path) -> Section:
     if table is None:
         return Section("Where it comes from", "Unknown: the run has no record of it.")
     text = "Each part of the run, from its start or resumption to its end."
+    if began := provenance.origin(workdir):
+        text = f"It began from {began}. {text}"
     rows = tuple((*row,) for row in (table.header, *table.rows))
     return Section("Where it comes from", text, table=rows)
 

@@ -1,9 +1,11 @@
 """Between a Hugging Face folder and the folder of a run, both ways."""
 
 import dataclasses
+import functools
 import math
 import pathlib
 from collections.abc import Collection
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +16,8 @@ from moejax.config import (
     MeshConfig,
     ModelConfig,
 )
-from moejax.data.tokenizer import FILE_NAME, JsonTokenizer
+from moejax.data.separators import Separators
+from moejax.data.tokenizer import FILE_NAME, JsonTokenizer, Tokenizer, load_tokenizer
 from moejax.data.tokenizer_check import check_tokenizer
 from moejax.interop.files import (
     InteropError,
@@ -25,10 +28,18 @@ from moejax.interop.files import (
     read_text,
     whole_folder,
 )
-from moejax.interop.hf_folder import CONFIG, open_folder
+from moejax.interop.hf_folder import CONFIG, HfFolder, open_folder
 from moejax.interop.load import read_model
+from moejax.interop.mapping import as_saved
 from moejax.interop.own_files import as_json, own_files, token_ids
-from moejax.interop.prompts import FILES, GENERATION_CONFIG, check_tokens, read_prompt_files
+from moejax.interop.prompts import (
+    FILES,
+    GENERATION_CONFIG,
+    PromptFiles,
+    check_tokens,
+    read_prompt_files,
+    separators,
+)
 from moejax.interop.save import write_folder
 from moejax.mesh import RULES
 from moejax.models.zoo import (
@@ -50,10 +61,93 @@ from moejax.sharding import Layout, make_mesh
 KEPT = (*FILES, "vocab.json", "merges.txt")
 
 
+class Source(NamedTuple):
+    """A Hugging Face folder, of which everything but the tensors is read and found to fit together.
+
+    Attributes:
+      opened: config.json and the headers.
+      experiment: its model, what it was trained for, and its tokenizer.
+      tokenizer: with the separators that its files name.
+      prompts: what its files say about prompts.
+      kept: content of the files that a run keeps, by name.
+    """
+
+    opened: HfFolder
+    experiment: ExperimentConfig
+    tokenizer: JsonTokenizer
+    prompts: PromptFiles
+    kept: dict[str, bytes]
+
+    def run_files(self) -> dict[str, bytes]:
+        """What a run keeps, besides its config and tokenizer.json, by name in its folder."""
+        return _run_files(self.kept, self.tokenizer)
+
+
+def open_source(hf_dir: pathlib.Path, ignore_keys: Collection[str] = ()) -> Source:
+    """Read a Hugging Face folder without `ignore_keys`, and without its tensors.
+
+    Raises ConfigError: see `load_model`; no tokenizer.json, or one that does not fit.
+    """
+    opened = open_folder(hf_dir, ignore_keys)
+    experiment = config_of(opened)
+    text = _tokenizer_text(hf_dir)
+    check_tokenizer(text, str(hf_dir / FILE_NAME))
+    prompts = read_prompt_files(hf_dir, ignore_keys)
+    find = functools.partial(separators, prompts)
+    tokenizer = JsonTokenizer(text, str(hf_dir / FILE_NAME), find)
+    if not {"added_tokens_decoder", "added_tokens"} & set(ignore_keys):
+        check_tokens(prompts, tokenizer)
+    vocab_size = experiment.model.vocab_size
+    if tokenizer.vocab_size > vocab_size:
+        raise InteropError(
+            f"{hf_dir / FILE_NAME} has {tokenizer.vocab_size} tokens, the model's vocabulary "
+            f"only {vocab_size}: they do not belong together"
+        )
+    kept = {name: _kept(hf_dir, name, ignore_keys) for name in KEPT if exists(hf_dir, name)}
+    return Source(opened, experiment, tokenizer, prompts, kept)
+
+
+def config_of(opened: HfFolder) -> ExperimentConfig:
+    """The experiment of an imported model: its model, what it was trained for, its tokenizer."""
+    model_type = opened.hf["model_type"]
+    model = as_saved(config_from_hf(opened.hf), model_type, opened.tensors)
+    return ExperimentConfig(
+        name=opened.folder.name,
+        model=model,
+        objective=objective_from_hf(opened.hf),
+        data=DataConfig(
+            tokenizer=str((opened.folder / FILE_NAME).resolve()),
+            vocab_size=model.vocab_size,
+            seq_len=min(DataConfig.seq_len, model.max_seq_len),
+        ),
+    )
+
+
+def tokenizer_of_run(
+    workdir: pathlib.Path, cfg: ExperimentConfig
+) -> tuple[Tokenizer, dict[str, bytes]]:
+    """(the tokenizer of a run, the files that came with it if the run began from an import)."""
+    hf, path = workdir / run_folder.HF, workdir / run_folder.TOKENIZER
+    if not path.exists():
+        return load_tokenizer(cfg.data), {}
+    prompts, find = read_prompt_files(hf), None
+    if prompts.imported:
+        find = functools.partial(separators, prompts)
+    tokenizer = JsonTokenizer(read_text(workdir, run_folder.TOKENIZER), str(path), find)
+    kept = {name: read_bytes(hf, name) for name in KEPT if exists(hf, name)}
+    return tokenizer, _run_files(kept, tokenizer) if prompts.imported else {}
+
+
+def _run_files(kept: dict[str, bytes], tokenizer: JsonTokenizer) -> dict[str, bytes]:
+    found = Separators(tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id)
+    hf = {f"{run_folder.HF}/{name}": content for name, content in kept.items()}
+    return {run_folder.SEPARATORS: found.to_json(), **hf}
+
+
 def import_run(
     hf_dir: pathlib.Path, workdir: pathlib.Path, ignore_keys: Collection[str] = ()
 ) -> None:
-    """Make `workdir` a run: config.json, tokenizer.json, hf/, and a checkpoint of step 0.
+    """Make `workdir` a run: config.json, tokenizer.json, separators.json, hf/, and a checkpoint of step 0.
 
     The files are read, and kept, without `ignore_keys`.
 
@@ -61,50 +155,25 @@ def import_run(
     temporary folder beside it is written.
 
     Raises:
-      ConfigError: see `load_model`; no tokenizer.json, or one that does not fit; workdir is taken.
+      ConfigError: see `open_source`; workdir is taken.
     """
-    opened = open_folder(hf_dir, ignore_keys)
-    objective = objective_from_hf(opened.hf)
-    text = _tokenizer_text(hf_dir)
-    check_tokenizer(text, str(hf_dir / FILE_NAME))
-    tokenizer = JsonTokenizer(text, str(hf_dir / FILE_NAME))
-    files = read_prompt_files(hf_dir, ignore_keys)
-    if not {"added_tokens_decoder", "added_tokens"} & set(ignore_keys):
-        check_tokens(files, tokenizer)
-    kept = {name: _kept(hf_dir, name, ignore_keys) for name in KEPT if exists(hf_dir, name)}
+    source = open_source(hf_dir, ignore_keys)
+    hf, experiment = source.opened.hf, dataclasses.replace(source.experiment, name=workdir.name)
     with whole_folder(workdir) as folder:
-        tensors = opened.tensors.values()
+        tensors = source.opened.tensors.values()
         need_space(folder, sum(math.prod(t.shape) * t.dtype.itemsize for t in tensors))
-        model = read_model(opened, layout=_host(), progress=True)
+        model = read_model(source.opened, layout=_host(), progress=True)
         cfg, params, router_state, account = model
-        if tokenizer.vocab_size > cfg.vocab_size:
-            raise InteropError(
-                f"{hf_dir / FILE_NAME} has {tokenizer.vocab_size} tokens, the model's vocabulary "
-                f"only {cfg.vocab_size}: they do not belong together"
-            )
-        experiment = ExperimentConfig(
-            name=workdir.name,
-            model=cfg,
-            objective=objective,
-            data=DataConfig(
-                tokenizer=str((hf_dir / FILE_NAME).resolve()),
-                vocab_size=cfg.vocab_size,
-                seq_len=min(DataConfig.seq_len, cfg.max_seq_len),
-            ),
-        )
-        (folder / run_folder.HF).mkdir()
-        for name, content in kept.items():
-            (folder / run_folder.HF / name).write_bytes(content)
         checkpoints = Checkpoints(folder, experiment, packed=False)
         checkpoints.save_model(params, router_state)
         checkpoints.close()
-        run_folder.claim_workdir(folder, experiment, tokenizer)
-    if config_from_hf(opened.hf).mtp_depth > cfg.mtp_depth:
+        run_folder.claim_workdir(folder, experiment, source.tokenizer, files=source.run_files())
+    if config_from_hf(hf).mtp_depth > cfg.mtp_depth:
         print("the files hold no layers for multi-token prediction: imported without them")
-    if files.unused():
-        print(f"{GENERATION_CONFIG}: not used here: {', '.join(files.unused())}")
+    if source.prompts.unused():
+        print(f"{GENERATION_CONFIG}: not used here: {', '.join(source.prompts.unused())}")
     print(
-        f"{account.table()}\n{workdir}: {opened.hf['model_type']}, {count(params):,} parameters. "
+        f"{account.table()}\n{workdir}: {hf['model_type']}, {count(params):,} parameters. "
         f'Try moejax generate --workdir={workdir} --prompt="..."'
     )
 

@@ -5,14 +5,8 @@ import json
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
 
-from moejax.data.tokenizer import (
-    FILE_NAME,
-    PADDING,
-    SEPARATOR,
-    JsonTokenizer,
-    Tokenizer,
-    byte_alphabet,
-)
+from moejax.data.separators import PADDING, SEPARATOR
+from moejax.data.tokenizer import FILE_NAME, JsonTokenizer, Tokenizer, byte_alphabet
 from moejax.interop.prompts import DEFAULTS, GENERATION_CONFIG, MAX_NEW, TOKENIZER_CONFIG
 
 

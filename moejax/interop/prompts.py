@@ -14,7 +14,8 @@ from collections.abc import Collection
 from typing import Any, NamedTuple
 
 from moejax.config import ConfigError
-from moejax.data.tokenizer import MOST_TOKENS, JsonTokenizer, Tokenizer
+from moejax.data.separators import Separators, by_names
+from moejax.data.tokenizer import FILE_NAME, MOST_TOKENS, JsonTokenizer, Tokenizer
 from moejax.interop.files import InteropError, exists, read_json, read_text
 from moejax.models.zoo.keys import words
 from moejax.text import plain, shown
@@ -147,6 +148,31 @@ def check_tokens(files: PromptFiles, tokenizer: JsonTokenizer) -> None:
                 f"{'' if i is None else f' with id {i}'}; in tokenizer.json it is {is_}{kind}. "
                 "`transformers` makes them agree: AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR)"
             )
+
+
+def separators(files: PromptFiles, tokenizer: JsonTokenizer) -> Separators:
+    """What stands around a document of the model with these files: what its tokenizer.json puts before every
+    text, else its bos_token, else the end again; its eos_token, else an end that its files name. Published
+    names decide only where the files say nothing."""
+    named = {key: tokenizer.special.get(text) for key, text in files.special.items()}
+    ends = [named.get("eos_token"), *(i for i in files.end_ids if i in tokenizer.special.values())]
+    eos = next((i for i in ends if i is not None), None)
+    if eos is None:
+        usual = by_names(tokenizer.special, str(files.folder / FILE_NAME))
+    else:
+        usual = Separators(eos, eos, eos)
+    before = _before(tokenizer)
+    bos = before if before is not None else named.get("bos_token")
+    pad = named.get("pad_token")
+    return Separators(
+        usual.bos_id if bos is None else bos, usual.eos_id, usual.pad_id if pad is None else pad
+    )
+
+
+def _before(tokenizer: JsonTokenizer) -> int | None:
+    """The first token that its tokenizer.json puts before every text; None if there is none."""
+    plain, framed = tokenizer.encode("a"), tokenizer.encode_framed("a")
+    return framed[0] if framed and framed[:1] != plain[:1] else None
 
 
 def several(values: dict, key: str) -> list:

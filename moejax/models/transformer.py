@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from moejax import axes
-from moejax.config import ComputeConfig, ModelConfig, ObjectiveConfig
+from moejax.config import ComputeConfig, ConfigError, ModelConfig, ObjectiveConfig
 from moejax.models import blocks, embedding
 from moejax.models.blocks import Context, LayerInput, constrain, locate
 from moejax.models.embedding import logits as logits  # the other half of a forward pass
@@ -82,7 +82,11 @@ def abstract_router_state(cfg: ModelConfig) -> dict:
 
 def init_model(cfg: ModelConfig, key: jax.Array) -> tuple[dict, dict]:
     """Fresh float32 parameters and router state of a model. Large ones are made sharded by
-    `moejax.train.state.create_state`."""
+    `moejax.train.state.create_state`. ConfigError if the size of the vocabulary is still the tokenizer's."""
+    if not cfg.vocab_size:
+        raise ConfigError(
+            "model.vocab_size=0 is a tokenizer's, and there is none here: give a number"
+        )
     return init_params(param_specs(cfg), key), init_router_state(cfg)
 
 

@@ -2,6 +2,7 @@
 
 config.json             the ExperimentConfig of the run
 tokenizer.json          its tokenizer, if it has one that is not 'byte'
+separators.json         of an imported model: which tokens stand around a document
 corpus.json             which files it read, with their checksums
 checkpoints/STEP/       see `moejax.runs.checkpoint`
 damaged/                checkpoints that could not be read
@@ -10,20 +11,24 @@ provenance.jsonl        where its numbers come from, see `moejax.runs.provenance
 metrics.jsonl           see `moejax.train.metrics.Log`, and `moejax.runs.metrics` to read it
 tensorboard/            the scalars among them
 report.html             from `moejax report`
-hf/                     of an imported model: the files that came with its weights
+hf/                     of an imported model, and what began from it: the files that came with its weights
 """
 
 import json
 import os
 import pathlib
 import warnings
+from collections.abc import Mapping
+from typing import Any
 
 from moejax.config import ConfigError, ExperimentConfig
 from moejax.config_io import from_stored, to_json
+from moejax.data import separators
 from moejax.data.tokenizer import JsonTokenizer, Tokenizer
 
 CONFIG = "config.json"
 TOKENIZER = "tokenizer.json"
+SEPARATORS = separators.FILE_NAME
 CORPUS, CORPUS_BEFORE = "corpus.json", "corpus.before.json"
 CHECKPOINTS = "checkpoints"
 DAMAGED = "damaged"
@@ -35,11 +40,10 @@ REPORT = "report.html"
 HF = "hf"
 
 # Groups of options (and a name) that may change when a run goes on: none of them changes what a checkpoint
-# means. The learning rate's course may change too; `moejax.train.prolong` asks before it jumps.
+# means. The learning rate's course may change too; `moejax.train.prolong` asks before it jumps. What a run
+# began from is in `train`, and must not change.
 SCHEDULE = ("learning_rate", "schedule", "warmup_steps", "min_lr_ratio", "decay_at", "decay_factor")
 FREE = ("name", "train", "mesh", "compute", *(f"optimizer.{key}" for key in SCHEDULE))
-# How an imported model goes on to be trained is a choice of the one who trains it.
-FREE_ONCE_IMPORTED = ("data", "optimizer", "objective")
 
 
 class SaveError(OSError):
@@ -72,26 +76,32 @@ def check_writable(workdir: pathlib.Path) -> None:
 
 
 def check_workdir(workdir: pathlib.Path, cfg: ExperimentConfig) -> None:
-    """Raises ConfigError naming the keys in which the run of this workdir, if any, has another config.
+    """Raises ConfigError naming the keys in which the run of this workdir, if any, has another config, or if it
+    is an imported model.
 
-    What is in FREE may differ: a run can be prolonged, and go on on other devices. An imported model that
-    was not trained here yet may be trained on any data in any way.
+    What is in FREE may differ: a run can be prolonged, and go on on other devices.
     """
     if not (workdir / CONFIG).exists():
         return
-    only_imported = bool(steps(workdir)) and not is_trained(workdir)
-    check_same(read_config_values(workdir), cfg, workdir, imported=only_imported)
+    if steps(workdir) and not is_trained(workdir):
+        raise ConfigError(
+            f"{workdir} is an imported model, which training would replace: begin from it in another "
+            f"--workdir, with --config.train.init_from={workdir}"
+        )
+    check_same(read_config_values(workdir), cfg, workdir)
 
 
-def check_same(values: dict, cfg: ExperimentConfig, where: pathlib.Path, *, imported: bool) -> None:
+def check_same(values: dict, cfg: ExperimentConfig, where: pathlib.Path) -> None:
     """ConfigError naming the keys in which a stored config is another than `cfg`, of those that must not be."""
-    free = FREE + (FREE_ONCE_IMPORTED if imported else ())
-    theirs = json.loads(to_json(from_stored(values)))
-    lines = _differences(theirs, json.loads(to_json(cfg)), "", free)
-    if lines:
+    theirs, ours = (json.loads(to_json(c)) for c in (from_stored(values), cfg))
+    keys = differences(theirs, ours, free=FREE)
+    a, b = theirs["train"]["init_from"], ours["train"]["init_from"]
+    if a != b:
+        keys.append(("train.init_from", a, b))
+    if keys:
         raise ConfigError(
             f"{where} belongs to a run with another config:\n"
-            + "\n".join(f"  - {line}" for line in lines)
+            + "\n".join(f"  - {key}: {a!r} there, {b!r} now" for key, a, b in keys)
             + "\nuse another --workdir, or the same config"
         )
 
@@ -117,20 +127,23 @@ def claim_workdir(
     cfg: ExperimentConfig,
     tokenizer: Tokenizer | None = None,
     manifest: dict | None = None,
+    files: Mapping[str, bytes] | None = None,
 ) -> None:
-    """Write the config, the tokenizer and the manifest of the corpus, after `check_workdir`."""
+    """Write the config, the tokenizer, the manifest of the corpus and other `files`, by name, after
+    `check_workdir`."""
     check_workdir(workdir, cfg)
-    texts = {CONFIG: to_json(cfg)}
+    contents = {CONFIG: to_json(cfg).encode(), **(files or {})}
     if isinstance(tokenizer, JsonTokenizer):
-        texts[TOKENIZER] = tokenizer.text
+        contents[TOKENIZER] = tokenizer.text.encode()
     if manifest is not None:
-        texts[CORPUS] = json.dumps(manifest, indent=1)
+        contents[CORPUS] = json.dumps(manifest, indent=1).encode()
     try:
-        workdir.mkdir(parents=True, exist_ok=True)
-        for name, text in texts.items():
-            part = workdir / f"{name}.part"  # a killed run must not leave half a file
-            part.write_text(text, "utf-8")
-            part.replace(workdir / name)
+        for name, content in contents.items():
+            path = workdir / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            part = path.with_name(f"{path.name}.part")  # a killed run must not leave half a file
+            part.write_bytes(content)
+            part.replace(path)
     except OSError as e:
         raise ConfigError(f"--workdir={workdir} cannot be written: {e.strerror}") from e
 
@@ -172,14 +185,15 @@ def steps(workdir: pathlib.Path) -> list[pathlib.Path]:
     return [p for p in found if p.name.isascii() and p.name.isdigit()]
 
 
-def _differences(old, new, key: str, free: tuple[str, ...]) -> list[str]:
+def differences(old, new, key: str = "", free: tuple[str, ...] = ()) -> list[tuple[str, Any, Any]]:
+    """(dotted key, old, new) for every value that differs, but for the groups and keys in `free`."""
     if key in free:
         return []
     if isinstance(old, dict) and isinstance(new, dict):
         prefix = key + "." if key else ""
         return [
-            line
+            row
             for k in sorted(old.keys() | new.keys())
-            for line in _differences(old.get(k), new.get(k), prefix + k, free)
+            for row in differences(old.get(k), new.get(k), prefix + k, free)
         ]
-    return [] if old == new else [f"{key}: {old!r} there, {new!r} now"]
+    return [] if old == new else [(key, old, new)]

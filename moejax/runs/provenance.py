@@ -13,6 +13,7 @@ import shlex
 import socket
 import subprocess
 import sys
+from collections.abc import Mapping
 
 import jax
 
@@ -23,8 +24,9 @@ from moejax.text import Table
 PACKAGES = ("moejax", "jax", "jaxlib", "optax", "orbax-checkpoint", "numpy")
 
 
-def start(workdir: pathlib.Path, step: int) -> None:
-    """Write down that this process trains from `step` on. Raises folder.SaveError."""
+def start(workdir: pathlib.Path, step: int, origin: Mapping[str, str]) -> None:
+    """Write down that this process trains from `step` on. `origin`: what the run begins from (`base`, and the
+    sha256 of its arrays, `base_sha256`), if it does. Raises folder.SaveError."""
     commit, changed = code_version()
     device = jax.devices()[0]
     row = {
@@ -43,6 +45,7 @@ def start(workdir: pathlib.Path, step: int) -> None:
         "platform": device.platform,
         "devices": jax.device_count(),
         "processes": jax.process_count(),
+        **origin,
     }
     append_line(workdir / folder.PROVENANCE, row)
 
@@ -84,6 +87,14 @@ def read(workdir: pathlib.Path) -> list[dict]:
         if isinstance(row, dict):
             rows.append(row)
     return rows
+
+
+def origin(workdir: pathlib.Path) -> str | None:
+    """What the run began from, as text; None if that was nothing. The last start counts that saw the base."""
+    rows = [row for row in read(workdir) if "base" in row]
+    if not rows:
+        return None
+    return f"{rows[-1]['base']} (sha256 of its weights {str(rows[-1].get('base_sha256'))[:16]})"
 
 
 def table(workdir: pathlib.Path) -> Table | None:

@@ -109,6 +109,22 @@ def newest_model(
     return found.step, model["params"], model["router_state"]
 
 
+def model_at(
+    workdir: pathlib.Path, cfg: ExperimentConfig, step: int, layout: Layout | None
+) -> tuple[dict, dict]:
+    """(params, router_state) of one step, in the master dtype. ConfigError if it cannot be read."""
+
+    def read(path: pathlib.Path, meta: dict) -> dict:
+        return {"model": _fit(abstract_model(cfg.model, layout), path, meta, False)}
+
+    path = (workdir / folder.CHECKPOINTS / str(step)).resolve()
+    value, error = _together(path, cfg, read)
+    if value is None:
+        raise ConfigError(f"checkpoint {path} cannot be read ({error})")
+    model = value[1]["model"]
+    return model["params"], model["router_state"]
+
+
 def newest_meta(workdir: pathlib.Path) -> tuple[int, dict] | None:
     """(step, meta) of the newest checkpoint whose meta can be read; None if there is none."""
     for path in sorted(folder.steps(workdir), key=lambda p: -int(p.name)):
@@ -193,7 +209,7 @@ def _tried(path: pathlib.Path, cfg: ExperimentConfig, read: Callable):
     while True:
         try:
             meta = read_meta(path)
-            folder.check_same(meta["config"], cfg, path, imported=meta["data"] is None)
+            folder.check_same(meta["config"], cfg, path)
             items = {
                 name: jax.block_until_ready(_read(path / name, shapes))
                 for name, shapes in read(path, meta).items()

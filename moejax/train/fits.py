@@ -49,10 +49,12 @@ def _finding(cfg: ExperimentConfig, jobs: int) -> Finding:
     from moejax.cost.architecture import counts
     from moejax.cost.receipt import plan_run
     from moejax.cost.roofline import USABLE
+    from moejax.data.vocabulary import expected_tokens, with_vocabulary
     from moejax.sharding import make_layout
     from moejax.train.loop import check_here
 
     try:
+        cfg = with_vocabulary(cfg, expected_tokens(cfg.data))
         check_here(cfg)
         plan = plan_run(cfg, make_layout(cfg))
     except ConfigError as e:

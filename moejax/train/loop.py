@@ -13,11 +13,14 @@ import jax
 from moejax.config import ConfigError, ExperimentConfig
 from moejax.cost.receipt import RunPlan, model_flops_per_token, plan_run
 from moejax.data import (
+    Corpus,
+    Tokenizer,
     load_corpus,
     load_tokenizer,
     train_iterator,
     validation_batches,
 )
+from moejax.data.vocabulary import with_vocabulary
 from moejax.evals.validation import compile_eval, evaluate, size_text
 from moejax.mesh import check_layout, mesh_sizes
 from moejax.params import count
@@ -25,6 +28,7 @@ from moejax.runs import folder, lock, provenance
 from moejax.runs.checkpoint import Checkpoints
 from moejax.sharding import Layout, make_layout, place_rows, rows_here
 from moejax.train import processes
+from moejax.train.base import Base, check_apart, fingerprint, open_base
 from moejax.train.metrics import Log, Meter, scalars
 from moejax.train.optimizer import optimizer_of, split_trained
 from moejax.train.prolong import check_schedule
@@ -35,6 +39,7 @@ from moejax.train.state import (
     create_state,
     restore_state,
     save_state,
+    state_of_model,
     state_shardings,
 )
 from moejax.train.step import compile_step
@@ -55,6 +60,7 @@ class Session:
     held_out: list[dict]
     checkpoints: Checkpoints
     plan: RunPlan | None  # in process 0
+    base: Base | None  # what a run that has saved nothing yet begins from
     say: Callable[[str], None]
     log: Any = None  # the `Log`, once it is known at which step it begins
     done: int = 0
@@ -75,11 +81,17 @@ def train(cfg: ExperimentConfig, workdir: pathlib.Path) -> dict:
     """
     devices = check_here(cfg)
     folder.check_writable(workdir)
+    base = None
+    with processes.first_goes_first():
+        if cfg.train.init_from:
+            check_apart(cfg, workdir)
+            if not folder.steps(workdir):  # else it goes on, and the base may be gone
+                cfg, base = open_base(cfg, workdir)
     corpus = load_corpus(cfg.data)
     with contextlib.ExitStack() as held:
         with processes.first_goes_first():
             # Check everything before writing anything, so that a refused command does not damage another run.
-            tokenizer = load_tokenizer(cfg.data, corpus, workdir / folder.TOKENIZER)
+            tokenizer = base.tokenizer if base else _tokenizer(cfg, corpus, workdir)
             cfg = with_vocabulary(cfg, tokenizer.vocab_size)
             folder.check_workdir(workdir, cfg)
             check_schedule(workdir, cfg)
@@ -87,7 +99,8 @@ def train(cfg: ExperimentConfig, workdir: pathlib.Path) -> dict:
             if processes.is_first():
                 held.enter_context(lock.writing(workdir))
                 folder.check_corpus(workdir, corpus.manifest)
-                folder.claim_workdir(workdir, cfg, tokenizer, corpus.manifest)
+                files = base.files if base else None
+                folder.claim_workdir(workdir, cfg, tokenizer, corpus.manifest, files)
         index, parts = rows_here(layout, cfg.data.batch_size, cfg.data.seq_len)
         most = cfg.train.eval_batches * cfg.data.batch_size
         session = Session(
@@ -100,7 +113,8 @@ def train(cfg: ExperimentConfig, workdir: pathlib.Path) -> dict:
             held_out=list(validation_batches(corpus, tokenizer, cfg.data, most)),
             checkpoints=Checkpoints(workdir, cfg),
             plan=plan_run(cfg, layout) if processes.is_first() else None,
-            say=print if processes.is_first() else _say_nothing,
+            base=base,
+            say=processes.say,
         )
         return _train(session)
 
@@ -122,14 +136,20 @@ def _train(s: Session) -> dict:
     restored = restore_state(s.checkpoints, s.layout)
     key = jax.random.key(s.cfg.train.seed)
     begin = 0  # of a run that has saved nothing, all that it wrote is written again
-    if restored is None:
-        state = create_state(s.cfg, key, s.layout)
-    else:
+    origin = {}
+    if restored is not None:
         state, data_state = restored
-        if data_state is not None:
-            s.data.set_state(data_state)
-            begin = int(state.step) + 1
+        s.data.set_state(data_state)
+        begin = int(state.step) + 1
         s.say(f"resuming {s.checkpoints.workdir} at step {int(state.step)}")
+    elif s.base is not None:
+        model = s.base.load(s.layout)
+        origin = {"base": s.base.name, "base_sha256": fingerprint(*model)}
+        state = state_of_model(s.cfg, *model, s.layout)
+        del model
+        s.say(f"beginning from {s.base.name}")
+    else:
+        state = create_state(s.cfg, key, s.layout)
     mesh = "" if s.layout is None else f", mesh {_mesh_text(s.layout)}"
     frozen = count(split_trained(state.params, s.cfg)[1])
     left = f" ({frozen:,} frozen)" if frozen else ""
@@ -145,18 +165,18 @@ def _train(s: Session) -> dict:
         )
         eval_fn = compile_eval(s.cfg, num_domains=len(s.domains), layout=s.layout)
         return _evaluate(s, eval_fn, state)[0]
-    with _logged(s, begin, int(state.step)), StopRequest() as stop:
+    with _logged(s, begin, int(state.step), origin), StopRequest() as stop:
         return _run(s, state, key, stop)
 
 
 @contextlib.contextmanager
-def _logged(s: Session, begin: int, step: int):
+def _logged(s: Session, begin: int, step: int, origin: dict):
     """Open the log, write down where its numbers come from, and close everything, however the body ends."""
     workdir, first = s.checkpoints.workdir, processes.is_first()
     s.log, s.done = Log(workdir, begin, write=first), step
     started, why = time.monotonic(), None
     if first:
-        provenance.start(workdir, step)
+        provenance.start(workdir, step, origin)
     try:
         yield
         s.checkpoints.close()
@@ -186,6 +206,9 @@ def _run(s: Session, state: TrainState, key: jax.Array, stop: StopRequest) -> di
     first = int(state.step)
     show = Show(s.cfg.name, first, train_cfg.steps, on=processes.is_first())
     bad_before = None
+    if first == 0 and s.base is not None:
+        _log_evaluation(s, 0, eval_fn, state, show)
+        meter.restart()
     for done in range(first + 1, train_cfg.steps + 1):
         batch = place_rows(next(s.data), s.layout, s.cfg.data.batch_size)
         state, metrics = step_fn(state, batch)
@@ -247,7 +270,8 @@ def _log_evaluation(s: Session, done: int, eval_fn, state: TrainState, show: Sho
     s.log.write(done, "validation", results)
     if load_dLE is not None:
         s.log.append(done, "routing", {"domains": list(s.domains), "load_dLE": load_dLE.tolist()})
-    show.say(f"step {done}: validation loss {results['loss']:.4f} ({size_text(results)})")
+    when = f"step {done}" if done else "before training"
+    show.say(f"{when}: validation loss {results['loss']:.4f} ({size_text(results)})")
     return results
 
 
@@ -278,19 +302,14 @@ def _finish(s: Session, done: int, meter: Meter) -> None:
         s.say(s.plan.receipt(speed))
 
 
-def with_vocabulary(cfg: ExperimentConfig, vocab_size: int) -> ExperimentConfig:
-    """The config with the model's vocabulary taken from the tokenizer.
-
-    A model may have more rows than its tokenizer.json has tokens: published ones are padded.
-    """
-    if cfg.data.tokenizer not in ("byte", "bpe") and cfg.model.vocab_size >= vocab_size:
-        return cfg
-    return dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, vocab_size=vocab_size))
+def _tokenizer(cfg: ExperimentConfig, corpus: Corpus, workdir: pathlib.Path) -> Tokenizer:
+    tokenizer = load_tokenizer(cfg.data, corpus, workdir / folder.TOKENIZER)
+    if cfg.data.tokenizer == "bpe" and tokenizer.vocab_size < cfg.data.vocab_size:
+        processes.say(
+            f"this text gives only {tokenizer.vocab_size} tokens of data.vocab_size={cfg.data.vocab_size}"
+        )
+    return tokenizer
 
 
 def _mesh_text(layout: Layout) -> str:
     return ", ".join(f"{a}={n}" for a, n in layout.mesh.shape.items() if n > 1)
-
-
-def _say_nothing(text: str) -> None:
-    del text

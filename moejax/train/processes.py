@@ -66,6 +66,12 @@ def is_first() -> bool:
     return jax.process_index() == 0
 
 
+def say(text: str) -> None:
+    """Print, in process 0 alone."""
+    if is_first():
+        print(text)
+
+
 @contextlib.contextmanager
 def first_goes_first():
     """Process 0 runs the body before the others, which then find the files that it wrote. If it raises, so do

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import SingleDeviceSharding
 
-from moejax.config import ExperimentConfig
+from moejax.config import ConfigError, ExperimentConfig
 from moejax.models import transformer
 from moejax.params import by_path, init_params, path_name
 from moejax.runs.checkpoint import Checkpoints
@@ -87,7 +87,7 @@ def create_state(cfg: ExperimentConfig, key: jax.Array, layout: Layout | None) -
 def state_of_model(
     cfg: ExperimentConfig, params: dict, router_state: dict, layout: Layout | None
 ) -> TrainState:
-    """The state at step 0 of an existing model (an import), with a fresh optimiser."""
+    """The state at step 0 of a model that exists, with a fresh optimiser."""
     shardings = None if layout is None else state_shardings(cfg, layout)
     fresh = functools.partial(_fresh, cfg)
     return jax.jit(fresh, out_shardings=shardings)(params, router_state)
@@ -101,11 +101,10 @@ def save_state(checkpoints: Checkpoints, state: TrainState, data_state: dict) ->
 
 def restore_state(
     checkpoints: Checkpoints, layout: Layout | None = None
-) -> tuple[TrainState, dict | None] | None:
+) -> tuple[TrainState, dict] | None:
     """The newest state that can be read, and its position in the data; None if there is none.
 
-    An imported model gets a fresh optimiser, float32 master weights and no position. See
-    `Checkpoints.restore` for what happens to damaged checkpoints.
+    See `Checkpoints.restore` for what happens to damaged checkpoints.
     """
     cfg = checkpoints.cfg
     _, training = _items(placed(abstract_state(cfg), state_shardings(cfg, layout)))
@@ -113,8 +112,12 @@ def restore_state(
     if found is None:
         return None
     if found.training is None:
-        return state_of_model(cfg, found.params, found.router_state, layout), None
+        raise ConfigError(
+            f"{checkpoints.workdir}: only the imported model that this run began from can be read; begin from "
+            f"it in another --workdir, with --config.train.init_from={checkpoints.workdir}"
+        )
     state = TrainState(params=found.params, router_state=found.router_state, **found.training)
+    assert found.data_state is not None  # as there was something of training
     return state, found.data_state
 
 

@@ -26,10 +26,12 @@ from moejax.__main__ import main
 from moejax.commands import export, import_
 from moejax.config import ConfigError, DataConfig, ExperimentConfig, ModelConfig, MoEConfig
 from moejax.config_io import to_json
+from moejax.data import load_corpus, validation_batches
 from moejax.interop import convert
 from moejax.models import transformer
 from moejax.params import init_params
 from moejax.routers import router_options
+from moejax.runs import provenance
 from moejax.runs.checkpoint import Checkpoints
 from moejax.runs.open import load_run
 
@@ -252,12 +254,38 @@ def test_killed_import(tmp_path):
     assert load_run(tmp_path / "run").cfg.model.num_layers == 12
 
 
+def own_names(folder):
+    """Special tokens that no list of names knows: `<begin>` stands before every text, `<fin>` ends one."""
+    described = json.loads((folder / "tokenizer.json").read_text())
+    size = max(described["model"]["vocab"].values())
+    for i, name in enumerate(("<begin>", "<fin>"), size + 1):
+        token = {"id": i, "content": name, "special": True, "single_word": False, "lstrip": False}
+        described["added_tokens"].append(token | {"rstrip": False, "normalized": False})
+    text, special = (
+        {"Sequence": {"id": "A", "type_id": 0}},
+        {"SpecialToken": {"id": "<begin>", "type_id": 0}},
+    )
+    described["post_processor"] = {
+        "type": "TemplateProcessing",
+        "single": [special, text],
+        "pair": [special, text],
+        "special_tokens": {"<begin>": {"id": "<begin>", "ids": [size + 1], "tokens": ["<begin>"]}},
+    }
+    (folder / "tokenizer.json").write_text(json.dumps(described))
+    tokens = {"eos_token": "<fin>", "pad_token": "<|pad|>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(tokens))
+    return {"bos_id": size + 1, "eos_id": size + 2, "pad_id": 1}
+
+
 @pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")  # ml_collections
-def test_fine_tune_an_import(tmp_path):
-    run = tmp_path / "run"
-    convert.import_run(checkpoint(tmp_path / "hf", "mixtral"), run)
-    before = load_run(run).params
-    (tmp_path / "mine.txt").write_text("hello world, hello\n" * 100)
+def test_fine_tune_an_import_or_the_folder_itself(tmp_path, capsys):
+    """Both begin with the same weights and tokens, and both are left alone."""
+    imported, hf = tmp_path / "imported", checkpoint(tmp_path / "hf", "mixtral")
+    wanted = own_names(hf)
+    convert.import_run(hf, imported)
+    before = load_run(imported)
+    assert json.loads((imported / "separators.json").read_text()) == wanted
+    (tmp_path / "mine.txt").write_text("hello world, hello\n\n\n" * 100)
     flags = {
         "data.sources": f"('mine={tmp_path}/mine.txt',)",
         "data.seq_len": 16,
@@ -266,17 +294,46 @@ def test_fine_tune_an_import(tmp_path):
         "train.eval_batches": 1,
         "mesh.data": 1,
     }
-    config = f"--config={ROOT}/experiments/finetune.py:{run}"
     overrides = [f"--config.{k}={v}" for k, v in flags.items()]
-    assert main(["train", config, f"--workdir={run}", "--noreport", *overrides]) == 0
-    after = load_run(run)
-    assert after.step == 2
-    moved = jax.tree.map(
-        lambda a, b: float(jnp.abs(a - b.astype(a.dtype)).max()), after.params, before
-    )
-    # Float32 masters that moved by about two steps of a learning rate that warms up to 1e-5.
-    assert all(a.dtype == jnp.float32 for a in jax.tree.leaves(after.params))
-    assert 0 < max(jax.tree.leaves(moved)) < 1e-4
+    found = {}
+    for name, base in {"a": imported, "b": hf}.items():
+        files = {p: p.read_bytes() for p in base.rglob("*") if p.is_file()}
+        config, run = f"--config={ROOT}/experiments/finetune.py:{base}", tmp_path / name
+        command = ["train", config, f"--workdir={run}", "--noreport", *overrides]
+        assert main(command) == 0, capsys.readouterr().err
+        assert {p: p.read_bytes() for p in base.rglob("*") if p.is_file()} == files
+        rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        losses = [r["loss"] for r in rows if r["kind"] == "validation" and r["step"] == 0]
+        found[name] = losses, provenance.read(run)[0]["base_sha256"]
+        after = load_run(run)
+        assert (after.step, after.cfg.model) == (2, before.cfg.model)
+        # The text begins and ends with the tokens that the base's files name.
+        assert after.tokenizer.eos_id == wanted["eos_id"] == before.tokenizer.eos_id
+        assert after.tokenizer.bos_id == wanted["bos_id"]
+        [first, *_] = validation_batches(
+            load_corpus(after.cfg.data), after.tokenizer, after.cfg.data
+        )
+        assert first["tokens"][0, 0] == wanted["bos_id"]
+        assert wanted["eos_id"] in first["targets"]
+        moved = jax.tree.map(
+            lambda a, b: float(jnp.abs(a - b.astype(a.dtype)).max()), after.params, before.params
+        )
+        # Float32 masters that moved by about two steps of a learning rate that warms up to 1e-5.
+        assert all(a.dtype == jnp.float32 for a in jax.tree.leaves(after.params))
+        assert 0 < max(jax.tree.leaves(moved)) < 1e-4
+        for file in ("config.json", "tokenizer_config.json", "generation_config.json"):
+            assert (run / "hf" / file).read_bytes() == (hf / file).read_bytes()
+    assert found["a"] == found["b"]
+    # Its own folder, an import's folder, and a key that is not the base's.
+    command = ["train", f"--config={ROOT}/experiments/finetune.py:{imported}", *overrides]
+    assert main([*command, f"--workdir={imported}"]) == 2
+    assert "are one folder" in capsys.readouterr().err
+    assert main([*command, f"--workdir={tmp_path / 'c'}", "--config.model.num_layers=4"]) == 2
+    assert "model.num_layers: 3 there, 4 here" in capsys.readouterr().err
+    # What was fine-tuned exports as what it is.
+    convert.export_run(tmp_path / "a", tmp_path / "out")
+    exported = json.loads((tmp_path / "out/config.json").read_text())
+    assert exported["model_type"] == "mixtral" and exported["torch_dtype"] == "float32"
 
 
 def test_bad_arguments():

@@ -1,11 +1,15 @@
 """What the files of a checkpoint say about prompts is read as they mean it, and checked."""
 
+import json
+
 import prompt_case
 import pytest
 from prompt_case import write
 
-from moejax.config import ConfigError
-from moejax.data.tokenizer import ByteTokenizer
+from moejax.config import ConfigError, DataConfig
+from moejax.data import DataError
+from moejax.data.separators import Separators
+from moejax.data.tokenizer import ByteTokenizer, JsonTokenizer, load_tokenizer
 from moejax.interop import prompts
 
 
@@ -169,3 +173,53 @@ def test_generation_config_is_read_or_named(tmp_path):
             write(tmp_path, generation_config__json={key: 0.25})
     folder = files.folder
     assert prompts.read_prompt_files(folder, [key]).generation == {}
+
+
+@pytest.mark.parametrize(
+    "files, want",
+    [
+        # (begin, end, padding) of the words: <s> is 1, </s> 2, <|user|> 3, <|assistant|> 4.
+        ({}, (1, 2, 2)),
+        ({"tokenizer_config": {"eos_token": "<|user|>", "pad_token": "</s>"}}, (1, 3, 2)),
+        ({"special_tokens_map": {"eos_token": "<|user|>"}}, (1, 3, 3)),
+        ({"config": {"eos_token_id": 4}}, (1, 4, 4)),
+        ({"config": {"eos_token_id": 4}, "generation_config": {"eos_token_id": [3, 2]}}, (1, 3, 3)),
+        ({"config": {"eos_token_id": 99}, "tokenizer_config": {"eos_token": "</s>"}}, (1, 2, 2)),
+    ],
+)
+def test_what_stands_around_a_document_is_the_files_word(tmp_path, tokenizer, files, want):
+    found = write(tmp_path, **{f"{name}__json": values for name, values in files.items()})
+    assert prompts.separators(found, tokenizer) == want
+
+
+def test_what_begins_a_document_where_nothing_stands_before_a_text(tmp_path, tokenizer):
+    described = json.loads(tokenizer.text) | {"post_processor": None}
+    plain = JsonTokenizer(json.dumps(described), "test")
+    named = {"bos_token": "<|user|>", "eos_token": "</s>"}
+    files = write(tmp_path, tokenizer_config__json=named)
+    assert prompts.separators(files, plain) == (3, 2, 2)
+    files = write(tmp_path, tokenizer_config__json={"eos_token": "</s>"})
+    assert prompts.separators(files, plain) == (2, 2, 2)
+
+
+def test_a_run_keeps_what_stands_around_its_documents(tmp_path, tokenizer):
+    (tmp_path / "tokenizer.json").write_text(tokenizer.text)
+    cfg = DataConfig(tokenizer=str(tmp_path / "gone.json"))
+    kept = tmp_path / "tokenizer.json"
+    assert load_tokenizer(cfg, None, kept).eos_id == 2
+    (tmp_path / "separators.json").write_bytes(Separators(3, 4, 2).to_json())
+    found = load_tokenizer(cfg, None, kept)
+    assert (found.bos_id, found.eos_id, found.pad_id) == (3, 4, 2)
+    for text in (
+        "{",
+        "[]",
+        '{"bos_id": 1}',
+        '{"bos_id": 1, "eos_id": -1, "pad_id": 0}',
+        "[" * 9999,
+    ):
+        (tmp_path / "separators.json").write_text(text)
+        with pytest.raises(DataError, match=r"separators\.json"):
+            load_tokenizer(cfg, None, kept)
+    (tmp_path / "separators.json").write_bytes(Separators(3, 99, 2).to_json())
+    with pytest.raises(DataError, match="are not among its 7 tokens"):
+        load_tokenizer(cfg, None, kept)

@@ -32,13 +32,14 @@ from moejax.routers import router_options
 from moejax.runs import lock, restore
 from moejax.runs.checkpoint import Checkpoints
 from moejax.runs.checksums import checksums
-from moejax.runs.restore import abstract_model, newest_model, seal
+from moejax.runs.restore import abstract_model, model_at, newest_model, seal
 from moejax.sharding import make_layout
 from moejax.train.state import (
     abstract_state,
     create_state,
     restore_state,
     save_state,
+    state_of_model,
     state_shardings,
 )
 
@@ -394,7 +395,7 @@ def test_nothing_left_to_read_is_an_error(tmp_path, state):
     checkpoints.close()
 
 
-def test_an_imported_model_keeps_its_dtype_and_trains_from_float32(tmp_path, state):
+def test_an_imported_model_keeps_its_dtype_and_is_read_in_float32_to_train(tmp_path, state):
     half = jax.tree.map(lambda a: a.astype(jnp.bfloat16), state.params)
     bias = {"moe_blocks": {"expert_bias": jnp.arange(4, dtype=jnp.float32)[None]}}
     checkpoints = Checkpoints(tmp_path, CFG)
@@ -403,13 +404,18 @@ def test_an_imported_model_keeps_its_dtype_and_trains_from_float32(tmp_path, sta
     assert step == 0
     assert {a.dtype for a in jax.tree.leaves(params)} == {jnp.dtype("bfloat16")}
     same((params, router_state), (half, bias))
-    fresh, data_state = restore_state(checkpoints, on_mesh(fsdp=8))  # pyright: ignore
-    checkpoints.close()
-    assert data_state is None and int(fresh.step) == 0
-    assert {a.dtype for a in jax.tree.leaves(fresh.params)} == {jnp.dtype("float32")}
-    same(fresh.params, jax.tree.map(lambda a: a.astype(jnp.float32), half))
-    same(fresh.router_state, bias)
+    layout = on_mesh(fsdp=8)
+    params, router_state = model_at(tmp_path, CFG, 0, layout)
+    assert {a.dtype for a in jax.tree.leaves(params)} == {jnp.dtype("float32")}
+    assert len(params["embed"]["tokens"].sharding.device_set) == 8
+    same(params, jax.tree.map(lambda a: a.astype(jnp.float32), half))
+    same(router_state, bias)
+    fresh = state_of_model(CFG, params, router_state, layout)
     same(fresh.opt_state, state.opt_state)
+    # There is nothing to go on with.
+    with pytest.raises(ConfigError, match=r"only the imported model .*init_from="):
+        restore_state(checkpoints, layout)
+    checkpoints.close()
 
 
 def test_another_model_is_named(tmp_path, state):

@@ -12,8 +12,6 @@ from moejax.config import (
     ExperimentConfig,
     MeshConfig,
     ModelConfig,
-    ObjectiveConfig,
-    OptimizerConfig,
 )
 from moejax.data.corpus import Corpus
 from moejax.data.sources import Document
@@ -60,19 +58,23 @@ def saved_step(workdir, step):
     (workdir / "checkpoints" / str(step)).mkdir(parents=True)
 
 
-def test_an_imported_model_may_be_trained_on_anything(tmp_path):
+def test_what_a_run_began_from_is_part_of_it(tmp_path):
+    other = dataclasses.replace(CFG, train=dataclasses.replace(CFG.train, init_from="runs/a"))
+    folder.claim_workdir(tmp_path, other, files={"hf/config.json": b"{}"})
+    assert (tmp_path / "hf/config.json").read_bytes() == b"{}"
+    longer = dataclasses.replace(other, train=dataclasses.replace(other.train, steps=999))
+    folder.claim_workdir(tmp_path, longer)
+    with pytest.raises(ConfigError, match=r"train\.init_from: 'runs/a' there, '' now"):
+        folder.claim_workdir(tmp_path, CFG)
+
+
+def test_an_imported_model_is_not_trained_in_place(tmp_path):
     folder.claim_workdir(tmp_path, CFG)
     saved_step(tmp_path, 0)
-    other = dataclasses.replace(
-        CFG,
-        data=DataConfig(seq_len=16, batch_size=2),
-        optimizer=OptimizerConfig(learning_rate=0.5),
-        objective=ObjectiveConfig(mtp_loss_weight=0.1),
-    )
-    folder.claim_workdir(tmp_path, other)
-    saved_step(tmp_path, 1)
-    with pytest.raises(ConfigError, match=r"data.seq_len: 16 there"):
-        folder.claim_workdir(tmp_path, CFG)  # now it has been trained, and stays what it is
+    with pytest.raises(ConfigError, match=r"with --config\.train\.init_from="):
+        folder.claim_workdir(tmp_path, CFG)
+    saved_step(tmp_path, 1)  # as 0.1.0 did
+    folder.claim_workdir(tmp_path, CFG)
 
 
 def test_a_workdir_that_cannot_be_used_is_named(tmp_path):

@@ -27,9 +27,11 @@ from moejax.config import (
     OptimizerConfig,
     TrainConfig,
 )
+from moejax.data.vocabulary import expected_tokens, with_vocabulary
 from moejax.routers import router_options
 from moejax.runs import lock, provenance
-from moejax.train.loop import Diverged, train, with_vocabulary
+from moejax.runs.open import load_run
+from moejax.train.loop import Diverged, train
 from moejax.train.signals import StopRequest
 
 ONE, EIGHT = MeshConfig(data=1), MeshConfig(data=2, expert=2, tensor=2)
@@ -319,10 +321,37 @@ def test_a_mesh_that_does_not_fit_is_named_before_the_corpus_is_read(cfg, tmp_pa
 
 
 def test_vocabulary(cfg):
-    assert with_vocabulary(cfg, 258).model.vocab_size == 258
-    external = dataclasses.replace(cfg.data, tokenizer="some/tokenizer.json")
-    padded = dataclasses.replace(
-        cfg, data=external, model=dataclasses.replace(cfg.model, vocab_size=1024)
+    """As many rows as there are tokens, or as many as the config says; never fewer than tokens."""
+    assert cfg.model.vocab_size == 0 and with_vocabulary(cfg, 258).model.vocab_size == 258
+    said = dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, vocab_size=1024))
+    assert with_vocabulary(said, 1000) == said  # published models pad
+    with pytest.raises(ConfigError, match=r"vocab_size=1024, but .* has 2000 tokens .*'byte'"):
+        with_vocabulary(said, 2000)
+    assert expected_tokens(DataConfig(tokenizer="byte")) == 258
+    assert expected_tokens(DataConfig(vocab_size=512)) == 512
+
+
+@pytest.mark.parametrize("given, works", [(299, False), (300, True), (384, True)])
+def test_a_vocabulary_that_is_given_is_kept_or_refused(cfg, tmp_path, given, works):
+    """Against a trained tokenizer, too; and a text too small for its tokens says so."""
+    bpe = dataclasses.replace(cfg.data, tokenizer="bpe", vocab_size=300)
+    said = dataclasses.replace(
+        cfg, data=bpe, model=dataclasses.replace(cfg.model, vocab_size=given)
     )
-    assert with_vocabulary(padded, 1000).model.vocab_size == 1024  # published models pad
-    assert with_vocabulary(padded, 2000).model.vocab_size == 2000
+    if works:
+        said = dataclasses.replace(said, train=dataclasses.replace(cfg.train, steps=1))
+        train(said, tmp_path / "a")
+        assert load_run(tmp_path / "a").params["embed"]["tokens"].shape == (given, 16)
+        return
+    with pytest.raises(ConfigError, match=r"vocab_size=299.*300 would work, .*data.vocab_size=299"):
+        train(said, tmp_path / "a")
+    assert not (tmp_path / "a").exists()
+
+
+def test_a_text_too_small_for_its_tokenizer_says_so(cfg, tmp_path, capsys):
+    many = dataclasses.replace(cfg.data, tokenizer="bpe", vocab_size=100_000)
+    wide = MeshConfig(data=1, tensor=2)  # of an odd vocabulary: refused before anything is trained
+    model = dataclasses.replace(cfg.model, vocab_size=100_001)
+    with pytest.raises(ConfigError, match="vocab_size=100001 does not divide"):
+        train(dataclasses.replace(cfg, data=many, mesh=wide, model=model), tmp_path / "a")
+    assert re.search(r"gives only \d+ tokens of data.vocab_size=100000", capsys.readouterr().out)
