@@ -22,6 +22,9 @@ def main(argv: list[str]) -> int:
     flags.DEFINE_boolean(
         "report", True, "Write report.html and print a sample at the end.", flag_values=fv
     )
+    flags.DEFINE_boolean(
+        "force", False, "Train although the plan needs more memory than is free.", flag_values=fv
+    )
     text(
         "distributed",
         "none",
@@ -45,7 +48,7 @@ def main(argv: list[str]) -> int:
     workdir = pathlib.Path(fv.workdir)
     several = jax.process_count() > 1
     try:
-        results = train(cfg, workdir)
+        results = train(cfg, workdir, force=fv.force)
     except (Diverged, SaveError) as e:
         print(f"moejax train: {e}", file=sys.stderr)
         if several and isinstance(e, SaveError):

@@ -4,7 +4,6 @@ measured here."""
 import dataclasses
 import difflib
 import json
-import os
 import pathlib
 import time
 
@@ -13,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from moejax.config import ConfigError
+from moejax.cost.available import available_memory
 
 TABLE = pathlib.Path(__file__).with_name("hardware.json")
 
@@ -96,14 +96,14 @@ def load_device(name: str, price: float | None = None) -> Device:
 def this_device(dtype) -> Device:
     """The first local device: from the table if it is in there, else measured for a moment."""
     here = jax.local_devices()[0]
-    known = device_of_kind(here.device_kind)
-    if known is not None:
-        return known
-    shared = _sharing()
     limit = (here.memory_stats() or {}).get("bytes_limit")
+    known = device_of_kind(here.device_kind)
+    if known is not None:  # jax may be told to take a part of its memory only
+        return dataclasses.replace(known, memory=min(known.memory, float(limit or known.memory)))
+    shared = _sharing()
     return Device(
         name="cpu" if here.platform == "cpu" else here.device_kind,
-        memory=float(limit or physical_memory() / shared),
+        memory=float(limit or available_memory() / shared),
         bandwidth=copy_bandwidth() / shared,
         flops={jnp.dtype(dtype).name: matmul_peak(dtype) / shared},
         link=0.0,
@@ -118,7 +118,7 @@ def measure_cpu() -> Device:
     matmul = _best_seconds(np.matmul, a, a, np.empty_like(a))
     return Device(
         name="cpu",
-        memory=float(physical_memory()),
+        memory=available_memory(),
         bandwidth=2 * big.nbytes / _best_seconds(np.copyto, np.empty_like(big), big),
         flops={"float32": 2 * len(a) ** 3 / matmul},
         link=0.0,
@@ -158,8 +158,3 @@ def _best_seconds(f, *args) -> float:
         jax.block_until_ready(f(*args))
         times.append(time.perf_counter() - start)
     return min(times)
-
-
-def physical_memory() -> int:
-    """Bytes of this machine's memory."""
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -15,7 +15,7 @@ from moejax.config import ExperimentConfig
 from moejax.cost import memory, roofline
 from moejax.cost.architecture import Architecture, counts, of_model
 from moejax.cost.flops import flops_per_token
-from moejax.cost.hardware import this_device, total_peak
+from moejax.cost.hardware import Device, this_device, total_peak
 from moejax.cost.setup import Setup, of_experiment
 from moejax.text import (
     Table,
@@ -57,6 +57,19 @@ class RunPlan:
             f"{bytes_text(self.memory.total)} per device of {bytes_text(device.memory)}\n"
             f"plan: about {rate:,.0f} tokens/s on {self.setup.mesh.devices} x {device.name}, bound by "
             f"{self.step.limit}; {count_text(tokens)} tokens in {seconds_text((tokens or 0) / rate)}"
+        )
+
+    def problem(self, at_once: int = 1) -> str:
+        """Why its memory does not suffice for `at_once` such runs, and the nearest that fits; '' if it does."""
+        device = self.setup.device
+        device = dataclasses.replace(device, memory=device.memory / at_once)
+        room = device.memory * roofline.USABLE
+        if self.memory.total <= room:
+            return ""
+        share = f", a share of {at_once} at once" if at_once > 1 else ""
+        return (
+            f"it needs about {bytes_text(self.memory.total)} on each device ({device.name}), of whose memory "
+            f"{bytes_text(room)} are free{share}. {_nearest(self.cfg, self.setup, device)}"
         )
 
     def receipt(self, tokens_per_second: float) -> str:
@@ -116,3 +129,29 @@ def _pair(planned: float | None, measured: float, text) -> list[str]:
 def error_text(predicted: float, real: float) -> str:
     """'+12.0%': the prediction is that much above what is real."""
     return f"{predicted / real - 1:+.1%}" if real else "-"
+
+
+def _nearest(cfg: ExperimentConfig, setup: Setup, device: Device) -> str:
+    """The nearest way to train that fits the device, as flags. Virtual devices of a CPU share its memory."""
+    most = setup.mesh.devices if device.platform == "cpu" else 4096
+    fit = roofline.nearest_fit(
+        cfg, device, setup.mesh, setup.batch, setup.context, max_devices=most
+    )
+    if fit is None:
+        return (
+            "Nothing near it fits: take a smaller model, a shorter data.seq_len, or larger devices"
+        )
+    changes = {f"mesh.{a}": n for a, n in fit.mesh.shape.items() if n != setup.mesh.shape[a]}
+    changes |= {
+        f"compute.{f.name}": value
+        for f in dataclasses.fields(fit.compute)
+        if (value := getattr(fit.compute, f.name)) != getattr(cfg.compute, f.name)
+    }
+    batch = max(setup.batch, fit.micro_batch)
+    if batch != setup.batch:
+        changes["data.batch_size"] = batch
+    if batch // fit.micro_batch != cfg.train.accumulation:
+        changes["train.accumulation"] = batch // fit.micro_batch
+    flags = " ".join(f"--config.{key}={value}" for key, value in changes.items())
+    where = f" on {fit.mesh.devices} devices" if fit.mesh.devices != setup.mesh.devices else ""
+    return f"The nearest that fits{where}: {flags} ({bytes_text(fit.bytes)})"

@@ -44,11 +44,8 @@ def find(configs: list[ExperimentConfig], jobs: int) -> list[Finding]:
 
 
 def _finding(cfg: ExperimentConfig, jobs: int) -> Finding:
-    import jax
-
     from moejax.cost.architecture import counts
     from moejax.cost.receipt import plan_run
-    from moejax.cost.roofline import USABLE
     from moejax.data.vocabulary import expected_tokens, with_vocabulary
     from moejax.sharding import make_layout
     from moejax.train.loop import check_here
@@ -59,15 +56,8 @@ def _finding(cfg: ExperimentConfig, jobs: int) -> Finding:
         plan = plan_run(cfg, make_layout(cfg))
     except ConfigError as e:
         return Finding(str(e), "", 0.0)
-    size, device = counts(plan.arch)["with embeddings"], plan.setup.device
-    room = device.memory * USABLE / jobs
-    problem = ""
-    if plan.memory.total > room:
-        share = f", a share of {jobs} at once" if jobs > 1 else ""
-        problem = (
-            f"it needs {bytes_text(plan.memory.total)} on each device ({jax.local_devices()[0].device_kind}), "
-            f"{bytes_text(room)} are there{share}"
-        )
+    size = counts(plan.arch)["with embeddings"]
+    problem = plan.problem(jobs)
     text = f"{count_text(size.total)} ({count_text(size.active)} active), {bytes_text(plan.memory.total)}"
     return Finding(problem, text, (plan.setup.tokens or 0) / plan.step.tokens_per_second)
 

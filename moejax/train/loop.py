@@ -70,18 +70,19 @@ class Session:
         return self.cfg.data.batch_size * self.cfg.data.seq_len
 
 
-def train(cfg: ExperimentConfig, workdir: pathlib.Path) -> dict:
+def train(cfg: ExperimentConfig, workdir: pathlib.Path, *, force: bool = False) -> dict:
     """Run or resume an experiment, on all devices of its mesh. Returns the last validation metrics.
 
     With several processes (see `processes.start`) each of them calls this. Only process 0 prints and logs, and
     `workdir` must be on a file system that all of them share.
 
     Raises ConfigError or DataError for bad input before anything is computed, and Diverged after
-    `train.max_bad_steps` non-finite steps in a row; the last good checkpoint stays intact.
+    `train.max_bad_steps` non-finite steps in a row; the last good checkpoint stays intact. Bad input is also a
+    plan that needs more memory than there is, unless `force`.
     """
     devices = check_here(cfg)
     folder.check_writable(workdir)
-    base = None
+    base, plan = None, None
     with processes.first_goes_first():
         if cfg.train.init_from:
             check_apart(cfg, workdir)
@@ -97,6 +98,7 @@ def train(cfg: ExperimentConfig, workdir: pathlib.Path) -> dict:
             check_schedule(workdir, cfg)
             layout = make_layout(cfg, devices)
             if processes.is_first():
+                plan = _plan(cfg, layout, force)
                 held.enter_context(lock.writing(workdir))
                 folder.check_corpus(workdir, corpus.manifest)
                 files = base.files if base else None
@@ -112,7 +114,7 @@ def train(cfg: ExperimentConfig, workdir: pathlib.Path) -> dict:
             ),
             held_out=list(validation_batches(corpus, tokenizer, cfg.data, most)),
             checkpoints=Checkpoints(workdir, cfg),
-            plan=plan_run(cfg, layout) if processes.is_first() else None,
+            plan=plan,
             base=base,
             say=processes.say,
         )
@@ -300,6 +302,15 @@ def _finish(s: Session, done: int, meter: Meter) -> None:
             done, "receipt", {"tokens_per_second": speed, "planned_tokens_per_second": planned}
         )
         s.say(s.plan.receipt(speed))
+
+
+def _plan(cfg: ExperimentConfig, layout: Layout | None, force: bool) -> RunPlan:
+    """The plan of a run; ConfigError if it does not fit the devices, unless `force`."""
+    plan = plan_run(cfg, layout)
+    problem = plan.problem()
+    if problem and not force:
+        raise ConfigError(f"this run does not fit: {problem}. --force tries it all the same")
+    return plan
 
 
 def _tokenizer(cfg: ExperimentConfig, corpus: Corpus, workdir: pathlib.Path) -> Tokenizer:

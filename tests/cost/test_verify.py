@@ -15,7 +15,7 @@ from moejax.config import (
     MoEConfig,
     TrainConfig,
 )
-from moejax.cost import hardware, memory, receipt
+from moejax.cost import available, hardware, memory, receipt
 from moejax.cost.architecture import of_model
 from moejax.cost.flops import flops_per_token
 from moejax.mesh import MeshSizes
@@ -159,7 +159,7 @@ def test_plan_of_a_run():
     layout = make_layout(cfg, jax.devices()[:8])
     plan = receipt.plan_run(cfg, layout)
     assert plan.setup.mesh == MeshSizes(data=2, expert=4)
-    assert plan.setup.device.memory < hardware.physical_memory() / 4
+    assert plan.setup.device.memory < available.physical_memory() / 4
     first, second = plan.headline().split("\n")
     assert first.startswith("plan: ") and "active" in first and "on 8 x cpu" in second
     assert "error of the plan" in plan.receipt(plan.step.tokens_per_second)
