@@ -48,9 +48,7 @@ def place(cache, layout: Layout | None):
     }
 
 
-@functools.partial(
-    jax.jit, static_argnames=("cfg", "compute", "length", "how", "with_draft", "layout")
-)
+@functools.partial(jax.jit, static_argnames=("cfg", "compute", "length", "with_draft", "layout"))
 def prefill(
     params,
     router_state,
@@ -127,7 +125,7 @@ class Emitted(NamedTuple):
 
 
 @functools.partial(
-    jax.jit, static_argnames=("cfg", "compute", "how", "layout"), donate_argnames=("state",)
+    jax.jit, static_argnames=("cfg", "compute", "layout"), donate_argnames=("state",)
 )
 def decode(
     params,

@@ -1,9 +1,10 @@
 """Generation with a KV cache: prompts of different lengths in one batch, greedy, sampled or speculative.
 
 Prompts are read in one pass (`prefill`); then `decode` runs many tokens in one call on the device and
-returns to the host only to hand out tokens. Shapes are rounded up to a few sizes (`round_up`), so repeated
-calls compile rarely. A row's text does not depend on the rows beside it: its random numbers depend only
-on the seed and its row number, finished rows are not routed, and no route is dropped.
+returns to the host only to hand out tokens. Shapes are rounded up to a few sizes (`round_up`), and seeds,
+temperature and top_p are arguments, so repeated calls compile rarely. A row's text does not depend on the rows
+beside it: its random numbers depend only on the seed and its row number, finished rows are not routed, and no
+route is dropped.
 """
 
 import dataclasses
@@ -134,18 +135,21 @@ def stream(
       ConfigError: an empty prompt, a total longer than model.max_seq_len, a router that is not causal, a
         sampling parameter out of range, speculation without an MTP head or with a temperature.
     """
-    how = Sampling(temperature, top_k, top_p)
+    how = Sampling(float(temperature), top_k, float(top_p))
     limits = [max_new] * len(prompts) if isinstance(max_new, int) else list(max_new)
     _check(cfg, prompts, limits, how, speculative_decoding)
     stats = stats or Stats()
     params = prepare(params, compute.dtype, layout)
     started = time.perf_counter()
     tokens_BS, lengths_B, max_new_B = _pad(prompts, limits, cfg, layout)
-    # A guess is read before its row's end is known: one slot more.
-    length = round_up(int((lengths_B + max_new_B).max()) + int(speculative_decoding))
+    # Enough for any prompts of this width. A guess is read before its row's end is known: one slot more.
+    most = min(tokens_BS.shape[1] + max(limits), cfg.max_seq_len)
+    length = round_up(most + int(speculative_decoding))
     numbers = range(len(prompts)) if numbers is None else numbers
     keys_B = row_keys(seed, [*numbers, *[0] * (len(lengths_B) - len(prompts))])
-    stops = jnp.asarray(stop_ids, jnp.int32).reshape(-1)  # traced: other stops compile nothing
+    # Traced, and filled up: other stops compile nothing.
+    filling = [NOTHING] * (round_up(len(stop_ids), 8) - len(stop_ids))
+    stops = jnp.asarray([*stop_ids, *filling], jnp.int32)
     stats.speculative = speculative_decoding
     stats.prompt_tokens += sum(map(len, prompts))
     stats.cache_bytes = cache_bytes(cfg, len(lengths_B), length, compute.dtype)
@@ -221,8 +225,11 @@ def cache_bytes(cfg: ModelConfig, batch: int, length: int, dtype: str = "float32
 
 
 def _pad(prompts, limits: list[int], cfg: ModelConfig, layout: Layout | None):
-    """Tokens [B,S], lengths and limits [B]; on a mesh, idle rows that say nothing fill the batch up."""
-    idle = -len(prompts) % (1 if layout is None else layout.size(axes.BATCH))
+    """Tokens [B,S], lengths and limits [B]. Idle rows that say nothing fill the batch up to a power of two, and
+    on a mesh so that it divides."""
+    ways = 1 if layout is None else layout.size(axes.BATCH)
+    rows = -(-(2 ** math.ceil(math.log2(len(prompts)))) // ways) * ways
+    idle = rows - len(prompts)
     width = min(round_up(max(map(len, prompts))), cfg.max_seq_len)
     tokens_BS = np.zeros((len(prompts) + idle, width), np.int32)
     for row, prompt in enumerate(prompts):

@@ -1,8 +1,9 @@
 """Choosing the next token from logits: greedy, or a draw among the likeliest."""
 
+import dataclasses
+import functools
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,8 +11,14 @@ import jax.numpy as jnp
 from moejax.config import ConfigError
 
 
-class Sampling(NamedTuple):
-    """How to choose; static under jit.
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["temperature", "top_p"],
+    meta_fields=["top_k"],
+)
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+    """How to choose. Temperature and top_p are arguments of a compiled program; each top_k is one of its own.
 
     Attributes:
       temperature: divides the logits. 0 is greedy and ignores the other two.
@@ -42,17 +49,27 @@ def row_keys(seed: int, numbers: Sequence[int]) -> jax.Array:
 
 def sample(logits_BV, keys_B, position_B, how: Sampling) -> jax.Array:
     """One token per row, int32 [B]. `position_B`: the position of that token, folded into the row's key."""
-    if how.temperature == 0:
+
+    def greedy():
         return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
-    scaled = logits_BV / how.temperature
-    if how.top_k:
-        kth = jax.lax.top_k(scaled, how.top_k)[0][:, -1:]
-        scaled = jnp.where(scaled < kth, -jnp.inf, scaled)
-    if how.top_p < 1:
-        ordered = jnp.sort(scaled, axis=-1)[:, ::-1]
-        p = jax.nn.softmax(ordered, axis=-1)
-        inside = jnp.cumsum(p, axis=-1) - p < how.top_p  # the token that crosses top_p is kept
-        least = jnp.min(jnp.where(inside, ordered, jnp.inf), axis=-1, keepdims=True)
-        scaled = jnp.where(scaled < least, -jnp.inf, scaled)
-    keys_B = jax.vmap(jax.random.fold_in)(keys_B, position_B)
-    return jax.vmap(jax.random.categorical)(keys_B, scaled).astype(jnp.int32)
+
+    def draw():
+        scaled = logits_BV * (1 / how.temperature)
+        if how.top_k:
+            kth = jax.lax.top_k(scaled, how.top_k)[0][:, -1:]
+            scaled = jnp.where(scaled < kth, -jnp.inf, scaled)
+        scaled = jax.lax.cond(how.top_p < 1, _nucleus, lambda x, _: x, scaled, how.top_p)
+        keys = jax.vmap(jax.random.fold_in)(keys_B, position_B)
+        return jax.vmap(jax.random.categorical)(keys, scaled).astype(jnp.int32)
+
+    # One of them runs: a draw sorts the vocabulary.
+    return jax.lax.cond(how.temperature == 0, greedy, draw)
+
+
+def _nucleus(scaled_BV, top_p):
+    """-inf for all tokens outside the smallest set whose probability reaches `top_p`."""
+    ordered = jnp.sort(scaled_BV, axis=-1)[:, ::-1]
+    p = jax.nn.softmax(ordered, axis=-1)
+    inside = jnp.cumsum(p, axis=-1) - p < top_p  # the token that crosses top_p is kept
+    least = jnp.min(jnp.where(inside, ordered, jnp.inf), axis=-1, keepdims=True)
+    return jnp.where(scaled_BV < least, -jnp.inf, scaled_BV)

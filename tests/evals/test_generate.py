@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from moejax.config import AttentionConfig, ConfigError, ModelConfig, MoEConfig
+from moejax.evals.decode import decode, prefill
 from moejax.evals.generate import Stats, cache_bytes, generate, prepare, round_up, stream
 from moejax.evals.sample import Sampling, row_keys, sample
 from moejax.models import transformer
@@ -120,6 +121,21 @@ def test_few_shapes():
     assert len(sizes) <= 1 + 4 * 8  # four for each power of two above 16
     assert all(n <= round_up(n) <= max(16, 1.25 * n + 1) for n in range(1, 4097))
     assert round_up(512) == 512 and round_up(576) == 640
+
+
+def test_temperatures_seeds_and_lengths_share_a_program(model):
+    def programs() -> list[int]:
+        return [f._cache_size() for f in (prefill, decode)]
+
+    prefill.clear_cache()
+    decode.clear_cache()
+    for temperature, top_p, seed in ((0.7, 0.9, 0), (1.2, 1.0, 1), (0, 1, 2), (0.0, 0.5, 3)):
+        generate(*model, CFG, PROMPTS, 8, temperature=temperature, top_p=top_p, seed=seed)
+    for length in (1, 7, 16):  # and one row more, or one less, within a power of two
+        generate(*model, CFG, [[1] * length, *PROMPTS], 8, stop_ids=(length,))
+    assert programs() == [1, 1]
+    generate(*model, CFG, PROMPTS[:2], 8)
+    assert programs() == [2, 2]
 
 
 def test_top_k_and_top_p_cut_the_tail():
