@@ -37,6 +37,9 @@ class Options(RouterOptions):
     # Bias on the scores for selection only, moved by the rule objective.bias_update (V3); kept as it is
     # without one.
     expert_bias: bool = False
+    bias_multiplies: bool = (
+        False  # the selection bias multiplies the scores, from 1 on (2408.15664 table 4)
+    )
     # What is ranked, and what the selection bias is added to: the scores, or the logits (kolibri1).
     select_by: str = choice("score", "logit")
     # Group-limited selection: equal groups of experts; 1: no limit.
@@ -69,7 +72,8 @@ def init_state(cfg: RouterConfig, layer: int) -> dict:
     del layer
     if not cfg.options.expert_bias:
         return {}
-    return {"expert_bias": jnp.zeros((cfg.num_experts,), jnp.float32)}
+    start = jnp.ones if cfg.options.bias_multiplies else jnp.zeros
+    return {"expert_bias": start((cfg.num_experts,), jnp.float32)}
 
 
 def limit_groups(choice_TE: jax.Array, options: Options) -> jax.Array:
@@ -130,7 +134,8 @@ def route(params: dict, state: dict, tokens: Tokens, cfg: RouterConfig) -> Route
 
     choice_TE = logits_TE if options.select_by == "logit" else scores_TE
     if "expert_bias" in state:
-        choice_TE = choice_TE + state["expert_bias"].astype(choice_TE.dtype)[None]
+        bias_1E = state["expert_bias"].astype(choice_TE.dtype)[None]
+        choice_TE = choice_TE * bias_1E if options.bias_multiplies else choice_TE + bias_1E
     index_TK = parts.select(limit_groups(choice_TE, options), tokens, cfg)
     chosen_TKE = parts.chosen(index_TK, cfg.num_experts, scores_TE.dtype)
     shared_TS = parts.score(shared_TS, options.score)
@@ -179,6 +184,10 @@ def problems(cfg: RouterConfig, prefix: str) -> list[str]:
         b.communication_loss == 0 or o.num_groups in (1, b.balance_groups),
         f"objective.communication_loss={b.communication_loss} counts devices as groups: "
         f"objective.balance_groups={b.balance_groups} must equal {key}num_groups={o.num_groups}",
+    )
+    out.need(
+        not o.bias_multiplies or (o.expert_bias and o.select_by == "score"),
+        f"{key}bias_multiplies=True needs {key}expert_bias=True and {key}select_by='score'",
     )
     if o.normalize_with_shared:
         out.need(

@@ -173,6 +173,7 @@ def test_recipes_fit_their_router(name):
 @pytest.mark.parametrize(
     "options, shared, said",
     [
+        (dict(bias_multiplies=True), 2, "needs model.moe.router.expert_bias=True and"),
         (
             dict(normalize_with_shared=True, score="sigmoid"),
             0,
@@ -195,3 +196,21 @@ def test_what_does_not_fit_together(options, shared, said):
     cfg = dataclasses.replace(sizes(router, **options), shared_experts=shared)
     (problem,) = router.problems(cfg, "model.moe.")
     assert said in problem
+
+
+def test_a_bias_that_multiplies_by_hand():
+    """Sigmoids 3/4, 1/2, 1/4 and 1/10; times 1, 1, 4, 1 the third is the largest. Weights are the scores. One
+    step of the rule: the loads 1, 0, 1, 0 lie 1/2 from their mean, so the factors move by 0.1 towards
+    balance."""
+    options = dict(score="sigmoid", expert_bias=True, bias_multiplies=True)
+    router, cfg = config("token_choice", **options)
+    balance = dataclasses.replace(cfg.balance, bias_update="sign", bias_rate=0.1)
+    cfg = dataclasses.replace(cfg, d_model=4, balance=balance)
+    np.testing.assert_array_equal(router.init_state(cfg, 0)["expert_bias"], np.ones(4))
+    state = {"expert_bias": jnp.array([1.0, 1.0, 4.0, 1.0])}
+    x_TD = jnp.log(jnp.array([[3.0, 1.0, 1 / 3, 1 / 9]]))
+    out = router.route({"kernel": jnp.eye(4)}, state, tokens_of(x_TD, 1), cfg)
+    np.testing.assert_array_equal(out.routing.expert_index_TK, [[2, 0]])
+    np.testing.assert_allclose(out.routing.combine_weights_TK, [[0.25, 0.75]], rtol=1e-6)
+    new = router.update(state, out.stats, cfg)["expert_bias"]
+    np.testing.assert_allclose(new, [0.9, 1.1, 3.9, 1.1], rtol=1e-6)

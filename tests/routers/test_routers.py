@@ -31,6 +31,7 @@ VARIANTS = {
         "V3": V3,
         "groups": dict(score="sqrt_softplus", num_groups=2, topk_groups=1, group_score="top2_sum"),
         "gpt-oss": dict(normalize_weights=True, router_bias=True),
+        "factors": dict(score="sigmoid", expert_bias=True, bias_multiplies=True),
         "2-norm, noise": dict(normalize_weights=True, norm_power=2.0, jitter=0.1),
         "Llama 4": dict(score="sigmoid", select_by="logit", weigh_inputs=True),
         "Gemma 4": dict(normalize_weights=True, input_norm=True, expert_scale=True),
@@ -39,6 +40,7 @@ VARIANTS = {
         ),
     },
     "cosine": {"sigmoid": dict(score="sigmoid", dim=3)},
+    "quantile": {"softmax": dict(score="softmax", normalize_weights=False, decay=0.0, bins=16)},
     "noisy_topk": {"no losses": dict(importance_loss=0.0, load_loss=0.0)},
     # So wide that several experts can be chosen: one alone has the weight 1, whatever its logit.
     "sparse_mixer": {"defaults": dict(jitter=0.5)},
