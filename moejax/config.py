@@ -98,6 +98,13 @@ class MoEConfig:
     activation: str = choice(*ACTIVATIONS)  # of routed and shared experts; see moejax.moe.experts
     activation_limit: float = number(0.0, least=0)  # of the clamped activations (gpt-oss 7, V4 10)
     ffn_bias: bool = False  # biases in the experts (gpt-oss)
+    # LatentMoE (2601.18089): routed experts work on W_down x, this wide, and W_up takes their sum back; router
+    # and shared experts see x. 0: experts see x.
+    latent_dim: int = number(0, least=0)
+
+    def expert_input(self, d_model: int) -> int:
+        """Width of what a routed expert reads and writes."""
+        return self.latent_dim or d_model
 
     @property
     def shared_width(self) -> int:
@@ -148,6 +155,8 @@ class ModelConfig:
             shared_experts=self.moe.shared_experts,
             init_std=self.init_std,
             balance=BalanceConfig() if balance is None else balance,
+            training=balance is not None,
+            max_seq_len=self.max_seq_len,
         )
 
     @property

@@ -151,13 +151,14 @@ def experiment_problems(cfg: ExperimentConfig) -> list[str]:
     d, o, t, m, c = cfg.data, cfg.optimizer, cfg.train, cfg.mesh, cfg.compute
     router = cfg.model.router
     if router is not None and router.form != "token":
-        # Slots and soft weights are laid out by the compiler; nothing is sent row by row.
+        # Slots, mixes and merged experts are laid out by the compiler; nothing is sent row by row.
         for key in c.FOR_ROUTES:
             value, default = getattr(c, key), getattr(type(c)(), key)
             out.need(
                 value == default,
                 f"compute.{key}={value!r} is about routes of tokens, and the router "
-                f"{cfg.model.moe.router.name!r} fills slots: leave it at {default!r}",
+                f"{cfg.model.moe.router.name!r} makes none (its form is {router.form!r}): "
+                f"leave it at {default!r}",
             )
     out.need(
         d.seq_len <= cfg.model.max_seq_len,

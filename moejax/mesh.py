@@ -206,7 +206,10 @@ def layout_problems(
     if m.num_moe_layers:
         sized.append((axes.EXPERT, "model.moe.num_experts", moe.num_experts))
         sized.append((axes.EXPERT_MLP, "model.moe.d_expert", moe.d_expert))
-        sized.append((axes.EXPERT_EMBED, "model.d_model", m.d_model))
+        read = "model.moe.latent_dim" if moe.latent_dim else "model.d_model"
+        sized.append((axes.EXPERT_EMBED, read, moe.expert_input(m.d_model)))
+        if moe.latent_dim:
+            sized.append((axes.LATENT, read, moe.latent_dim))
         if moe.shared_width:
             sized.append((axes.MLP, "the shared experts' width", moe.shared_width))
     problems = [clash for names in TOGETHER if (clash := mesh.clash(*names))]

@@ -28,17 +28,18 @@ SETTINGS = ("bias_rate", "balance_groups")
 
 
 def sizes(router: Router, balance: BalanceConfig | None = None, **options) -> RouterConfig:
-    """A small model's: 4 experts, 2 of them for each token."""
+    """A small model's: 4 experts, 2 of them for each token, or 1 where the paper has no more."""
     return RouterConfig(
         options=dataclasses.replace(router.options, **options),
         num_experts=4,
-        experts_per_token=2,
+        experts_per_token=min(2, dict(router.recipe).get("model.moe.experts_per_token", 2)),
         d_model=16,
         vocab_size=32,
         num_layers=2,
         shared_experts=2,
         init_std=0.5,
         balance=balance or BalanceConfig(),
+        max_seq_len=S,
     )
 
 
@@ -100,9 +101,15 @@ def by_token(router: Router, cfg: RouterConfig, out: Routed, x_TD: jax.Array) ->
         weights = by_token(router, cfg, out._replace(carry_TW=None), x_TD)
         return jnp.concatenate([weights, out.carry_TW], axis=1)
     if router.form == "soft":
-        slots_ECD = jnp.einsum("TEC,TD->ECD", out.routing.dispatch_TEC, x_TD)
-        scale_E = 1.0 + jnp.arange(slots_ECD.shape[0])  # experts that differ
-        return jnp.einsum("TEC,ECD,E->TD", out.routing.combine_TEC, slots_ECD, scale_E)
+        dispatch_BSEC, combine_BSEC = out.routing
+        b, s, e, _ = dispatch_BSEC.shape
+        slots_BECD = jnp.einsum("BSEC,BSD->BECD", dispatch_BSEC, x_TD.reshape(b, s, -1))
+        scale_E = 1.0 + jnp.arange(e)  # experts that differ
+        y_BSD = jnp.einsum("BSEC,BECD,E->BSD", combine_BSEC, slots_BECD, scale_E)
+        return y_BSD.reshape(x_TD.shape)
+    if router.form == "merge":
+        weights_GE = out.routing.weights_GE
+        return jnp.repeat(weights_GE, x_TD.shape[0] // weights_GE.shape[0], axis=0)
     return combine_matrix(out.routing, x_TD.shape[0], count_experts(router, cfg))
 
 

@@ -56,6 +56,7 @@ def check_declaration(router: Router, cfg: RouterConfig) -> None:
     assert 0 <= router.experts_used(cfg) <= most <= count_experts(router, cfg)
     if router.pooled:
         assert set(router.pooled) <= set(route(router, cfg, given(router, cfg)).stats)
+    assert router.causal or router.causal_in_training, "not causal at all: causal=False says it"
 
 
 def check_shapes_and_dtypes(router: Router, cfg: RouterConfig) -> None:
@@ -65,14 +66,18 @@ def check_shapes_and_dtypes(router: Router, cfg: RouterConfig) -> None:
     for case in (g, g._replace(key=KEY), g._replace(x_TD=g.x_TD.astype(jnp.bfloat16))):
         out = route(router, cfg, case)
         assert isinstance(out.routing, FORMS[router.form])
-        first, weights = out.routing
+        first, weights = out.routing[0], out.routing[-1]
         if router.form == "token":
             chex.assert_shape([first, weights], (T, router.routes_per_token(cfg)))
         elif router.form == "slot":
             chex.assert_shape([first, weights], (cfg.num_experts, first.shape[1]))
+        elif router.form == "soft":
+            chex.assert_shape([first, weights], (B, S, cfg.num_experts, first.shape[3]))
         else:
-            chex.assert_shape([first, weights], (T, cfg.num_experts, first.shape[2]))
-        chex.assert_type(first, jnp.float32 if router.form == "soft" else jnp.int32)
+            chex.assert_shape(weights, (first.shape[0], cfg.num_experts))
+            assert T % first.shape[0] == 0, "groups are equal"
+        named = router.form in ("token", "slot")  # by an index
+        chex.assert_type(first, jnp.int32 if named else jnp.float32)
         chex.assert_type([weights, *out.stats.values(), *out.losses.values()], jnp.float32)
         chex.assert_shape(out.stats["load"], (experts,))
         chex.assert_shape(list(out.losses.values()), ())
@@ -87,7 +92,7 @@ def check_shapes_and_dtypes(router: Router, cfg: RouterConfig) -> None:
 
 def check_indices(router: Router, cfg: RouterConfig) -> None:
     """In range (special experts included), -1 in an empty slot, which weighs nothing; distinct; all counted."""
-    if router.form == "soft":
+    if router.form not in ("token", "slot"):
         return
     out = route(router, cfg, given(router, cfg))
     index, weights = map(np.asarray, out.routing)
@@ -111,9 +116,12 @@ def check_padding(router: Router, cfg: RouterConfig) -> None:
         assert (np.asarray(out.routing.expert_index_TK)[idle] == -1).all()
     elif router.form == "slot":
         assert not np.isin(np.asarray(out.routing.token_index_EC), np.flatnonzero(idle)).any()
+    elif router.form == "soft":
+        for mix_BSEC in out.routing:
+            assert not np.asarray(mix_BSEC).reshape(T, -1)[idle].any()
     else:
-        assert not np.asarray(out.routing.dispatch_TEC)[idle].any()
-        assert not np.asarray(out.routing.combine_TEC)[idle].any()
+        weights_GE = np.asarray(out.routing.weights_GE)
+        assert not weights_GE[idle.reshape(len(weights_GE), -1).all(axis=1)].any()
     if out.shared_TS is not None:
         assert not np.asarray(out.shared_TS)[idle].any(), "shared experts weigh nothing there"
     x_TD, ids_T = jnp.where(idle[:, None], 5.0, g.x_TD), jnp.where(idle, 1, g.ids_T)
@@ -138,9 +146,23 @@ def check_pure(router: Router, cfg: RouterConfig) -> None:
 
 def check_causality(router: Router, cfg: RouterConfig) -> None:
     """A causal router's token looks at nothing that comes later, nor at other sequences; and since decoding
-    shows one token at a time, not at earlier ones either."""
+    shows one token at a time, not at earlier ones either. The same in training, unless the router says that it
+    looks at the batch there: then it must."""
     if not router.causal:
         return
+    _check_each_token_alone(router, dataclasses.replace(cfg, training=False))
+    in_training = dataclasses.replace(cfg, training=True)
+    if router.causal_in_training:
+        _check_each_token_alone(router, in_training)
+        return
+    try:
+        _check_each_token_alone(router, in_training)
+    except AssertionError:
+        return
+    raise AssertionError("causal_in_training=False, and training looks at each token alone")
+
+
+def _check_each_token_alone(router: Router, cfg: RouterConfig) -> None:
     g = given(router, cfg)._replace(mask_T=jnp.ones(T))
     for key in (None, KEY):
         g = g._replace(key=key)
@@ -190,7 +212,7 @@ def check_stats(router: Router, cfg: RouterConfig) -> None:
     parts = [route(router, cfg, g.rows(rows)).stats for rows in halves]
     added, whole = jax.tree.map(jnp.add, *parts), route(router, cfg, g).stats
     chex.assert_trees_all_equal_shapes_and_dtypes(added, whole)
-    if router.causal:
+    if router.causal and (router.causal_in_training or not cfg.training):
         same(added, whole)
 
     def total(params, x_TD):
@@ -262,7 +284,9 @@ def check_forced_routes(router: Router, cfg: RouterConfig) -> None:
             route(router, cfg, g._replace(forced_TK=other_TK.astype(jnp.int32)))
         except ValueError:
             return
-        raise AssertionError("a router that fills slots must refuse forced routes by a ValueError")
+        raise AssertionError(
+            "a router that names no experts of tokens must refuse forced routes by a ValueError"
+        )
     again = route(router, cfg, g._replace(forced_TK=out.routing.expert_index_TK))
     same(again, out)
     forced = route(router, cfg, g._replace(forced_TK=other_TK.astype(jnp.int32)))
@@ -342,19 +366,30 @@ def under_each_balance(check: Check) -> Check:
     return run
 
 
+def in_training_too(check: Check) -> Check:
+    """The check in evaluation, and in training where the router says that it routes otherwise there."""
+
+    def run(router: Router, cfg: RouterConfig) -> None:
+        check(router, cfg)
+        if not router.causal_in_training:
+            check(router, dataclasses.replace(cfg, training=True))
+
+    return run
+
+
 CHECKS: dict[str, Check] = {
     "declaration": check_declaration,
-    "shapes and dtypes": under_each_balance(check_shapes_and_dtypes),
-    "indices": check_indices,
-    "padding": under_each_balance(check_padding),
-    "pure": check_pure,
+    "shapes and dtypes": in_training_too(under_each_balance(check_shapes_and_dtypes)),
+    "indices": in_training_too(check_indices),
+    "padding": in_training_too(under_each_balance(check_padding)),
+    "pure": in_training_too(check_pure),
     "causality": check_causality,
-    "parts add up": under_each_balance(check_parts_add_up),
-    "stats": under_each_balance(check_stats),
-    "gradients": under_each_balance(check_gradients),
+    "parts add up": in_training_too(under_each_balance(check_parts_add_up)),
+    "stats": in_training_too(under_each_balance(check_stats)),
+    "gradients": in_training_too(under_each_balance(check_gradients)),
     "carry": check_carry,
-    "float32 products": check_float32_products,
-    "forced routes": check_forced_routes,
-    "balance fields": check_balance_fields,
+    "float32 products": in_training_too(check_float32_products),
+    "forced routes": in_training_too(check_forced_routes),
+    "balance fields": in_training_too(check_balance_fields),
     "state": under_each_balance(check_state),
 }

@@ -202,8 +202,8 @@ def test_balance_that_a_router_does_not_read(name, field):
 )  # fmt: skip
 def test_slots_are_not_sent_row_by_row(key, value, default):
     assert problems({**EXPERT_CHOICE, f"compute.{key}": value}) == [
-        f"compute.{key}={value!r} is about routes of tokens, and the router 'expert_choice' fills slots: "
-        f"leave it at {default}"
+        f"compute.{key}={value!r} is about routes of tokens, and the router 'expert_choice' makes none "
+        f"(its form is 'slot'): leave it at {default}"
     ]
     assert not problems({**MOE, f"compute.{key}": value})
     free = {"compute.dtype": "bfloat16", "compute.remat": "full", "compute.scan_layers": False}

@@ -158,6 +158,7 @@ PARTS = {
     "norms": {"attn_norm", "ffn_norm"},
     "dense FFN": {"ffn"},
     "routed experts": {"experts"},
+    "latent projections": {"latent_down", "latent_up"},
     "shared experts": {"shared", "shared_gate"},
     "router": {"router"},
     "balance bias": set(),  # router state in moejax, a parameter in published counts

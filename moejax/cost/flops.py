@@ -129,6 +129,8 @@ def ideal_ffns(cfg: ModelConfig) -> float | None:
     where no fraction 1/m or multiple m is within 5% of the real width.
     """
     moe = cfg.moe if cfg.num_moe_layers else None
+    if moe and moe.latent_dim:  # the paper has none
+        return None
     width, activation = (moe.d_expert, moe.activation) if moe else (cfg.d_ff, cfg.activation)
     size = _ffn(cfg.d_model, width, activation) / (8 * cfg.d_model**2)
     ideal = 1 / round(1 / size) if size < 0.75 else float(round(size))
@@ -152,6 +154,10 @@ def paper_flops(cfg: ModelConfig, seq_len: int, *, ideal: bool = True) -> float 
         width = cfg.experts_used * m.d_expert + m.shared_width if moe else cfg.d_ff
         activation = m.activation if moe else cfg.activation
         per_layer = _ffn(cfg.d_model, width, activation)
+        if moe and m.latent_dim:
+            routed = _ffn(m.latent_dim, cfg.experts_used * m.d_expert, activation)
+            shared = _ffn(cfg.d_model, m.shared_width, activation)
+            per_layer = routed + shared + 2 * cfg.d_model * m.latent_dim
     return paper_2401_06066(
         cfg.num_layers, cfg.d_model, cfg.vocab_size, seq_len, cfg.num_layers * per_layer
     )

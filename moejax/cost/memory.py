@@ -229,7 +229,9 @@ def layer_bytes(cfg: ExperimentConfig, seq_len: int, mesh: MeshSizes) -> float:
         moe += b * rows_per_token(cfg, mesh) * inputs * m.d_expert / tensor
         if mesh.peers > 1:  # tokens of the peers; or their rows, and the results for one's own
             ring = cfg.compute.expert_parallel == "ring"
-            moe += b * d * (mesh.peers if ring else 2 * rows_per_token(cfg, mesh))
+            width = m.expert_input(d)
+            moe += b * width * (mesh.peers if ring else 2 * rows_per_token(cfg, mesh))
+        moe += 2 * b * m.latent_dim
         moe += b * 6 * m.shared_width / tensor + b * into * d * bool(m.shared_width)
         moe += wide * (d + m.num_experts * (model.routes_per_token + 1))
     share = model.num_moe_layers / model.num_layers
@@ -247,6 +249,7 @@ def _activations(cfg: ExperimentConfig, tokens: float, seq_len: int, mesh: MeshS
         share = model.num_moe_layers / model.num_layers
         kept += 2 * d + a.num_heads * (a.qk_head_dim + a.value_head_dim) / mesh.tensor
         kept += 3 * (share * m.shared_width + (1 - share) * model.d_ff) / mesh.tensor
+        kept += share * (m.latent_dim + d * bool(m.latent_dim))
     return b * tokens * layers * kept
 
 
@@ -271,7 +274,7 @@ def _in_flight(
     parts = (*arch.parts, *arch.mtp)
     experts = 4 * sum(p.total / p.shards(mesh) for p in parts if p.experts)
     one = experts / max(model.num_moe_layers + model.mtp_depth, 1)
-    wide = BYTES[cfg.compute.dtype] * model.d_model
+    wide = BYTES[cfg.compute.dtype] * model.moe.expert_input(model.d_model)
     rows = tokens * rows_per_token(cfg, mesh) * wide if experts else 0.0
     layer = tokens * layer_bytes(cfg, seq_len, mesh) + rows + 3 * one + 0.4 * experts
     chunk = cfg.compute.tokens_of_logits(model.vocab_size)
@@ -285,7 +288,7 @@ def _buffers(cfg: ExperimentConfig, tokens: float, mesh: MeshSizes) -> float:
     """What travels between the devices that split the experts: sent and received at once."""
     if mesh.peers == 1 or not cfg.model.num_moe_layers:
         return 0.0
-    one = tokens * cfg.model.d_model * BYTES[cfg.compute.dtype]
+    one = tokens * cfg.model.moe.expert_input(cfg.model.d_model) * BYTES[cfg.compute.dtype]
     if cfg.compute.expert_parallel == "ring":
         return 2 * mesh.peers * one  # every peer's tokens, and the partial results for them
     return 2 * rows_per_token(cfg, mesh) * one

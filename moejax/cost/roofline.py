@@ -135,7 +135,8 @@ def _network(
         e = mesh.peers
         ring = cfg.compute.expert_parallel == "ring"
         rows = per_device * (e - 1 if ring else cfg.model.experts_used * (e - 1) / e)
-        experts = 2 * passes * rows * d * b * layers  # there and back
+        width = cfg.model.moe.expert_input(d)
+        experts = 2 * passes * rows * width * b * layers  # there and back
     tensor = 0.0
     if mesh.tensor > 1:
         share = 2 * (mesh.tensor - 1) / mesh.tensor

@@ -1,6 +1,7 @@
 """The Mixture-of-Experts layer: route -> dispatch -> experts -> combine, plus the shared experts.
 
-DeepSeekMoE (2401.06066) eq. 9: y = shared(x) + sum_k w_k E_k(x); the residual is the block's.
+DeepSeekMoE (2401.06066) eq. 9: y = shared(x) + sum_k w_k E_k(x); the residual is the block's. LatentMoE
+(2601.18089), with moe.latent_dim: y = shared(x) + W_up sum_k w_k E_k(W_down x). Special experts see x.
 """
 
 from typing import Any, NamedTuple
@@ -10,6 +11,7 @@ import jax.numpy as jnp
 
 from moejax import axes
 from moejax.config import ComputeConfig, ModelConfig, ObjectiveConfig
+from moejax.linear import linear
 from moejax.moe.dispatch import dispatch
 from moejax.moe.experts import expert_param_specs, ffn, ffn_param_specs, of_experts
 from moejax.params import ParamSpec, router_specs
@@ -40,7 +42,11 @@ class MoEAux(NamedTuple):
 def param_specs(cfg: ModelConfig) -> dict:
     moe, d, std = cfg.moe, cfg.d_model, cfg.init_std
     router, sizes = router_of(moe.router), cfg.router_config()
-    specs: dict = {"experts": expert_param_specs(moe, d, std)}
+    specs: dict = {"experts": expert_param_specs(moe, moe.expert_input(d), std)}
+    if moe.latent_dim:
+        # Split over the model width alone, like the router's matrix: a device holds whole latents.
+        specs["latent_down"] = ParamSpec((d, moe.latent_dim), (axes.EMBED, axes.LATENT), std=std)
+        specs["latent_up"] = ParamSpec((moe.latent_dim, d), (axes.LATENT, axes.EMBED), std=std)
     learned = router_specs(router.param_specs(sizes))
     if learned:  # a hash has nothing to learn, and a tree of parameters no empty branch
         specs["router"] = learned
@@ -113,9 +119,10 @@ def moe(
     if isinstance(routing, Routing):
         num_experts = cfg.moe.num_experts
         routing, special_TN, stats["stray"] = specials.split(routing, num_experts, kinds)
+    seen_TD = linear(x_TD, params["latent_down"]) if cfg.moe.latent_dim else x_TD
     y_TD, dropped = dispatch(
         params["experts"],
-        x_TD,
+        seen_TD,
         routing,
         cfg.moe,
         compute,
@@ -124,6 +131,8 @@ def moe(
         layout=layout,
         stack=stack,
     )
+    if cfg.moe.latent_dim:
+        y_TD = linear(y_TD, params["latent_up"])
     stats["dropped"] = dropped.astype(jnp.float32)
     if kinds and special_TN is not None:
         y_TD = y_TD + specials.combine(params.get("specials", {}), x_TD, special_TN, kinds)

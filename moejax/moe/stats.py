@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from moejax.routers.contract import Routing, SoftRouting
+from moejax.routers.contract import MergeRouting, Routing, SoftRouting
 
 
 def max_violation(load_E: jax.Array) -> jax.Array:
@@ -46,11 +46,16 @@ def summarize(stats: dict[str, jax.Array], num_experts: int, num_tokens) -> dict
 def load_by_label(routing, label_T: jax.Array, num_labels: int, num_experts: int) -> jax.Array:
     """Routes to each expert of the tokens with each label (domains, vocabulary entries), int32 [label, E].
 
-    `routing` is of any form of `moejax.routers.contract`; empty slots and special experts do not count. A soft
-    routing has no routes: a token counts by the share of an expert's slots that it fills, float32.
+    `routing` is of any form of `moejax.routers.contract`; empty slots and special experts do not count. In a
+    soft routing a token counts by the share of an expert's slots that it fills, where experts are merged by the
+    weights of its group (padding in that group, too), float32.
     """
-    if isinstance(routing, SoftRouting):
-        share_TE = routing.dispatch_TEC.sum(axis=2)
+    if isinstance(routing, SoftRouting | MergeRouting):
+        if isinstance(routing, SoftRouting):
+            share_TE = routing.dispatch_BSEC.sum(axis=3).reshape(-1, num_experts)
+        else:
+            size = label_T.shape[0] // routing.weights_GE.shape[0]
+            share_TE = jnp.repeat(routing.weights_GE, size, axis=0)
         return jnp.zeros((num_labels, num_experts), share_TE.dtype).at[label_T].add(share_TE)
     if isinstance(routing, Routing):
         expert = routing.expert_index_TK

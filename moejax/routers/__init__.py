@@ -5,6 +5,7 @@ import dataclasses
 from moejax.options import ConfigError, choice_problem
 from moejax.routers import (
     ada_moe,
+    base,
     cosine,
     deepseek_v4_hash,
     dyn_moe,
@@ -13,13 +14,19 @@ from moejax.routers import (
     gshard,
     hashed,
     longcat,
+    lory,
     moe_pp,
     noisy_topk,
+    peer,
     published,
     quantile,
     remoe,
+    sinkhorn,
+    smear,
+    soft_moe,
     sparse_mixer,
     token_choice,
+    token_rounding,
     top_p,
 )
 from moejax.routers.contract import Router, RouterOptions
@@ -53,6 +60,13 @@ ROUTERS: dict[str, Router] = {
     "longcat": longcat.ROUTER,
     "hash": hashed.ROUTER,
     "deepseek_v4_hash": deepseek_v4_hash.ROUTER,
+    "base": base.ROUTER,
+    "sinkhorn": sinkhorn.ROUTER,
+    "token_rounding": token_rounding.ROUTER,
+    "soft_moe": soft_moe.ROUTER,
+    "smear": smear.ROUTER,
+    "lory": lory.ROUTER,
+    "peer": peer.ROUTER,
 }
 DEFAULT = "token_choice"
 

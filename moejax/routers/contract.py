@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from moejax.routers.balance import BalanceConfig
 
 # --------------------------------------------------------------------------------------------------
-# What a router returns: one of three forms.
+# What a router returns: one of four forms.
 
 
 class Routing(NamedTuple):
@@ -46,18 +46,30 @@ class SlotRouting(NamedTuple):
 
 
 class SoftRouting(NamedTuple):
-    """Soft: every slot of an expert holds a weighted mix of tokens, every token a weighted mix of results.
+    """Soft: every slot of an expert holds a weighted mix of a sequence's tokens, every token a weighted mix of
+    its sequence's results. C slots of each expert for every sequence.
 
     Attributes:
-      dispatch_TEC: float32; slot c of expert e computes FFN_e(sum_t dispatch_tec x_t).
-      combine_TEC: float32; token t receives sum_ec combine_tec of the results.
+      dispatch_BSEC: float32; slot c of expert e computes FFN_e(sum_s dispatch_bsec x_bs) for sequence b.
+      combine_BSEC: float32; token s receives sum_ec combine_bsec of the results.
     """
 
-    dispatch_TEC: jax.Array
-    combine_TEC: jax.Array
+    dispatch_BSEC: jax.Array
+    combine_BSEC: jax.Array
 
 
-FORMS = {"token": Routing, "slot": SlotRouting, "soft": SoftRouting}
+class MergeRouting(NamedTuple):
+    """Merging: the tokens of a group share one FFN, whose parameters are a weighted sum of the experts'.
+    Padding in a group with a token is computed along, and nobody reads it.
+
+    Attributes:
+      weights_GE: float32, for G equal groups of consecutive tokens; 0 where all of a group is padding.
+    """
+
+    weights_GE: jax.Array
+
+
+FORMS = {"token": Routing, "slot": SlotRouting, "soft": SoftRouting, "merge": MergeRouting}
 
 
 class Routed(NamedTuple):
@@ -117,7 +129,7 @@ class Tokens(NamedTuple):
         from layer to layer, step to step and micro-batch to micro-batch: what is drawn from it depends on
         accumulation.
       forced_TK: expert indices to take instead of choosing, int32, or None; weights are computed all the same.
-        Routers that fill slots raise ValueError.
+        Routers of another form than 'token' raise ValueError.
       carried_TW: what the router of the MoE layer before returned as `carry_TW`, gradient included; zeros
         before the first layer, and before each depth of multi-token prediction. None if `Router.carries` is 0.
     """
@@ -175,10 +187,11 @@ class RouterConfig:
       options: the router's own options.
       num_experts: E; special experts are not among them.
       experts_per_token: K.
-      d_model, vocab_size, num_layers: sizes of the model; layers with a router only.
+      d_model, vocab_size, num_layers, max_seq_len: sizes of the model; layers with a router only.
       shared_experts: S, beside the routed ones.
       init_std: for parameters that start at random.
       balance: what the step is trained for besides the text; all off where nothing is trained.
+      training: whether a step of training routes. Evaluation and generation do not.
     """
 
     options: Any
@@ -190,6 +203,8 @@ class RouterConfig:
     shared_experts: int = 0
     init_std: float = 0.006
     balance: BalanceConfig = dataclasses.field(default_factory=BalanceConfig)
+    training: bool = False
+    max_seq_len: int = 4096
 
 
 # --------------------------------------------------------------------------------------------------
@@ -218,9 +233,11 @@ class Router:
       recipe: what the paper sets besides the router's own options, as dotted config keys and values:
         (('model.moe.experts_per_token', 1), ('objective.expert_loss', 0.01)).
       route: `(params, state, tokens: Tokens, cfg: RouterConfig) -> Routed`.
-      form: 'token' (`Routing`), 'slot' (`SlotRouting`) or 'soft' (`SoftRouting`).
-      causal: whether a token's route depends on that token alone. Decoding sees one at a time, so generation
-        refuses every other router.
+      form: a key of `FORMS`: what `route` returns.
+      causal: whether a token's route depends on that token alone in evaluation. Decoding sees one at a time, so
+        generation refuses every other router.
+      causal_in_training: the same of training (`RouterConfig.training`). False is for routers that balance the
+        batch while they learn and route each token alone afterwards. Their routes depend on accumulation.
       param_specs: `(cfg) -> dict of ParamSpec`, what gradients learn in one layer.
       init_state: `(cfg, layer) -> dict of arrays`, what a rule learns in one layer (numbered from 0); may be
         empty.
@@ -249,6 +266,7 @@ class Router:
     route: Callable[[dict, dict, Tokens, RouterConfig], Routed]
     form: str
     causal: bool
+    causal_in_training: bool = True
     source: str = ""
     about: str = ""
     recipe: tuple[tuple[str, Any], ...] = ()

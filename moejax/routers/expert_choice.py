@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from moejax.options import number
-from moejax.routers import balance, parts
+from moejax.routers import parts
 from moejax.routers.contract import (
     Routed,
     Router,
@@ -54,10 +54,7 @@ def route(params: dict, state: dict, tokens: Tokens, cfg: RouterConfig) -> Route
         "load": taken_EC.astype(dtype).sum(axis=1),
         "score_entropy": parts.entropy_sum(scores_TE, mask_T),
     }
-    losses = {}
-    if cfg.balance.z_loss:
-        z = balance.router_z(logits_TE, mask_T, tokens.totals.num_tokens)
-        losses["z"] = cfg.balance.z_loss * z
+    losses = parts.z_loss(logits_TE, tokens, cfg)
     return Routed(SlotRouting(index_EC, weights_EC), losses, stats, scores_TE)
 
 

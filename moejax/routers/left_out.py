@@ -41,4 +41,27 @@ LEFT_OUT: tuple[tuple[str, str, str], ...] = (
         "arrays have fixed shapes in a run: dyn_moe has the gate and the losses, with a fixed number of "
         "experts",
     ),
+    (
+        "Mixture of Depths",
+        "2404.02258",
+        "A token that is not taken skips attention, too: its router stands around a whole block, and one here "
+        "stands inside the MoE layer.",
+    ),
+    (
+        "Autonomy of Experts",
+        "2501.13074",
+        "An expert chooses by the norm of its own activations: a router here does not see experts' weights.",
+    ),
+    (
+        "Default MoE",
+        "2504.12463",
+        "Experts that are not chosen count with a moving average of their outputs in the router's gradient: a "
+        "router here does not see outputs.",
+    ),
+    (
+        "Grouter",
+        "2603.06626",
+        "Its router is distilled from a trained model and frozen: a second model to train, and no rule that a "
+        "router could follow alone.",
+    ),
 )

@@ -117,6 +117,14 @@ def token_stats(
     return stats
 
 
+def z_loss(logits_TE: jax.Array, tokens: Tokens, cfg: RouterConfig) -> dict[str, jax.Array]:
+    """The z-loss alone, if it is active."""
+    if not cfg.balance.z_loss:
+        return {}
+    z = balance.router_z(logits_TE, tokens.mask_T, tokens.totals.num_tokens)
+    return {"z": cfg.balance.z_loss * z}
+
+
 # Fields of `BalanceConfig` that `token_losses` honours.
 TOKEN_LOSSES = ("expert_loss", "sequence_loss", "device_loss", "communication_loss", "z_loss")
 
@@ -166,6 +174,4 @@ def token_losses(
         losses["sequence"] = b.sequence_loss * balance.sequence_wise(
             by_sequence(normal_TE), by_sequence(routes_TE), mask_BS, tokens.totals.num_sequences, k
         )
-    if b.z_loss:
-        losses["z"] = b.z_loss * balance.router_z(logits_TE, tokens.mask_T, n)
-    return losses
+    return losses | z_loss(logits_TE, tokens, cfg)

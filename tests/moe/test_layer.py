@@ -152,7 +152,7 @@ def test_soft_slots(given, monkeypatch):
     """A soft router through the layer: no route is counted as stray, none is dropped, experts mix tokens."""
     params, x_BSD = given
     mix_TEC = jax.random.normal(jax.random.key(3), (2, B * S, E, 1))
-    soft = fixed(lambda weights: SoftRouting(mix_TEC[0], mix_TEC[1]), "soft", ())
+    soft = fixed(lambda weights: SoftRouting(*mix_TEC.reshape(2, 1, B * S, E, 1)), "soft", ())
     monkeypatch.setitem(ROUTERS, "fixed", soft)
     y, aux = layer.moe(params, {}, x_BSD, CFG, objective=ObjectiveConfig())
     assert set(aux.stats) == {"load", "dropped"} and aux.stats["dropped"] == 0

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from moejax.moe import stats
-from moejax.routers.contract import Routing, SlotRouting, SoftRouting
+from moejax.routers.contract import MergeRouting, Routing, SlotRouting, SoftRouting
 
 
 def test_max_violation():
@@ -52,5 +52,9 @@ def test_load_by_label_of_every_form():
     np.testing.assert_array_equal(stats.load_by_label(special, domain_T, 2, 3), want)
     # Soft: the shares of a token in two slots of an expert add up.
     mix_TEC = jnp.array([[[0.5, 0.5], [0, 0]], [[0.25, 0], [1, 0]], [[0.25, 0.5], [0, 1]]])
-    got = stats.load_by_label(SoftRouting(mix_TEC, mix_TEC), domain_T, 2, 2)
+    got = stats.load_by_label(SoftRouting(mix_TEC[None], mix_TEC[None]), domain_T, 2, 2)
     np.testing.assert_allclose(got, [[1.0, 0.0], [1.0, 2.0]])
+    # Merged: a token counts by the weights of its group.
+    merged = MergeRouting(jnp.array([[0.25, 0.75], [1.0, 0.0]]))
+    got = stats.load_by_label(merged, jnp.array([0, 1, 1, 1]), 2, 2)
+    np.testing.assert_allclose(got, [[0.25, 0.75], [2.25, 0.75]])

@@ -13,6 +13,7 @@ from router_contract import CHECKS, MASK_T, sizes
 from moejax.options import ConfigError, choices_of
 from moejax.routers import ROUTERS, expert_choice, parts, router_of, router_options, token_choice
 from moejax.routers.contract import (
+    MergeRouting,
     Routed,
     Router,
     RouterOptions,
@@ -24,7 +25,7 @@ from moejax.routers.contract import (
 TOKEN, EXPERT = ROUTERS["token_choice"], ROUTERS["expert_choice"]
 X_TD = jax.random.normal(jax.random.key(1), (8, 16))
 
-# Options under which a router takes other ways; every router is tried at its defaults.
+# Options under which a router takes other ways. All are tried at their defaults, or what is so called here.
 V3 = dict(score="sigmoid", expert_bias=True, normalize_weights=True, routed_scaling=2.5)
 VARIANTS = {
     "token_choice": {
@@ -53,6 +54,17 @@ VARIANTS = {
     "moe_pp": {"no residual": dict(gating_residual=False, zero_experts=0, tau=0.5)},
     "longcat": {"3 identity": dict(identity_experts=3, expected_experts=1.5)},
     "deepseek_v4_hash": {"scores": dict(hash_layers=0), "table": dict(hash_layers=1)},
+    "token_rounding": {
+        "defaults": dict(tile=2),
+        "at most 3": dict(tile=3, rounding="up", max_experts=3),
+    },
+    "soft_moe": {"two slots": dict(slots_per_expert=2, normalize=False)},
+    "lory": {"segments": dict(segment=2)},
+    # Two experts for each of the few tokens here cannot be shared among 8 heads.
+    "peer": {
+        "defaults": dict(heads=1, key_dim=4),
+        "plain": dict(heads=1, query_norm="none"),
+    },
 }
 # Values of token_choice are told apart by its variants. All checks on each would be the same code many times.
 VALUES = [name for name, router in ROUTERS.items() if router.route is token_choice.route][1:]
@@ -92,12 +104,13 @@ def soft_moe(params, state, tokens, cfg):
     """Soft MoE (2308.00951 eq. 1-3), one slot per expert; the load is each expert's share of results."""
     if tokens.forced_TK is not None:
         raise ValueError("soft slots cannot be forced to the routes of tokens")
-    logits_TEC = parts.logits(params, tokens.x_TD)[:, :, None]
-    seen_TEC = tokens.mask_T[:, None, None] > 0
-    mass_TEC = jnp.where(seen_TEC, jnp.exp(logits_TEC), 0.0)
-    combine_TEC = jax.nn.softmax(logits_TEC, axis=1) * seen_TEC
-    routing = SoftRouting(mass_TEC / (mass_TEC.sum(axis=0, keepdims=True) + 1e-9), combine_TEC)
-    load_E = jax.lax.stop_gradient(combine_TEC.sum(axis=(0, 2)))
+    b, s = tokens.mask_BS.shape
+    logits_BSEC = parts.logits(params, tokens.x_TD).reshape(b, s, -1, 1)
+    seen_BSEC = tokens.mask_BS[:, :, None, None] > 0
+    mass_BSEC = jnp.where(seen_BSEC, jnp.exp(logits_BSEC), 0.0)
+    combine_BSEC = jax.nn.softmax(logits_BSEC, axis=2) * seen_BSEC
+    routing = SoftRouting(mass_BSEC / (mass_BSEC.sum(axis=1, keepdims=True) + 1e-9), combine_BSEC)
+    load_E = jax.lax.stop_gradient(combine_BSEC.sum(axis=(0, 1, 3)))
     return Routed(routing, {}, {"load": load_E}, None)
 
 
@@ -171,9 +184,18 @@ def ignores_forced(params, state, tokens, cfg):
     return TOKEN.route(params, state, tokens._replace(forced_TK=None), cfg)
 
 
+def always_in_training(params, state, tokens, cfg):
+    cfg = dataclasses.replace(cfg, training=True)
+    return ROUTERS["sinkhorn"].route(params, state, tokens, cfg)
+
+
+def merges_for_padding(out, tokens, state):
+    return out._replace(routing=MergeRouting(jnp.maximum(out.routing.weights_GE, 0.1)))
+
+
 def soft_over_padding(params, state, tokens, cfg):
-    mix_TEC = jnp.full((tokens.x_TD.shape[0], cfg.num_experts, 1), 0.1)
-    return Routed(SoftRouting(mix_TEC, mix_TEC), {}, {"load": jnp.zeros(cfg.num_experts)})
+    mix_BSEC = jnp.full((*tokens.mask_BS.shape, cfg.num_experts, 1), 0.1)
+    return Routed(SoftRouting(mix_BSEC, mix_BSEC), {}, {"load": jnp.zeros(cfg.num_experts)})
 
 
 NOT_LINEAR = dict(linear_losses=lambda cfg: True)
@@ -199,6 +221,16 @@ BROKEN = {
     "padding fills slots": ("padding", dataclasses.replace(TOKEN, route=soft_over_padding, form="soft")),
     "slots said to be causal": ("causality", dataclasses.replace(EXPERT, causal=True)),
     "soft said to be causal": ("causality", dataclasses.replace(OTHERS["soft"], causal=True)),
+    "merging said to be causal": (
+        "causality", dataclasses.replace(ROUTERS["smear"], causal=True)),
+    "balances the batch in silence": (
+        "causality", dataclasses.replace(ROUTERS["base"], causal_in_training=True)),
+    "says in vain that it looks at the batch": (
+        "causality", dataclasses.replace(TOKEN, causal_in_training=False)),
+    "balances the batch in evaluation, too": (
+        "causality", dataclasses.replace(ROUTERS["sinkhorn"], route=always_in_training)),
+    "merges for padding": (
+        "padding", bent(merges_for_padding, ROUTERS["smear"])),
     "looks back": ("causality", dataclasses.replace(TOKEN, route=looks_back)),
     "counts said to be linear": ("parts add up", dataclasses.replace(TOKEN, **NOT_LINEAR)),
     "a stat that is a mean": ("stats", with_stats(lambda o, t: {"mean": o.scores_TE.mean()})),

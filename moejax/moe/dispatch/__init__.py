@@ -14,16 +14,17 @@ from moejax.moe.dispatch.capacity import capacity, slots
 from moejax.moe.dispatch.dense import dense
 from moejax.moe.dispatch.dropless import dropless
 from moejax.moe.dispatch.expert_parallel import expert_parallel
+from moejax.moe.dispatch.merge import merge
 from moejax.moe.dispatch.soft import soft
 from moejax.moe.experts import Params, of_experts
-from moejax.routers.contract import Routing, SlotRouting, SoftRouting
+from moejax.routers.contract import MergeRouting, Routing, SlotRouting, SoftRouting
 from moejax.sharding import Layout
 
 
 def dispatch(
     params: Params,
     x_TD: jax.Array,
-    routing: Routing | SlotRouting | SoftRouting,
+    routing: Routing | SlotRouting | SoftRouting | MergeRouting,
     moe: MoEConfig,
     compute: ComputeConfig,
     *,
@@ -64,6 +65,8 @@ def dispatch(
         return _sum_over_routes(y_RD, x_TD.shape[0], by_rank=capacity_factor > 0), dropped
     if isinstance(routing, SoftRouting):
         return soft(params, x_TD, routing, act), none
+    if isinstance(routing, MergeRouting):
+        return merge(params, x_TD, routing, act), none
     if isinstance(routing, Routing) and capacity_factor:
         return capacity(params, x_TD, routing, act, capacity_factor, moe.experts_per_token)
     if compute.dispatcher == "dense":

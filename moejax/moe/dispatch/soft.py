@@ -8,12 +8,15 @@ from moejax.routers.contract import SoftRouting
 
 
 def soft(params: Params, x_TD: jax.Array, routing: SoftRouting, act: Activation) -> jax.Array:
-    """y_t = sum_ec combine_tec FFN_e(sum_u dispatch_uec x_u), in x's dtype.
+    """y_bs = sum_ec combine_bsec FFN_e(sum_u dispatch_buec x_bu), in x's dtype.
 
     The mixes are computed in the float32 of the weights.
     """
-    dispatch_TEC, combine_TEC = routing
-    x_ECD = jnp.einsum("TEC,TD->ECD", dispatch_TEC, x_TD.astype(dispatch_TEC.dtype))
-    y_ECD = expert_ffn_slots(params, x_ECD.astype(x_TD.dtype), act)
-    y_TD = jnp.einsum("TEC,ECD->TD", combine_TEC, y_ECD.astype(combine_TEC.dtype))
-    return y_TD.astype(x_TD.dtype)
+    dispatch_BSEC, combine_BSEC = routing
+    b, s, e, c = dispatch_BSEC.shape
+    x_BSD = x_TD.reshape(b, s, -1).astype(dispatch_BSEC.dtype)
+    x_EBCD = jnp.einsum("BSEC,BSD->EBCD", dispatch_BSEC, x_BSD).astype(x_TD.dtype)
+    y_ECD = expert_ffn_slots(params, x_EBCD.reshape(e, b * c, -1), act)
+    y_EBCD = y_ECD.reshape(x_EBCD.shape).astype(combine_BSEC.dtype)
+    y_BSD = jnp.einsum("BSEC,EBCD->BSD", combine_BSEC, y_EBCD)
+    return y_BSD.reshape(x_TD.shape).astype(x_TD.dtype)
