@@ -28,6 +28,12 @@ from moejax.options import choice_problem
 from moejax.routers import ROUTERS
 
 EXPERTS, PER_TOKEN, WIDTH = 32, 4, 64
+SEQ_LEN = 128
+# Options that must fit a sequence's length: as many slots for a token as others have experts; four segments.
+FITTED = {
+    "soft_moe": {"slots_per_expert": SEQ_LEN * PER_TOKEN // EXPERTS},
+    "lory": {"segment": SEQ_LEN // 4},
+}
 TOKEN = PER_TOKEN * WIDTH
 # Trained through all experts, used through a few: as wide as for those.
 DENSE_IN_TRAINING = ("dense_mixer",)
@@ -46,12 +52,14 @@ def get_config(router: str = "token_choice"):
             num_dense_layers=1,
             d_ff=TOKEN + WIDTH,
             init_std=0.02,
+            # What does not generate never sees more, and soft slots are counted for it.
+            max_seq_len=4096 if ROUTERS[router].causal else SEQ_LEN,
             attention=AttentionConfig(num_heads=4, num_kv_heads=4, head_dim=32),
             moe=MoEConfig(
                 num_experts=EXPERTS, experts_per_token=PER_TOKEN, d_expert=WIDTH, shared_experts=1
             ),
         ),
-        data=DataConfig(seq_len=128, batch_size=16, validation_fraction=0.05),
+        data=DataConfig(seq_len=SEQ_LEN, batch_size=16, validation_fraction=0.05),
         optimizer=OptimizerConfig(learning_rate=2e-3, warmup_steps=30),
         train=TrainConfig(steps=300, eval_every=300, eval_batches=40, checkpoint_every=300),
     )
@@ -63,6 +71,7 @@ def same_compute(cfg: ExperimentConfig, router: str) -> ExperimentConfig:
     moe, given = cfg.model.moe, dict(ROUTERS[router].recipe)
     if "model.moe.num_experts" not in given and TOKEN % moe.experts_per_token == 0:
         moe = dataclasses.replace(moe, num_experts=EXPERTS * moe.experts_per_token // PER_TOKEN)
+    moe = dataclasses.replace(moe, router=dataclasses.replace(moe.router, **FITTED.get(router, {})))
     model = dataclasses.replace(cfg.model, moe=moe)
     if "model.moe.d_expert" not in given:
         used = PER_TOKEN if router in DENSE_IN_TRAINING else model.experts_used

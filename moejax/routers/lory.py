@@ -52,6 +52,7 @@ ROUTER = Router(
     options=Options(),
     source="Lory, 2405.03133",
     about=__doc__ or "",
+    recipe=(("model.moe.experts_per_token", 1),),  # which nothing reads: a token costs one expert
     route=route,
     form="merge",
     causal=False,

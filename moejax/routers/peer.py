@@ -131,6 +131,7 @@ ROUTER = Router(
     source="PEER, 2407.04153",
     about=__doc__ or "",
     recipe=(
+        ("model.moe.num_experts", 128**2),  # the smallest of the paper's, up to 1024**2
         ("model.moe.experts_per_token", 128),
         ("model.moe.d_expert", 1),
         ("model.moe.activation", "gelu_tanh"),

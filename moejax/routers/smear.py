@@ -60,6 +60,7 @@ ROUTER = Router(
     options=Options(),
     source="SMEAR, 2306.03745",
     about=__doc__ or "",
+    recipe=(("model.moe.experts_per_token", 1),),  # which nothing reads: a token costs one expert
     route=route,
     form="merge",
     causal=False,

@@ -10,14 +10,15 @@ from moejax.moe.dispatch.soft import soft
 from moejax.moe.experts import expert_param_specs, of_experts
 from moejax.routers.contract import SoftRouting
 
-T, E, C, D, F = 5, 3, 2, 4, 3
+B, S, E, C, D, F = 2, 3, 3, 2, 4, 3
+T = B * S
 MOE = MoEConfig(num_experts=E, d_expert=F)
 
 
 def inputs():
     """By name: tokens, both mixes, the experts' matrices. Mixes that sum to nothing in particular."""
     rng = np.random.default_rng(0)
-    shapes = {"x": (T, D), "dispatch": (T, E, C), "combine": (T, E, C)}
+    shapes = {"x": (T, D), "dispatch": (B, S, E, C), "combine": (B, S, E, C)}
     shapes |= {name: spec.shape for name, spec in expert_param_specs(MOE, D, 1.0).items()}
     return {name: rng.normal(size=shape) for name, shape in shapes.items()}
 
@@ -26,10 +27,11 @@ TARGET = np.random.default_rng(1).normal(size=(T, D))
 
 
 def numpy_soft(a):
-    slots_ECD = np.einsum("tec,td->ecd", a["dispatch"], a["x"])  # X~ = D^T X, eq. 1
-    gate, up = (np.einsum("ecd,edf->ecf", slots_ECD, a[f"w_{n}"]) for n in ("gate", "up"))
-    out_ECD = np.einsum("ecf,efd->ecd", gate / (1 + np.exp(-gate)) * up, a["w_down"])
-    return np.einsum("tec,ecd->td", a["combine"], out_ECD)  # Y = C Y~, eq. 3
+    x_BSD = a["x"].reshape(B, S, D)
+    slots_BECD = np.einsum("bsec,bsd->becd", a["dispatch"], x_BSD)  # X~ = D^T X, eq. 1
+    gate, up = (np.einsum("becd,edf->becf", slots_BECD, a[f"w_{n}"]) for n in ("gate", "up"))
+    out_BECD = np.einsum("becf,efd->becd", gate / (1 + np.exp(-gate)) * up, a["w_down"])
+    return np.einsum("bsec,becd->bsd", a["combine"], out_BECD).reshape(T, D)  # Y = C Y~, eq. 3
 
 
 def ours(a):
