@@ -34,7 +34,7 @@ class Options(RouterOptions):
 
 
 def assign(scores_TE: jax.Array, mask_T: jax.Array, epsilon: float) -> jax.Array:
-    """Each token's expert, int32, -1 for padding: at most ceil(tokens / E) tokens for one expert, and a mean score
+    """Each token's expert, int32, -1 for padding: at most ceil(tokens / E) tokens for one, and a mean score
     within epsilon * gap of the best, where gap is the largest between a token's best and worst score.
 
     Args:
