@@ -28,7 +28,9 @@ BEGIN, END = "<!-- begin: moejax routers -->", "<!-- end: moejax routers -->"
 
 
 SMALL = ExperimentConfig(
-    model=ModelConfig(d_model=64, moe=MoEConfig(num_experts=16, experts_per_token=4, d_expert=32))
+    model=ModelConfig(
+        vocab_size=256, d_model=64, moe=MoEConfig(num_experts=16, experts_per_token=4, d_expert=32)
+    )
 )
 
 
