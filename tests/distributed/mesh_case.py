@@ -74,8 +74,11 @@ def layout_of(cfg: ExperimentConfig) -> Layout | None:
 
 
 def make_batch() -> dict:
-    """Row 1 is all padding, row 2 ends in padding, rows hold several documents."""
-    batch = {k: np.array(v) for k, v in synthetic_batch(4, 16, 32, seed=3).items()}
+    """Row 1 is all padding, row 2 ends in padding, rows hold several documents, tokens differ."""
+    # Rows of 16 cut in four: in rows of 4 every token would be a document of its own, and its separator.
+    rows = synthetic_batch(16, 4, 32, seed=3)
+    batch = {k: np.array(v).reshape(16, 4) for k, v in rows.items()}
+    assert len(np.unique(batch["tokens"])) > 16
     for a in batch.values():
         a[1], a[2, 3:] = 0, 0
     assert (batch["segment_ids"].max(axis=1) > 1).any()
