@@ -71,11 +71,12 @@ def same_compute(cfg: ExperimentConfig, router: str) -> ExperimentConfig:
     moe, given = cfg.model.moe, dict(ROUTERS[router].recipe)
     if "model.moe.num_experts" not in given and TOKEN % moe.experts_per_token == 0:
         moe = dataclasses.replace(moe, num_experts=EXPERTS * moe.experts_per_token // PER_TOKEN)
-    moe = dataclasses.replace(moe, router=dataclasses.replace(moe.router, **FITTED.get(router, {})))
+    own = dataclasses.replace(moe.router, **FITTED.get(router, {}))
+    moe = dataclasses.replace(moe, router=own, d_shared=WIDTH)
     model = dataclasses.replace(cfg.model, moe=moe)
     if "model.moe.d_expert" not in given:
         used = PER_TOKEN if router in DENSE_IN_TRAINING else model.experts_used
-        moe = dataclasses.replace(moe, d_expert=max(1, round(TOKEN / used)), d_shared=WIDTH)
+        moe = dataclasses.replace(moe, d_expert=max(1, round(TOKEN / used)))
     return dataclasses.replace(cfg, model=dataclasses.replace(model, moe=moe))
 
 
