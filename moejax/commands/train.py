@@ -34,21 +34,23 @@ def main(argv: list[str]) -> int:
     text("coordinator", None, "HOST:PORT of process 0, if no cluster provides it.", flag_values=fv)
     whole("num_processes", None, "With --coordinator.", flag_values=fv)
     whole("process_id", None, "With --coordinator.", flag_values=fv)
+    text("profile", None, "FIRST:LAST: trace these steps, such as 10:13.", flag_values=fv)
     if not parse_needed("train", USAGE, fv, argv, ("config", "workdir")):
         return 0
     cfg = experiment_of(fv, argv)
     import jax
 
     from moejax.runs.folder import SaveError
-    from moejax.train import processes
+    from moejax.train import processes, profile
     from moejax.train.loop import Diverged, train
 
+    traced = profile.steps_of(fv.profile, cfg.train.steps) if fv.profile else None
     logging.set_verbosity(logging.FATAL)  # orbax also logs, at length, every error that it raises
     processes.start(fv.distributed, fv.coordinator, fv.num_processes, fv.process_id)
     workdir = pathlib.Path(fv.workdir)
     several = jax.process_count() > 1
     try:
-        results = train(cfg, workdir, force=fv.force)
+        results = train(cfg, workdir, force=fv.force, profile=traced)
     except (Diverged, SaveError) as e:
         print(f"moejax train: {e}", file=sys.stderr)
         if several and isinstance(e, SaveError):

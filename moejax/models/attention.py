@@ -127,6 +127,7 @@ def _softmax(logits_BMGST, mask_BST, sinks_N):
     return weight / (weight.sum(axis=-1, keepdims=True) + jnp.exp(sink - top))
 
 
+@jax.named_scope("attention")
 def attention(
     params: dict,
     x_BSD: jax.Array,

@@ -133,7 +133,8 @@ def block(
     x_BSD = constrain(x_BSD + y, ctx.layout)
     h = norm(p["ffn_norm"], x_BSD, cfg.norm_eps)
     if "moe" not in p:
-        y = ffn(p["ffn"], h, of_dense(cfg))
+        with jax.named_scope("ffn"):
+            y = ffn(p["ffn"], h, of_dense(cfg))
         return constrain(x_BSD + y, ctx.layout), carried_BSW, cache, None
     y, aux = moe_layer.moe(
         p["moe"],

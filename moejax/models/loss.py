@@ -161,6 +161,7 @@ def chunk_length(batch: int, seq_len: int, tokens: int) -> int:
     return max(c for c in range(1, seq_len + 1) if seq_len % c == 0 and (c <= per_row or c == 1))
 
 
+@jax.named_scope("head")
 def cross_entropy(hidden_BSD, w_DV, targets_BS, mask_BS, compute: ComputeConfig):
     """Sum over counted positions of -log p(target), and nll_BS (without gradient).
 

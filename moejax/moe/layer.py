@@ -113,7 +113,8 @@ def moe(
         forced_TK=forced_TK,
         carried_TW=None if carried_BSW is None else carried_BSW.reshape(b * s, -1),
     )
-    out = router.route(params.get("router", {}), state, tokens, static)
+    with jax.named_scope("router"):
+        out = router.route(params.get("router", {}), state, tokens, static)
     routing, stats, kinds = out.routing, dict(out.stats), router.specials(static)
     special_TN = None
     if isinstance(routing, Routing):
@@ -139,7 +140,8 @@ def moe(
     y_BSD = y_TD.reshape(b, s, d)
     if "shared" in params:
         weights = None if out.shared_TS is None else out.shared_TS.reshape(b, s, -1)
-        shared_BSD = ffn(params["shared"], x_BSD, of_experts(cfg.moe), weights)
+        with jax.named_scope("shared"):
+            shared_BSD = ffn(params["shared"], x_BSD, of_experts(cfg.moe), weights)
         if "shared_gate" in params:
             gate = jax.nn.sigmoid(jnp.dot(x_BSD, params["shared_gate"].astype(x_BSD.dtype)))
             shared_BSD = gate * shared_BSD

@@ -16,6 +16,7 @@ from moejax.moe.rows import SortedRoutes, take, to_rows, to_tokens
 from moejax.moe.varying import vary_together
 
 
+@jax.named_scope("experts")
 def routed_ffn(
     params: Params,
     x_TD: jax.Array,

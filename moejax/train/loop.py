@@ -31,6 +31,7 @@ from moejax.train import processes
 from moejax.train.base import Base, check_apart, fingerprint, open_base
 from moejax.train.metrics import Log, Meter, scalars
 from moejax.train.optimizer import optimizer_of, split_trained
+from moejax.train.profile import Profile
 from moejax.train.prolong import check_schedule
 from moejax.train.show import Show
 from moejax.train.signals import StopRequest
@@ -64,17 +65,24 @@ class Session:
     say: Callable[[str], None]
     log: Any = None  # the `Log`, once it is known at which step it begins
     done: int = 0
+    profile: tuple[int, int] | None = None  # first and last step to trace
 
     @property
     def tokens_per_step(self) -> int:
         return self.cfg.data.batch_size * self.cfg.data.seq_len
 
 
-def train(cfg: ExperimentConfig, workdir: pathlib.Path, *, force: bool = False) -> dict:
+def train(
+    cfg: ExperimentConfig,
+    workdir: pathlib.Path,
+    *,
+    force: bool = False,
+    profile: tuple[int, int] | None = None,
+) -> dict:
     """Run or resume an experiment, on all devices of its mesh. Returns the last validation metrics.
 
     With several processes (see `processes.start`) each of them calls this. Only process 0 prints and logs, and
-    `workdir` must be on a file system that all of them share.
+    `workdir` must be on a file system that all of them share. `profile`: the first and last step to trace.
 
     Raises ConfigError or DataError for bad input before anything is computed, and Diverged after
     `train.max_bad_steps` non-finite steps in a row; the last good checkpoint stays intact. Bad input is also a
@@ -116,6 +124,7 @@ def train(cfg: ExperimentConfig, workdir: pathlib.Path, *, force: bool = False) 
             checkpoints=Checkpoints(workdir, cfg),
             plan=plan,
             base=base,
+            profile=profile if processes.is_first() else None,
             say=processes.say,
         )
         return _train(session)
@@ -207,13 +216,18 @@ def _run(s: Session, state: TrainState, key: jax.Array, stop: StopRequest) -> di
     meter = Meter()
     first = int(state.step)
     show = Show(s.cfg.name, first, train_cfg.steps, on=processes.is_first())
+    profile = Profile(s.profile, s.checkpoints.workdir, show.say)
+    if s.profile is not None and s.profile[0] <= first:
+        s.say(f"no profile: the run goes on after step {first}")
     bad_before = None
     if first == 0 and s.base is not None:
         _log_evaluation(s, 0, eval_fn, state, show)
         meter.restart()
     for done in range(first + 1, train_cfg.steps + 1):
         batch = place_rows(next(s.data), s.layout, s.cfg.data.batch_size)
+        profile.before(done, step_fn, state, batch)
         state, metrics = step_fn(state, batch)
+        profile.after(done, metrics)
         s.done = done
         if bad_before is not None:
             _check_finite(s, done - 1, int(bad_before))  # while the device computes this step
@@ -232,6 +246,7 @@ def _run(s: Session, state: TrainState, key: jax.Array, stop: StopRequest) -> di
             meter.restart()
         if asked:
             break
+    profile.stop()
     show.close()
     _finish(s, int(state.step), meter)
     return results

@@ -135,8 +135,9 @@ def train_step(
     loss, parts, grads = loss_and_grads(state.params, state.router_state, batch, cfg, layout, key)
     grad_norm = optax.tree.norm(grads)
     trained, frozen = split_trained(state.params, cfg)
-    updates, opt_state = optimizer_of(cfg).update(grads, state.opt_state, trained)
-    learned: Any = optax.apply_updates(trained, updates)
+    with jax.named_scope("optimiser"):
+        updates, opt_state = optimizer_of(cfg).update(grads, state.opt_state, trained)
+        learned: Any = optax.apply_updates(trained, updates)
     seen = {name: a.stats for name, a in parts.aux.items()}
     router_state = transformer.update_router_state(
         state.router_state, seen, cfg.model, cfg.objective

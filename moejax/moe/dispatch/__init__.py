@@ -21,6 +21,7 @@ from moejax.routers.contract import MergeRouting, Routing, SlotRouting, SoftRout
 from moejax.sharding import Layout
 
 
+@jax.named_scope("dispatch")
 def dispatch(
     params: Params,
     x_TD: jax.Array,
