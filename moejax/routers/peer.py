@@ -30,7 +30,7 @@ from moejax.routers.contract import Routed, Router, RouterConfig, RouterOptions,
 class Options(RouterOptions):
     heads: int = number(8, least=1)  # H; each finds experts_per_token / heads experts
     key_dim: int = number(128, least=2)  # width of a head's query; a key is half as wide
-    query_norm: str = choice("rms", "none")
+    query_norm: str = choice("rms", "none")  # of a query before it is compared
 
 
 def num_keys(cfg: RouterConfig) -> int:

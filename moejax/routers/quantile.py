@@ -25,12 +25,10 @@ LEAST, MOST = -1.0, 2.0
 
 @dataclasses.dataclass(frozen=True)
 class Options(RouterOptions):
-    score: str = choice("sigmoid", "softmax")
+    score: str = choice("sigmoid", "softmax")  # s, from the logits
     normalize_weights: bool = True  # divide the K chosen weights by their sum
     routed_scaling: float = number(1.0, above=0)  # multiply the weights
-    decay: float = number(
-        0.9, least=0, below=1
-    )  # d, of the moving average; 0: the last batch alone
+    decay: float = number(0.9, least=0, below=1)  # d, of the moving average; 0: none
     bins: int = number(1024, least=2)  # of the histogram of what an expert's tokens have to spare
 
 

@@ -37,9 +37,7 @@ class Options(RouterOptions):
     # Bias on the scores for selection only, moved by the rule objective.bias_update (V3); kept as it is
     # without one.
     expert_bias: bool = False
-    bias_multiplies: bool = (
-        False  # the selection bias multiplies the scores, from 1 on (2408.15664 table 4)
-    )
+    bias_multiplies: bool = False  # it multiplies the scores, from 1 on (2408.15664)
     # What is ranked, and what the selection bias is added to: the scores, or the logits (kolibri1).
     select_by: str = choice("score", "logit")
     # Group-limited selection: equal groups of experts; 1: no limit.

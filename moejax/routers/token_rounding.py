@@ -30,7 +30,7 @@ from moejax.routers.contract import Routed, RouterConfig, Tokens
 class Options(token_choice.Options):
     max_experts: int = number(0, least=0)  # that may compute a token; 0: all
     tile: int = number(128, least=1)  # rows of a tile
-    rounding: str = choice("nearest", "up", "down")
+    rounding: str = choice("nearest", "up", "down")  # to the multiple of a tile
 
 
 def round_to_tiles(
