@@ -19,6 +19,12 @@ LEFT_OUT: tuple[tuple[str, str, str], ...] = (
         "its losses look at what experts return, which a router never sees",
     ),
     (
+        "straight-through over all experts",
+        "DenseMixer, OpenReview 4HGIIekCx3",
+        "in training every expert computes every token, in evaluation K do: costs and memory are counted with "
+        "one number for both",
+    ),
+    (
         "similarity-preserving routers",
         "SimBal, 2506.14038",
         "its loss could not be checked against the paper or its authors' code",
