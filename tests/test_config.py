@@ -7,6 +7,7 @@ import typing
 
 import pytest
 from config_case import BASES, BIAS, GROUPS, MLA, MOE, full, nested, problems
+from flat import change
 from ml_collections import ConfigDict
 
 from moejax.config import AttentionConfig, ConfigError, ExperimentConfig, ModelConfig, MoEConfig
@@ -19,7 +20,7 @@ from moejax.config_io import (
     to_json,
     with_router,
 )
-from moejax.options import choices_of, divisors_text, number
+from moejax.options import bounds_text, choices_of, divisors_text, number
 from moejax.options import problems as range_problems
 from moejax.routers import ROUTERS, router_options
 
@@ -67,12 +68,12 @@ def test_the_bases_are_valid(base):
 RANGES = {
     "at least 1":
         "d_model num_layers max_seq_len attention.num_heads attention.rope.yarn_factor "
-        "attention.rope.yarn_original_len moe.router.num_groups objective.balance_groups data.vocab_size "
+        "attention.rope.yarn_original_len objective.balance_groups data.vocab_size "
         "data.seq_len data.batch_size train.steps train.accumulation train.log_every train.eval_every "
         "train.eval_batches train.checkpoint_every train.keep_last train.max_bad_steps",
     "at least 0":
         "vocab_size mtp_depth attention.q_lora_rank attention.rope.yarn_mscale "
-        "attention.rope.yarn_mscale_all_dim moe.num_experts moe.shared_experts moe.d_shared "
+        "attention.rope.yarn_mscale_all_dim moe.num_experts moe.shared_experts moe.d_shared moe.latent_dim "
         "moe.activation_limit objective.mtp_loss_weight objective.bias_rate objective.expert_loss "
         "objective.sequence_loss objective.device_loss objective.communication_loss objective.z_loss "
         "objective.capacity_factor compute.loss_chunk compute.buffer_factor data.max_bytes data.seed "
@@ -80,7 +81,7 @@ RANGES = {
         "train.keep_every train.seed",
     "above 0":
         "norm_eps init_std attention.rope.yarn_beta_slow attention.rope.yarn_beta_fast "
-        "moe.router.routed_scaling moe.router.capacity_factor optimizer.learning_rate optimizer.eps "
+        "optimizer.learning_rate optimizer.eps "
         "optimizer.decay_factor",
     "above 1": "attention.rope.theta",
     "above 0 and below 1": "data.validation_fraction",
@@ -88,6 +89,16 @@ RANGES = {
     "between 0 and 1": "optimizer.min_lr_ratio",
 }  # fmt: skip
 SAID = {full(key): text for text, keys in RANGES.items() for key in keys.split()}
+ROUTERS_OWN = (
+    "model.moe.router."  # two routers may have one by the same name: a range is its router's
+)
+
+
+def said(option) -> str:
+    """What is said of a value out of this option's range."""
+    if option.key.startswith(ROUTERS_OWN):
+        return bounds_text(**option.field.metadata["bounds"])
+    return SAID[option.key]
 
 
 def edges(field):
@@ -109,13 +120,13 @@ def edges(field):
                          [(o, *row) for o in BOUNDED for row in edges(o.field)])  # fmt: skip
 def test_ranges(option, good, bad):
     key, _, default, base = option
-    assert f"{key}={type(default)(bad)} must be {SAID[key]}" in problems({**base, key: bad})
-    text = f"{key}={type(default)(good)} must be {SAID[key]}"
+    assert f"{key}={type(default)(bad)} must be {said(option)}" in problems({**base, key: bad})
+    text = f"{key}={type(default)(good)} must be {said(option)}"
     assert text not in problems({**base, key: good})
 
 
 def test_no_range_is_lost():
-    assert {o.key for o in BOUNDED} == SAID.keys()
+    assert {o.key for o in BOUNDED if not o.key.startswith(ROUTERS_OWN)} == SAID.keys()
     assert all(o in BOUNDED for o in NUMBERS if o.key in SAID)
 
 
@@ -153,6 +164,9 @@ CHOICES = {
     "moe.activation": "swiglu swiglu_clamped swiglu_oai gelu_tanh",
     "moe.router.score": "softmax sigmoid sqrt_softplus",
     "moe.router.group_score": "max top2_sum",
+    "moe.router.select_by": "score logit",
+    "moe.router.rounding": "nearest up down",
+    "moe.router.query_norm": "rms none",
     "objective.bias_update": "none sign sign_centered proportional",
     "compute.dtype": "float32 bfloat16 float64",
     "compute.remat": "none full dots",
@@ -171,6 +185,19 @@ NEEDS = {
         for value in ("swiglu_clamped", "swiglu_oai")
     },
     **{("objective.bias_update", rule): BIAS for rule in ("sign", "sign_centered", "proportional")},
+    **{
+        ("moe.router.rounding", value): {**MOE, "moe.router.name": "token_rounding"}
+        for value in ("nearest", "up", "down")
+    },
+    **{
+        ("moe.router.query_norm", value): {
+            **MOE,
+            "moe.router.name": "peer",
+            "moe.num_experts": 16,
+            "moe.experts_per_token": 8,
+        }
+        for value in ("rms", "none")
+    },
 }
 
 
@@ -229,7 +256,7 @@ def test_ranges_of_groups_in_groups():
          "eval_batches, checkpoint_every, keep_last, keep_every, max_bad_steps, rate_may_jump, seed"),
         ({"mdl": {}}, "unknown key mdl; did you mean model?"),
         ({"steps": 3}, "unknown key steps; it is train.steps"),
-        ({"seed": 3}, "unknown key seed; it is data.seed or train.seed"),
+        ({"seed": 3}, "unknown key seed; it is data.seed or train.seed or model.moe.router.seed"),
         ({"moe": {"num_experts": 3}}, "unknown key moe; it is model.moe"),
         ({"ffn_bias": True}, "unknown key ffn_bias; it is model.ffn_bias or model.moe.ffn_bias"),
         ({"train": {"dtype": "float32"}}, "unknown key train.dtype; it is compute.dtype"),
@@ -337,16 +364,15 @@ def test_round_trips(base):
 
 @pytest.mark.parametrize("name", ROUTERS)
 def test_a_stored_config_is_the_same_again(name):
-    cfg = with_router(ExperimentConfig(), name)
-    assert cfg.model.moe.router == router_options(name)
+    cfg = change(ExperimentConfig(), router=name)
     values = json.loads(to_json(cfg))
     assert from_stored(values) == cfg
     # A key that is not there means its default, and so does a group.
-    del (
-        values["model"]["moe"]["router"]["routed_scaling"],
-        values["train"],
-        values["compute"]["remat"],
-    )
+    del values["train"], values["compute"]["remat"]
+    own = values["model"]["moe"]["router"]
+    for key in set(own) - {"name"}:
+        del own[key]
+        assert from_stored(values) == cfg
     assert from_stored(values) == cfg
     assert from_stored({"model": {"moe": {"router": {"name": name}}}}) == cfg
     with pytest.raises(ConfigError, match=r"unknown key model\.moe\.router\.scale"):
