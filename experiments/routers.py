@@ -46,7 +46,6 @@ def get_config(router: str = "token_choice"):
     base = ExperimentConfig(
         name=f"router-{router}",
         model=ModelConfig(
-            vocab_size=2048,
             d_model=128,
             num_layers=3,
             num_dense_layers=1,
@@ -59,7 +58,7 @@ def get_config(router: str = "token_choice"):
                 num_experts=EXPERTS, experts_per_token=PER_TOKEN, d_expert=WIDTH, shared_experts=1
             ),
         ),
-        data=DataConfig(seq_len=SEQ_LEN, batch_size=16, validation_fraction=0.05),
+        data=DataConfig(vocab_size=2048, seq_len=SEQ_LEN, batch_size=16, validation_fraction=0.05),
         optimizer=OptimizerConfig(learning_rate=2e-3, warmup_steps=30),
         train=TrainConfig(steps=300, eval_every=300, eval_batches=40, checkpoint_every=300),
     )

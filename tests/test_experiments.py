@@ -10,6 +10,7 @@ from moejax.commands import sweep_file
 from moejax.config import ConfigError, DataConfig, ExperimentConfig, ModelConfig, ObjectiveConfig
 from moejax.config_io import from_config_dict
 from moejax.cost.architecture import counts, of_model
+from moejax.data.vocabulary import expected_tokens, with_vocabulary
 from moejax.routers import ROUTERS
 
 FOLDER = pathlib.Path(__file__).parent.parent / "experiments"
@@ -34,6 +35,7 @@ def test_every_variant_of_a_sweep_is_valid(name):
     for variant in plan.variants:
         cfg = plan.experiment(variant, plan.seeds[0])
         assert cfg.train.seed == cfg.data.seed == plan.seeds[0]
+        with_vocabulary(cfg, expected_tokens(cfg.data))  # as `moejax train` checks it
 
 
 def test_dense_quickstart_differs_by_its_experts_alone():

@@ -100,7 +100,10 @@ def _check_run(workdir: pathlib.Path, cfg: ExperimentConfig) -> None:
 
 def _refuse(problems: dict[str, str]) -> None:
     if problems:
-        lines = [f"variant {v}: {text}".replace("\n", "\n    ") for v, text in problems.items()]
+        same: dict[str, list[str]] = {}
+        for variant, text in problems.items():
+            same.setdefault(text.replace("\n", "\n    "), []).append(variant)
+        lines = [f"variant{'s' * (len(v) > 1)} {', '.join(v)}: {text}" for text, v in same.items()]
         raise ConfigError("nothing was started:\n" + "\n".join(lines))
 
 

@@ -151,6 +151,9 @@ def test_a_variant_that_does_not_fit_is_named_and_none_starts(write, tmp_path, m
     monkeypatch.setattr(sweep, "run_jobs", lambda *_: pytest.fail("a run was started"))
     with pytest.raises(ConfigError, match="variant b: it needs 3 TiB"):
         run_main(write(GOOD), tmp_path / "out")
+    found[0] = found[1]
+    with pytest.raises(ConfigError, match="variants a, b: it needs 3 TiB"):  # said once
+        run_main(write(GOOD), tmp_path / "out")
 
 
 def test_what_fits_on_this_machine():
