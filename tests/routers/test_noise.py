@@ -19,7 +19,8 @@ KEY = jax.random.key(7)
 
 def small(name, balance=None, **options):
     router = ROUTERS[name]
-    return router, dataclasses.replace(sizes(router, balance, **options), d_model=5)
+    cfg = sizes(router, balance, **options)
+    return router, dataclasses.replace(cfg, d_model=5, experts_per_token=2)
 
 
 def odds(router, cfg, rows, key=None):

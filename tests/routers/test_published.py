@@ -20,7 +20,8 @@ SMALL = dict(num_groups=2, topk_groups=1)  # where the paper's groups do not fit
 def config(name, **options):
     router = ROUTERS[name]
     groups = SMALL if router.options.num_groups > 1 else {}
-    return router, sizes(router, **{**groups, **options})
+    cfg = sizes(router, **{**groups, **options})
+    return router, dataclasses.replace(cfg, experts_per_token=2)
 
 
 # A token with these four logits. Softmax: e^z = 8, 4, 3, 1 of 16, so 1/2, 1/4, 3/16, 1/16. Sigmoid of log(o) is
