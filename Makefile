@@ -4,6 +4,7 @@
 # make bench   the benchmarks as one table (benchmarks/README.md), against torch where .venv-parity is there
 # make parity  from a bare machine: create .venv-parity with torch and transformers, compare every model
 #              family with its original implementation
+# make chaos   hours: kills, damaged files, odd text and random configs (tests/chaos); SHARE=0.01 runs a hundredth
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -14,7 +15,7 @@ export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1:glibc.malloc.mmap_max=0:glibc.ma
 # On Python 3.11 the pinned torch is the CPU wheel; on others it may bring gigabytes of CUDA.
 PARITY_VENV := .venv-parity
 
-.PHONY: train test product parity bench lint clean
+.PHONY: train test product chaos parity bench lint clean
 
 train: $(VENV)/installed
 	$(BIN)/moejax train --config=experiments/quickstart.py --workdir=runs/quickstart
@@ -26,6 +27,16 @@ test: $(VENV)/installed-dev
 
 product: $(VENV)/installed-dev
 	$(BIN)/python -m pytest -n $(JOBS) -m product
+
+# The counts of docs/chaos.md, each at least 1. The kills last: they take longest.
+SHARE ?= 1
+chaos: $(VENV)/installed-dev
+	@for campaign in hostile_corpora:100 mutate_checkpoint:1000 mutate_hf:5000 random_configs:1000 kills:200; do \
+		count=$$($(BIN)/python -c "print(max(1, round($(SHARE) * $${campaign#*:})))"); \
+		echo "$${campaign%:*} --count=$$count"; \
+		$(BIN)/python tests/chaos/$${campaign%:*}.py --count=$$count || failed="$$failed $${campaign%:*}"; \
+	done; \
+	if [ -n "$$failed" ]; then echo "failed:$$failed"; exit 1; fi
 
 parity: $(PARITY_VENV)/installed
 	$(PARITY_VENV)/bin/python -m pytest tests/parity
