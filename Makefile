@@ -31,7 +31,7 @@ product: $(VENV)/installed-dev
 # The counts of docs/chaos.md, each at least 1. The kills last: they take longest.
 SHARE ?= 1
 chaos: $(VENV)/installed-dev
-	@for campaign in hostile_corpora:100 mutate_checkpoint:1000 mutate_hf:5000 random_configs:1000 kills:200; do \
+	@failed=""; for campaign in hostile_corpora:100 mutate_checkpoint:1000 mutate_hf:5000 random_configs:1000 kills:200; do \
 		count=$$($(BIN)/python -c "print(max(1, round($(SHARE) * $${campaign#*:})))"); \
 		echo "$${campaign%:*} --count=$$count"; \
 		$(BIN)/python tests/chaos/$${campaign%:*}.py --count=$$count || failed="$$failed $${campaign%:*}"; \
