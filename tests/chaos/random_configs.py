@@ -2,10 +2,10 @@
 
     python tests/chaos/random_configs.py --count=1000
 
-Every option of the model, the router, the objective and of how it is computed is drawn from its range or
-its choices. An accepted experiment takes a step: loss and gradients are finite, and equal to those of the same model
-computed with every expert on every token, in one batch, without rematerialisation. Prints one line; tracebacks
-and differences must be zero.
+Every option of the model, the router, the objective and of how it is computed is drawn from its range or its
+choices. An accepted experiment takes a step: loss and gradients are finite, and equal to those of the same
+model computed with every expert on every token, in one batch, without rematerialisation. Prints one line;
+tracebacks and differences must be zero.
 """
 
 import argparse
