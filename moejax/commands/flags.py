@@ -147,7 +147,7 @@ def overrides_of(argv: list[str]) -> list[Override]:
 
 
 def _help(flag: flags.Flag) -> str:
-    default = "" if flag.default in (None, False, "") else f" [{flag.default}]"
+    default = "" if flag.default in (None, False, "", []) else f" [{flag.default}]"
     return f"  --{flag.name:12} {flag.help}{default}"
 
 
@@ -324,6 +324,8 @@ def _no_file(path: pathlib.Path) -> str:
     here, project = pathlib.Path.cwd(), pathlib.Path(moejax.__file__).parent.parent
     folders = [path, path.parent, here, here / "experiments"]
     folders += [project / path.parent, project / "experiments"]
+    if any(map(_is_config, path.glob("*.py"))):  # a folder of configs: one of these is meant
+        folders = [path]
     files = {}
     for folder in folders:
         for file in filter(_is_config, sorted(folder.glob("*.py"))):
