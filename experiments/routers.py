@@ -35,8 +35,8 @@ FITTED = {
     "lory": {"segment": SEQ_LEN // 4},
 }
 TOKEN = PER_TOKEN * WIDTH
-# Trained through all experts, used through a few: as wide as for those.
-DENSE_IN_TRAINING = ("dense_mixer",)
+# In sixteen parts, for memory: each token has 128 routes.
+ACCUMULATION = {"peer": 16}
 
 
 def get_config(router: str = "token_choice"):
@@ -60,7 +60,13 @@ def get_config(router: str = "token_choice"):
         ),
         data=DataConfig(vocab_size=2048, seq_len=SEQ_LEN, batch_size=16, validation_fraction=0.05),
         optimizer=OptimizerConfig(learning_rate=2e-3, warmup_steps=30),
-        train=TrainConfig(steps=300, eval_every=300, eval_batches=40, checkpoint_every=300),
+        train=TrainConfig(
+            steps=300,
+            eval_every=300,
+            eval_batches=40,
+            checkpoint_every=300,
+            accumulation=ACCUMULATION.get(router, 1),
+        ),
     )
     return to_config_dict(same_compute(with_recipe(base, router), router))
 

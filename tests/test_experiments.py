@@ -73,7 +73,7 @@ def test_routers_compute_equally_much_for_a_token():
         cfg = load("routers", name)
         given = dict(router.recipe)
         assert all(_at(cfg, key) == value for key, value in given.items()), name
-        used = 4 if name == "dense_mixer" else cfg.model.experts_used
+        used = cfg.model.experts_used
         if "model.moe.d_expert" not in given:
             widths[name] = used * cfg.model.moe.d_expert
         assert cfg.model.moe.shared_width == 64

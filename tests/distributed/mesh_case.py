@@ -73,8 +73,9 @@ def layout_of(cfg: ExperimentConfig) -> Layout | None:
     return make_layout(cfg, jax.devices()[: m.data * m.fsdp * m.expert * m.tensor])
 
 
-def make_batch() -> dict:
-    """Row 1 is all padding, row 2 ends in padding, rows hold several documents, tokens differ."""
+def make_batch(distinct: bool = False) -> dict:
+    """Row 1 is all padding, row 2 ends in padding, rows hold several documents, tokens differ. `distinct`: no
+    token twice (64 of them), so that none ties with another for a place."""
     # Rows of 16 cut in four: in rows of 4 every token would be a document of its own, and its separator.
     rows = synthetic_batch(16, 4, 32, seed=3)
     batch = {k: np.array(v).reshape(16, 4) for k, v in rows.items()}
@@ -82,10 +83,13 @@ def make_batch() -> dict:
     for a in batch.values():
         a[1], a[2, 3:] = 0, 0
     assert (batch["segment_ids"].max(axis=1) > 1).any()
+    if distinct:
+        ids = 1 + np.random.default_rng(0).permutation(64).reshape(16, 4)
+        batch["tokens"] = np.where(batch["segment_ids"] > 0, ids, 0).astype(np.int32)
     return batch
 
 
-def make_inputs(cfg: ExperimentConfig, skewed: bool):
+def make_inputs(cfg: ExperimentConfig, skewed: bool, distinct: bool = False):
     """Parameters, router state and batch. `skewed`: every token prefers experts 0 and 1, which one
     device holds."""
     params, state = transformer.init_model(cfg.model, jax.random.key(0))
@@ -94,7 +98,7 @@ def make_inputs(cfg: ExperimentConfig, skewed: bool):
     params = jax.tree_util.tree_map_with_path(_shake, params)
     if skewed:
         state = jax.tree.map(lambda a: a.at[..., :2].set(10.0), state)
-    return params, state, jax.tree.map(jnp.asarray, make_batch())
+    return params, state, jax.tree.map(jnp.asarray, make_batch(distinct))
 
 
 def _shake(path, a):
@@ -122,12 +126,12 @@ def step(params, state, batch, cfg, layout):
     }
 
 
-def run(*, skewed=False, **how) -> dict:
+def run(*, skewed=False, distinct=False, **how) -> dict:
     """Everything that must not depend on `how` (see `config`), as NumPy arrays."""
     cfg = config(**how)
     with jax.enable_x64(cfg.compute.dtype == "float64"):
         layout = layout_of(cfg)
-        params, state, batch = make_inputs(cfg, skewed)
+        params, state, batch = make_inputs(cfg, skewed, distinct)
         if layout is not None:
             params = jax.device_put(params, layout.of_specs(transformer.param_specs(cfg.model)))
             state = jax.device_put(state, layout.replicated)
