@@ -80,8 +80,7 @@ def same_compute(cfg: ExperimentConfig, router: str) -> ExperimentConfig:
     moe = dataclasses.replace(moe, router=own, d_shared=WIDTH)
     model = dataclasses.replace(cfg.model, moe=moe)
     if "model.moe.d_expert" not in given:
-        used = PER_TOKEN if router in DENSE_IN_TRAINING else model.experts_used
-        moe = dataclasses.replace(moe, d_expert=max(1, round(TOKEN / used)))
+        moe = dataclasses.replace(moe, d_expert=max(1, round(TOKEN / model.experts_used)))
     return dataclasses.replace(cfg, model=dataclasses.replace(model, moe=moe))
 
 
