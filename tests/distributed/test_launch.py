@@ -73,7 +73,7 @@ def test_the_examples_start_a_run_that_works(example, devices, start, tmp_path, 
     seen = []
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(processes, "start", lambda *given: seen.append(given))
-    monkeypatch.setattr(loop, "train", lambda *given: seen.append(given) or {})
+    monkeypatch.setattr(loop, "train", lambda *given, **how: seen.append(given) or {})
     assert train.main(args) == 0
     assert seen[0] == start
     cfg, workdir = seen[1]
