@@ -6,6 +6,7 @@ import json
 import os
 import pathlib
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -263,7 +264,9 @@ def test_a_path_that_cannot_hold_a_checkpoint_is_refused(cfg, tmp_path, name):
 
 def test_a_run_says_where_it_comes_from(cfg, finished):
     start, end, *_ = provenance.read(finished[0])
-    assert start["kind"] == "start" and start["step"] == 0 and "pytest" in start["command"]
+    assert (
+        start["kind"] == "start" and start["step"] == 0 and start["command"] == shlex.join(sys.argv)
+    )
     for name in ("python", "jax", "jaxlib", "optax", "moejax"):
         assert start[name][0].isdigit()
     commit, _ = provenance.code_version()

@@ -65,8 +65,9 @@ def test_a_trace_of_real_steps(tmp_path):
     # 30 of 31 products are attention's; a busy machine moves the shares, but not this far.
     assert share["attention"] > 50 > share.get("head", 0.0)
     assert sum(share.values()) == pytest.approx(100, abs=1)
-    assert newest_trace(tmp_path).stat().st_size < 3_000_000
-    assert list(tmp_path.rglob("*.trace.json.gz"))  # what Perfetto opens
+    # What Perfetto opens. The other file also holds every program that this process compiled before.
+    (perfetto,) = tmp_path.rglob("*.trace.json.gz")
+    assert perfetto.stat().st_size < 3_000_000
 
 
 def test_the_real_step_has_every_scope():
