@@ -97,6 +97,6 @@ def test_what_it_costs():
 
 
 def test_it_is_no_published_family():
-    cfg = experiment(num_experts=4, d_expert=8, latent_dim=8).model
+    cfg = experiment(vocab_size=64, num_experts=4, d_expert=8, latent_dim=8).model
     with pytest.raises(ConfigError, match="latent_dim"):
         zoo.config_to_hf(cfg, "deepseek")
