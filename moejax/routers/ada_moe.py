@@ -7,7 +7,7 @@ A token with m null experts among its K has K - m real ones, so K is larger than
 the loss fixes how many there are on average, E K / (E + M), and as null experts are all alike, it does not
 balance them against each other. Formulas as in the authors' text; the loss is 1 at balance times its
 coefficient, as all of moejax's. Causal: the scores are the token's own. No state. The paper claims better
-fine-tuned models with 15 % fewer FLOPs.
+fine-tuned models with fewer FLOPs.
 
 Here: N experts and null experts.
 """
@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from moejax.options import number
-from moejax.routers import balance, parts, picks
+from moejax.routers import balance, parts
 from moejax.routers.contract import Routed, Router, RouterConfig, RouterOptions, Routing, Tokens
 
 
@@ -41,10 +41,10 @@ def route(params: dict, state: dict, tokens: Tokens, cfg: RouterConfig) -> Route
     experts, k, n = cfg.num_experts, cfg.experts_per_token, tokens.totals.num_tokens
     logits_TN = parts.logits(params, tokens.x_TD)
     scores_TN = jax.nn.softmax(logits_TN, axis=-1)
-    index_TK = picks.best(scores_TN, k, tokens)
-    weights_TK, routes_TN = picks.weigh(index_TK, scores_TN)
-    weights_TK = picks.normalized(jnp.where(index_TK < experts, weights_TK, 0.0))
-    stats = picks.count(routes_TN, scores_TN, tokens)
+    index_TK = parts.select(scores_TN, tokens, k)
+    weights_TK, routes_TN = parts.weigh(index_TK, scores_TN)
+    weights_TK = parts.normalized(jnp.where(index_TK < experts, weights_TK, 0.0))
+    stats = parts.plain_stats(routes_TN, scores_TN, tokens)
     losses = {}
     if cfg.balance.expert_loss:
         score_sum_N = (scores_TN * tokens.mask_T[:, None]).sum(axis=0)
@@ -52,8 +52,7 @@ def route(params: dict, state: dict, tokens: Tokens, cfg: RouterConfig) -> Route
         null = jnp.full((count_null(cfg),), load_N[experts:].mean())
         load_N = jnp.concatenate([load_N[:experts], null])
         losses["expert"] = cfg.balance.expert_loss * balance.expert_level(score_sum_N, load_N, n, k)
-    if cfg.balance.z_loss:
-        losses["z"] = cfg.balance.z_loss * balance.router_z(logits_TN, tokens.mask_T, n)
+    losses |= parts.z_loss(logits_TN, tokens, cfg)
     return Routed(Routing(index_TK, weights_TK), losses, stats, scores_TN[:, :experts])
 
 

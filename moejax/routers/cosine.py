@@ -39,15 +39,9 @@ def param_specs(cfg: RouterConfig) -> dict:
     }
 
 
-def unit(a: jax.Array, axis: int) -> jax.Array:
-    """a / |a|, and 0 with gradient 0 for what has no direction."""
-    square = (a**2).sum(axis=axis, keepdims=True)
-    return jnp.where(square > 0, a * jax.lax.rsqrt(jnp.where(square > 0, square, 1.0)), 0.0)
-
-
 def logits(params: dict, x_TD: jax.Array, options: Options) -> jax.Array:
-    small_TC = unit(parts.logits({"kernel": params["kernel"]}, x_TD), axis=1)
-    embedding_CE = unit(params["embedding"].astype(small_TC.dtype), axis=0)
+    small_TC = parts.unit(parts.logits({"kernel": params["kernel"]}, x_TD), axis=1)
+    embedding_CE = parts.unit(params["embedding"].astype(small_TC.dtype), axis=0)
     cosine_TE = jnp.dot(small_TC, embedding_CE, precision=jax.lax.Precision.HIGHEST)
     log_scale = params["log_scale"].astype(small_TC.dtype)[0] - math.log(options.temperature)
     return cosine_TE * jnp.exp(jnp.minimum(log_scale, -math.log(options.least_temperature)))
@@ -58,9 +52,8 @@ def route(params: dict, state: dict, tokens: Tokens, cfg: RouterConfig) -> Route
     del state
     logits_TE = logits(params, tokens.x_TD, cfg.options)
     scores_TE = parts.score(logits_TE, cfg.options.score)
-    index_TK = parts.select(logits_TE, tokens, cfg)
-    chosen_TKE = parts.chosen(index_TK, cfg.num_experts, scores_TE.dtype)
-    routes_TE = chosen_TKE.sum(axis=1)
+    index_TK = parts.select(logits_TE, tokens, cfg.experts_per_token)
+    weights_TK, routes_TE = parts.weigh(index_TK, scores_TE)
     stats = parts.token_stats(routes_TE, scores_TE, tokens, cfg)
     losses = parts.token_losses(
         logits_TE,
@@ -69,10 +62,9 @@ def route(params: dict, state: dict, tokens: Tokens, cfg: RouterConfig) -> Route
         stats,
         tokens,
         cfg,
-        groups_per_token=min(cfg.experts_per_token, cfg.balance.balance_groups),
         normalized=cfg.options.score == "softmax",
     )
-    return Routed(Routing(index_TK, parts.pick(scores_TE, chosen_TKE)), losses, stats, scores_TE)
+    return Routed(Routing(index_TK, weights_TK), losses, stats, scores_TE)
 
 
 ROUTER = Router(

@@ -15,7 +15,7 @@ import dataclasses
 import jax.numpy as jnp
 
 from moejax.options import number
-from moejax.routers import balance, parts, picks, token_choice
+from moejax.routers import balance, parts, token_choice
 from moejax.routers.contract import Routed, Router, RouterConfig, RouterOptions, Routing, Tokens
 from moejax.routers.hashed import draw_table, look_up
 
@@ -40,12 +40,14 @@ def route(params: dict, state: dict, tokens: Tokens, cfg: RouterConfig) -> Route
     k = cfg.experts_per_token
     logits_TE = parts.logits(params, tokens.x_TD)
     scores_TE = parts.score(logits_TE, "sqrt_softplus")
-    index_TK = picks.best(scores_TE + state["expert_bias"].astype(scores_TE.dtype)[None], k, tokens)
+    index_TK = parts.select(
+        scores_TE + state["expert_bias"].astype(scores_TE.dtype)[None], tokens, k
+    )
     if tokens.forced_TK is None:
         by_id = (state["hashed"] > 0) & (tokens.mask_T[:, None] > 0)
         index_TK = jnp.where(by_id, look_up(state["table"], tokens), index_TK)
-    weights_TK, routes_TE = picks.weigh(index_TK, scores_TE)
-    weights_TK = picks.normalized(weights_TK) * cfg.options.routed_scaling
+    weights_TK, routes_TE = parts.weigh(index_TK, scores_TE)
+    weights_TK = parts.normalized(weights_TK) * cfg.options.routed_scaling
     stats = parts.token_stats(routes_TE, scores_TE, tokens, cfg)
     losses = parts.token_losses(
         logits_TE,
@@ -54,7 +56,6 @@ def route(params: dict, state: dict, tokens: Tokens, cfg: RouterConfig) -> Route
         stats,
         tokens,
         cfg,
-        groups_per_token=min(k, cfg.balance.balance_groups),
         normalized=False,
     )
     return Routed(Routing(index_TK, weights_TK), losses, stats, scores_TE)

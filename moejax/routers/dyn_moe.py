@@ -37,27 +37,22 @@ def param_specs(cfg: RouterConfig) -> dict:
     }
 
 
-def _unit(a: jax.Array, axis: int) -> jax.Array:
-    """Of length 1 along `axis`; zero stays zero."""
-    return a * jax.lax.rsqrt((a**2).sum(axis=axis, keepdims=True) + 1e-12)
-
-
 def route(params: dict, state: dict, tokens: Tokens, cfg: RouterConfig) -> Routed:
     """See `Router.route`. Of too many open experts those with the largest margin are computed."""
     del state
     dtype = jnp.promote_types(tokens.x_TD.dtype, jnp.float32)
     kernel_DE, theta_E = (params[k].astype(dtype) for k in ("kernel", "threshold"))
-    unit_DE = _unit(kernel_DE, 0)
-    cosine_TE = parts.logits({"kernel": unit_DE}, _unit(tokens.x_TD.astype(dtype), 1))
+    unit_DE = parts.unit(kernel_DE, 0)
+    cosine_TE = parts.logits({"kernel": unit_DE}, parts.unit(tokens.x_TD.astype(dtype), 1))
     scores_TE = jax.nn.sigmoid(cosine_TE)
     margin_TE = scores_TE - jax.nn.sigmoid(theta_E)[None]
     nearest_TE = jax.nn.one_hot(jnp.argmax(cosine_TE, axis=1), cfg.num_experts, dtype=jnp.bool_)
     open_TE = margin_TE > 0
     open_TE = jnp.where(open_TE.any(axis=1, keepdims=True), open_TE, nearest_TE)
-    index_TK = picks.best(margin_TE, picks.most_experts(cfg), tokens, open_TE)
+    index_TK = parts.select(margin_TE, tokens, picks.most_experts(cfg), open_TE)
     # 1 in value, the margin in gradient.
     one_TE = 1.0 + margin_TE - jax.lax.stop_gradient(margin_TE)
-    weights_TK, routes_TE = picks.weigh(index_TK, one_TE)
+    weights_TK, routes_TE = parts.weigh(index_TK, one_TE)
     weights_TK = weights_TK / jnp.maximum(routes_TE.sum(axis=1, keepdims=True), 1.0)
 
     losses, options = {}, cfg.options
@@ -70,7 +65,7 @@ def route(params: dict, state: dict, tokens: Tokens, cfg: RouterConfig) -> Route
     if options.simplicity_loss:
         norm_E = jnp.sqrt((kernel_DE**2).sum(axis=0) + 1e-12)
         losses["simplicity"] = options.simplicity_loss * share * norm_E.mean()
-    stats = picks.count(routes_TE, scores_TE, tokens)
+    stats = parts.plain_stats(routes_TE, scores_TE, tokens)
     return Routed(Routing(index_TK, weights_TK), losses, stats, scores_TE)
 
 

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 
 from moejax.options import number
-from moejax.routers import balance, parts, picks
+from moejax.routers import parts, picks
 from moejax.routers.contract import Routed, Router, RouterConfig, Routing, Tokens
 
 
@@ -43,18 +43,15 @@ def route(params: dict, state: dict, tokens: Tokens, cfg: RouterConfig) -> Route
     threshold_E = state["average"] / jnp.maximum(state["weight"], 1e-6)
     kth_T1 = jax.lax.top_k(scores_TE, cfg.experts_per_token)[0][:, -1:]
     open_TE = jnp.where(state["weight"] > 0, scores_TE > threshold_E[None], scores_TE >= kth_T1)
-    index_TK = picks.best(scores_TE, picks.most_experts(cfg), tokens, open_TE)
-    weights_TK, routes_TE = picks.weigh(index_TK, scores_TE)
+    index_TK = parts.select(scores_TE, tokens, picks.most_experts(cfg), open_TE)
+    weights_TK, routes_TE = parts.weigh(index_TK, scores_TE)
     bin_TE = jnp.clip((jax.lax.stop_gradient(scores_TE) * bins).astype(jnp.int32), 0, bins - 1)
     counts = jnp.broadcast_to(tokens.mask_T[:, None], bin_TE.shape)
-    stats = picks.count(routes_TE, scores_TE, tokens)
+    stats = parts.plain_stats(routes_TE, scores_TE, tokens)
     stats["score_counts"] = (
         jnp.zeros((experts, bins), counts.dtype).at[jnp.arange(experts)[None], bin_TE].add(counts)
     )
-    losses = {}
-    if cfg.balance.z_loss:
-        z = balance.router_z(logits_TE, tokens.mask_T, tokens.totals.num_tokens)
-        losses["z"] = cfg.balance.z_loss * z
+    losses = parts.z_loss(logits_TE, tokens, cfg)
     return Routed(Routing(index_TK, weights_TK), losses, stats, scores_TE)
 
 

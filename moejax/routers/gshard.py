@@ -6,8 +6,8 @@
 Where the second expert is left out, its weight is: g1 stays what it is. Each token is routed by itself: causal
 but for the places under the recipe's capacity, 2 T / E tokens for an expert. No state. The loss counts first
 choices alone: E sum_e (c_e / T) m_e with c_e first choices and m_e mean scores, which is E^2 times the paper's
-and 1 with perfect balance; the coefficient is that of the authors' code. The paper claims translation models of
-600 billion parameters in four days.
+and 1 with perfect balance; the coefficient is that of the authors' code. The paper claims that very large
+translation models train in days.
 """
 
 import dataclasses
@@ -32,9 +32,8 @@ def route(params: dict, state: dict, tokens: Tokens, cfg: RouterConfig) -> Route
     b, num_tokens = cfg.balance, tokens.totals.num_tokens
     logits_TE = parts.logits(params, tokens.x_TD)
     scores_TE = jax.nn.softmax(logits_TE, axis=-1)
-    index_TK = parts.select(scores_TE, tokens, cfg)
-    weights_TK = parts.pick(scores_TE, parts.chosen(index_TK, cfg.num_experts, scores_TE.dtype))
-    weights_TK = parts.divided(weights_TK, weights_TK.sum(axis=-1, keepdims=True))
+    index_TK = parts.select(scores_TE, tokens, cfg.experts_per_token)
+    weights_TK = parts.normalized(parts.weigh(index_TK, scores_TE)[0])
     first_TE = parts.chosen(index_TK[:, :1], cfg.num_experts, scores_TE.dtype)[:, 0]
 
     if cfg.options.random_second and tokens.key is not None and tokens.forced_TK is None:
@@ -50,8 +49,7 @@ def route(params: dict, state: dict, tokens: Tokens, cfg: RouterConfig) -> Route
         score_sum_E = (scores_TE * tokens.mask_T[:, None]).sum(axis=0)
         first_E = tokens.total(stats, "first_load")
         losses["expert"] = b.expert_loss * balance.expert_level(score_sum_E, first_E, num_tokens, 1)
-    if b.z_loss:
-        losses["z"] = b.z_loss * balance.router_z(logits_TE, tokens.mask_T, num_tokens)
+    losses |= parts.z_loss(logits_TE, tokens, cfg)
     return Routed(Routing(index_TK, weights_TK), losses, stats, scores_TE)
 
 

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from moejax.options import number
-from moejax.routers import picks
+from moejax.routers import parts
 from moejax.routers.contract import Routed, Router, RouterConfig, RouterOptions, Routing, Tokens
 
 
@@ -44,9 +44,9 @@ def route(params: dict, state: dict, tokens: Tokens, cfg: RouterConfig) -> Route
     index_TK = tokens.forced_TK
     if index_TK is None:
         index_TK = look_up(state["table"], tokens)
-    index_TK = jnp.where(tokens.mask_T[:, None] > 0, index_TK, -1).astype(jnp.int32)
+    index_TK = parts.but_padding(index_TK, tokens)
     even_TE = jnp.full((*tokens.mask_T.shape, cfg.num_experts), 1 / cfg.experts_per_token)
-    weights_TK, routes_TE = picks.weigh(index_TK, even_TE.astype(tokens.mask_T.dtype))
+    weights_TK, routes_TE = parts.weigh(index_TK, even_TE.astype(tokens.mask_T.dtype))
     return Routed(Routing(index_TK, weights_TK), {}, {"load": routes_TE.sum(axis=0)})
 
 

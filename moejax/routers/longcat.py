@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from moejax.options import Problems, number
-from moejax.routers import parts, picks
+from moejax.routers import parts
 from moejax.routers.contract import Routed, Router, RouterConfig, RouterOptions, Routing, Tokens
 
 
@@ -53,9 +53,9 @@ def route(params: dict, state: dict, tokens: Tokens, cfg: RouterConfig) -> Route
     """See `Router.route`."""
     scores_TN = jax.nn.softmax(parts.logits(params, tokens.x_TD), axis=-1)
     choice_TN = scores_TN + state["expert_bias"].astype(scores_TN.dtype)[None]
-    index_TK = picks.best(choice_TN, cfg.experts_per_token, tokens)
-    weights_TK, routes_TN = picks.weigh(index_TK, scores_TN)
-    stats = picks.count(routes_TN, scores_TN, tokens)
+    index_TK = parts.select(choice_TN, tokens, cfg.experts_per_token)
+    weights_TK, routes_TN = parts.weigh(index_TK, scores_TN)
+    stats = parts.plain_stats(routes_TN, scores_TN, tokens)
     stats["tokens"] = tokens.mask_T.sum()
     routing = Routing(index_TK, weights_TK * cfg.options.routed_scaling)
     return Routed(routing, {}, stats, scores_TN[:, : cfg.num_experts])

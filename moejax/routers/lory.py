@@ -10,8 +10,8 @@ generates with the gate of the prompt, another function than the one trained; he
 state, no loss. Merging costs E / segment experts for a token besides the one (section 3.2), and that is
 counted.
 
-The paper claims 13.9% lower perplexity than a dense model of equal active size, with 32 experts, and experts
-by domain; it batches similar documents into one sequence, which is a matter of the data.
+The paper claims lower perplexity than a dense model of equal active size, and experts by domain; it batches
+similar documents into one sequence, which is a matter of the data.
 """
 
 import dataclasses

@@ -47,14 +47,14 @@ def smooth_load(clean_TE, noisy_TE, deviation_TE, experts_per_token: int) -> jax
 def route(params: dict, state: dict, tokens: Tokens, cfg: RouterConfig) -> Routed:
     """See `Router.route`."""
     del state
-    o, b, num_tokens = cfg.options, cfg.balance, tokens.totals.num_tokens
+    o, num_tokens = cfg.options, tokens.totals.num_tokens
     clean_TE = parts.logits(params, tokens.x_TD)
     deviation_TE = jax.nn.softplus(parts.logits({"kernel": params["noise"]}, tokens.x_TD))
     noisy_TE = clean_TE
     if tokens.key is not None:
         noise_TE = jax.random.normal(tokens.key, clean_TE.shape, clean_TE.dtype)
         noisy_TE = clean_TE + noise_TE * deviation_TE
-    index_TK = parts.select(noisy_TE, tokens, cfg)
+    index_TK = parts.select(noisy_TE, tokens, cfg.experts_per_token)
     chosen_TKE = parts.chosen(index_TK, cfg.num_experts, clean_TE.dtype)
     weights_TK = jax.nn.softmax(parts.pick(noisy_TE, chosen_TKE), axis=-1)
     weights_TK = weights_TK * chosen_TKE.max(axis=-1)  # none for padding
@@ -72,8 +72,7 @@ def route(params: dict, state: dict, tokens: Tokens, cfg: RouterConfig) -> Route
         for name, (coefficient, sum_E) in spreads.items()
         if coefficient
     }
-    if b.z_loss:
-        losses["z"] = b.z_loss * balance.router_z(clean_TE, tokens.mask_T, num_tokens)
+    losses |= parts.z_loss(clean_TE, tokens, cfg)
     return Routed(Routing(index_TK, weights_TK), losses, stats, scores_TE)
 
 

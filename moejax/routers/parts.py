@@ -41,6 +41,12 @@ def jitter(x_TD: jax.Array, key: jax.Array | None, epsilon: float) -> jax.Array:
     return x_TD.astype(dtype) * jax.random.uniform(key, x_TD.shape, dtype, 1 - epsilon, 1 + epsilon)
 
 
+def unit(a: jax.Array, axis: int) -> jax.Array:
+    """a / |a|, and 0 with gradient 0 for what has no direction."""
+    square = (a**2).sum(axis=axis, keepdims=True)
+    return jnp.where(square > 0, a * jax.lax.rsqrt(jnp.where(square > 0, square, 1.0)), 0.0)
+
+
 SCORES = ("softmax", "sigmoid", "sqrt_softplus")
 
 
@@ -65,12 +71,29 @@ def chosen(index_TK: jax.Array, num_experts: int, dtype) -> jax.Array:
     return jax.nn.one_hot(index_TK, num_experts, dtype=dtype)
 
 
-def select(choice_TE: jax.Array, tokens: Tokens, cfg: RouterConfig) -> jax.Array:
-    """expert_index_TK: the K largest of each token or those it is forced to, -1 for padding."""
+def select(choice_TE: jax.Array, tokens: Tokens, most: int, open_TE=None) -> jax.Array:
+    """expert_index_TK: the `most` largest of each token, best first, or those it is forced to; -1 in every slot
+    of padding, and where fewer are open.
+
+    Args:
+      choice_TE: what decides, also of special experts. No gradient passes.
+      tokens: their mask and forced routes.
+      most: K.
+      open_TE: which experts a token may have; None: all.
+    """
     index_TK = tokens.forced_TK
     if index_TK is None:
         choice_TE = jax.lax.stop_gradient(choice_TE)
-        index_TK = jax.lax.top_k(choice_TE, cfg.experts_per_token)[1]
+        if open_TE is not None:
+            choice_TE = jnp.where(open_TE, choice_TE, -jnp.inf)
+        choice_TK, index_TK = jax.lax.top_k(choice_TE, most)
+        if open_TE is not None:
+            index_TK = jnp.where(choice_TK > -jnp.inf, index_TK, -1)
+    return but_padding(index_TK, tokens)
+
+
+def but_padding(index_TK: jax.Array, tokens: Tokens) -> jax.Array:
+    """The routes, int32, with -1 in every slot of padding."""
     return jnp.where(tokens.mask_T[:, None] > 0, index_TK, -1).astype(jnp.int32)
 
 
@@ -78,6 +101,18 @@ def pick(values_TE: jax.Array, chosen_TKE: jax.Array) -> jax.Array:
     """The chosen of values (T, E) or (1, E), 0 in an empty slot. A product with the one-hot, not a gather: its
     gradient is not a scatter."""
     return (chosen_TKE * values_TE[:, None, :]).sum(axis=-1)
+
+
+def weigh(index_TK: jax.Array, values_TE: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The values of a token's experts, weights_TK, 0 in empty slots; and routes_TE, 1 where it has the expert,
+    without gradient."""
+    chosen_TKE = chosen(index_TK, values_TE.shape[1], values_TE.dtype)
+    return pick(values_TE, chosen_TKE), jax.lax.stop_gradient(chosen_TKE.sum(axis=1))
+
+
+def normalized(weights_TK: jax.Array) -> jax.Array:
+    """Weights over their sum."""
+    return divided(weights_TK, weights_TK.sum(axis=-1, keepdims=True))
 
 
 def divided(values_TN: jax.Array, by_T1: jax.Array) -> jax.Array:
@@ -137,8 +172,8 @@ def token_losses(
     tokens: Tokens,
     cfg: RouterConfig,
     *,
-    groups_per_token: int,
     normalized: bool,
+    groups_per_token: int = 0,
 ) -> dict[str, jax.Array]:
     """The active losses of `BalanceConfig`, times their coefficients.
 
@@ -148,10 +183,11 @@ def token_losses(
       stats: from `token_stats`.
       tokens: their mask and totals.
       cfg: coefficients and sizes.
-      groups_per_token: balance groups a token may reach.
       normalized: the scores of a token sum to 1 already. V3 defines its P_i on s_i / sum_j s_j.
+      groups_per_token: balance groups a token may reach; 0: as many as it has experts, if there are so many.
     """
     b, k, n = cfg.balance, cfg.experts_per_token, tokens.totals.num_tokens
+    groups_per_token = groups_per_token or min(k, b.balance_groups)
     normal_TE = scores_TE
     if not normalized:
         normal_TE = scores_TE / (scores_TE.sum(axis=-1, keepdims=True) + 1e-20)

@@ -23,6 +23,7 @@ import jax.numpy as jnp
 from moejax import axes
 from moejax.options import Problems, choice, number
 from moejax.params import ParamSpec
+from moejax.routers import parts
 from moejax.routers.contract import Routed, Router, RouterConfig, RouterOptions, Routing, Tokens
 
 
@@ -95,7 +96,7 @@ def route(params: dict, state: dict, tokens: Tokens, cfg: RouterConfig) -> Route
         index_TK = jnp.sort(index_TK, axis=1)
         again_TK = jnp.pad(index_TK[:, 1:] == index_TK[:, :-1], ((0, 0), (1, 0)))
         index_TK = jnp.where(again_TK, -1, index_TK)
-    index_TK = jnp.where(tokens.mask_T[:, None] > 0, index_TK, -1).astype(jnp.int32)
+    index_TK = parts.but_padding(index_TK, tokens)
 
     filled_T1K = (index_TK >= 0)[:, None]
     at_TK = jnp.maximum(index_TK, 0)

@@ -62,12 +62,10 @@ def route(params: dict, state: dict, tokens: Tokens, cfg: RouterConfig) -> Route
     logits_TE = parts.logits(params, tokens.x_TD)
     scores_TE = parts.score(logits_TE, o.score)
     choice_TE = scores_TE - state["bar"].astype(scores_TE.dtype)[None]
-    index_TK = parts.select(choice_TE, tokens, cfg)
-    chosen_TKE = parts.chosen(index_TK, cfg.num_experts, scores_TE.dtype)
-    weights_TK = parts.pick(scores_TE, chosen_TKE)
+    index_TK = parts.select(choice_TE, tokens, cfg.experts_per_token)
+    weights_TK, routes_TE = parts.weigh(index_TK, scores_TE)
     if o.normalize_weights:
-        weights_TK = parts.divided(weights_TK, weights_TK.sum(axis=-1, keepdims=True))
-    routes_TE = chosen_TKE.sum(axis=1)
+        weights_TK = parts.normalized(weights_TK)
     stats = parts.token_stats(routes_TE, scores_TE, tokens, cfg)
     spare_TE = jax.lax.stop_gradient(margins(choice_TE, scores_TE, cfg.experts_per_token))
     stats["margins"] = histogram(spare_TE, tokens.mask_T, o.bins)
@@ -78,7 +76,6 @@ def route(params: dict, state: dict, tokens: Tokens, cfg: RouterConfig) -> Route
         stats,
         tokens,
         cfg,
-        groups_per_token=min(cfg.experts_per_token, cfg.balance.balance_groups),
         normalized=o.score == "softmax",
     )
     return Routed(Routing(index_TK, weights_TK * o.routed_scaling), losses, stats, scores_TE)

@@ -35,8 +35,8 @@ def init_state(cfg: RouterConfig, layer: int) -> dict:
 def route(params: dict, state: dict, tokens: Tokens, cfg: RouterConfig) -> Routed:
     """See `Router.route`. Of more than `max_experts` open gates the widest are computed."""
     gates_TE = jax.nn.relu(parts.logits(params, tokens.x_TD)) * tokens.mask_T[:, None]
-    index_TK = picks.best(gates_TE, picks.most_experts(cfg), tokens, gates_TE > 0)
-    weights_TK, routes_TE = picks.weigh(index_TK, gates_TE)
+    index_TK = parts.select(gates_TE, tokens, picks.most_experts(cfg), gates_TE > 0)
+    weights_TK, routes_TE = parts.weigh(index_TK, gates_TE)
     stats = {
         "load": routes_TE.sum(axis=0),
         "open": (gates_TE > 0).astype(gates_TE.dtype).sum(axis=0),

@@ -59,14 +59,10 @@ def route(params: dict, state: dict, tokens: Tokens, cfg: RouterConfig) -> Route
     if cfg.training and tokens.forced_TK is None:
         log_v_E = balance_logits(logits_TE, tokens.mask_T, o.tolerance, o.iterations)
         choice_TE = choice_TE + log_v_E[None]
-    index_TK = parts.select(choice_TE, tokens, cfg)
+    index_TK = parts.select(choice_TE, tokens, cfg.experts_per_token)
     scores_TE = parts.score(logits_TE, "sigmoid" if k == 1 else "softmax")
-    chosen_TKE = parts.chosen(index_TK, cfg.num_experts, scores_TE.dtype)
-    weights_TK = parts.pick(scores_TE, chosen_TKE)
-    stats = {
-        "load": jax.lax.stop_gradient(chosen_TKE.sum(axis=(0, 1))),
-        "score_entropy": parts.entropy_sum(scores_TE, tokens.mask_T),
-    }
+    weights_TK, routes_TE = parts.weigh(index_TK, scores_TE)
+    stats = parts.plain_stats(routes_TE, scores_TE, tokens)
     return Routed(
         Routing(index_TK, weights_TK), parts.z_loss(logits_TE, tokens, cfg), stats, scores_TE
     )

@@ -78,7 +78,6 @@ def route(params: dict, state: dict, tokens: Tokens, cfg: RouterConfig) -> Route
         stats,
         tokens,
         cfg,
-        groups_per_token=min(k, cfg.balance.balance_groups),
         normalized=True,
     )
     return Routed(Routing(index_TK, weights_TK), losses, stats, scores_TE)

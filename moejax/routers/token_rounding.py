@@ -11,8 +11,8 @@ it the rows that are set aside: a token that is full is passed over, expert afte
 few tokens can serve takes what there is.
 
 Not causal in training, where f counts the micro-batch's tokens; causal in evaluation. Options and losses are
-those of token_choice; losses count what tokens chose, the load what was computed. The paper claims up to 1.16
-times the speed of kernels at many experts, with the quality of token choice.
+those of token_choice; losses count what tokens chose, the load what was computed. The paper claims
+faster kernels at many experts, with the quality of token choice.
 """
 
 import dataclasses
@@ -20,8 +20,8 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from moejax.options import Problems, choice, number
-from moejax.routers import token_choice
+from moejax.options import choice, number
+from moejax.routers import picks, token_choice
 from moejax.routers.balance import BalanceConfig
 from moejax.routers.contract import Routed, RouterConfig, Tokens
 
@@ -67,7 +67,7 @@ def round_to_tiles(
 
 def route(params: dict, state: dict, tokens: Tokens, cfg: RouterConfig) -> Routed:
     """See `Router.route`."""
-    o, room = cfg.options, routes_per_token(cfg)
+    o, room = cfg.options, picks.most_experts(cfg)
     totals = tokens.totals
     if totals.stats is not None:  # losses are about what tokens choose
         totals = totals._replace(stats={**totals.stats, "load": totals.stats["chosen"]})
@@ -93,18 +93,8 @@ def route(params: dict, state: dict, tokens: Tokens, cfg: RouterConfig) -> Route
     return own._replace(routing=weighed.routing, stats=stats, shared_TS=weighed.shared_TS)
 
 
-def routes_per_token(cfg: RouterConfig) -> int:
-    return min(cfg.options.max_experts or cfg.num_experts, cfg.num_experts)
-
-
 def problems(cfg: RouterConfig, prefix: str) -> list[str]:
-    k, room, out = cfg.experts_per_token, cfg.options.max_experts, Problems()
-    out.need(
-        room == 0 or room >= k,
-        f"{prefix}router.max_experts={room} must be at least {prefix}experts_per_token={k}, or 0 for all: an "
-        "expert that rounds up takes tokens that did not choose it",
-    )
-    return [*out, *token_choice.problems(cfg, prefix)]
+    return [*picks.most_experts_problems(cfg, prefix), *token_choice.problems(cfg, prefix)]
 
 
 ROUTER = dataclasses.replace(
@@ -114,6 +104,6 @@ ROUTER = dataclasses.replace(
     about=__doc__ or "",
     route=route,
     causal_in_training=False,
-    routes_per_token=routes_per_token,
+    routes_per_token=picks.most_experts,
     problems=problems,
 )

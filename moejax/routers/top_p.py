@@ -7,7 +7,7 @@
 A token about which the router is sure takes one expert, another takes more. Without the entropy loss the
 probabilities flatten, and every token takes many. `experts_per_token` chooses nothing here: it says what
 mean the plan of costs assumes. Causal: the probabilities are the token's own. No state. The paper claims a
-better mean over tasks than top-2 with fewer than 90 % of its active parameters.
+better mean over tasks than top-2 with fewer active parameters.
 """
 
 import dataclasses
@@ -32,13 +32,13 @@ def route(params: dict, state: dict, tokens: Tokens, cfg: RouterConfig) -> Route
     most, groups = picks.most_experts(cfg), cfg.balance.balance_groups
     logits_TE = parts.logits(params, tokens.x_TD)
     scores_TE = jax.nn.softmax(logits_TE, axis=-1)
-    index_TK = picks.best(scores_TE, most, tokens)
+    index_TK = parts.select(scores_TE, tokens, most)
     if tokens.forced_TK is None:
         # The experts before a token's k-th do not reach P yet.
-        p_TK, _ = picks.weigh(index_TK, scores_TE)
+        p_TK, _ = parts.weigh(index_TK, scores_TE)
         before_TK = jnp.cumsum(p_TK, axis=1) - p_TK
         index_TK = jnp.where(before_TK < cfg.options.threshold, index_TK, -1)
-    weights_TK, routes_TE = picks.weigh(index_TK, scores_TE)
+    weights_TK, routes_TE = parts.weigh(index_TK, scores_TE)
     stats = parts.token_stats(routes_TE, scores_TE, tokens, cfg)
     losses = parts.token_losses(
         logits_TE,

@@ -25,7 +25,7 @@ from moejax.config import (
 from moejax.config_io import to_json
 from moejax.data.tokenizer import JsonTokenizer, Tokenizer
 from moejax.interop import convert
-from moejax.interop.hf_folder import CONFIG, open_folder
+from moejax.interop.hf_folder import open_folder
 from moejax.interop.load import read_model
 from moejax.runs import agree, folder, lock
 from moejax.runs.checksums import checksums
@@ -216,7 +216,7 @@ def _same_tokenizer(data: DataConfig, base: Base) -> bool:
         same_size = data.tokenizer != "bpe" or data.vocab_size == theirs.vocab_size
         return data.tokenizer == theirs.tokenizer and same_size
     path = pathlib.Path(data.tokenizer).expanduser()
-    path = path / CONFIG.replace("config", "tokenizer") if path.is_dir() else path
+    path = path / folder.TOKENIZER if path.is_dir() else path
     if not isinstance(base.tokenizer, JsonTokenizer) or not path.is_file():
         return False
     return path.read_text("utf-8", "replace") == base.tokenizer.text

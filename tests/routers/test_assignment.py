@@ -222,6 +222,5 @@ def test_rounding_needs_room():
             config("token_rounding", True, options=dict(max_experts=room)), ""
         )
         assert (
-            any("max_experts=1 must be at least experts_per_token=2" in p for p in problems)
-            == refused
+            any("max_experts=1 is less than experts_per_token=2" in p for p in problems) == refused
         )
