@@ -8,10 +8,10 @@ import jinja2
 import markupsafe
 import numpy as np
 
+from moejax.evals.charts import Curve, curves
 from moejax.evals.comparison import Comparison
 from moejax.evals.comparison_tables import tables
 from moejax.evals.run_groups import Group, Run
-from moejax.evals.svg import Line, chart
 from moejax.runs.progress import DIVERGED
 from moejax.text import count_text, flops_text, seconds_text
 
@@ -43,7 +43,7 @@ def charts(c: Comparison) -> list[str]:
     """Held-out text against steps, tokens, FLOPs and time; the training loss and MaxVio against steps."""
     unit = "bits per byte" if c.metric.startswith("bits") else "nats per token"
     out = [
-        chart(
+        curves(
             f"Held-out text: {c.metric}",
             axis,
             unit,
@@ -54,14 +54,14 @@ def charts(c: Comparison) -> list[str]:
     ]
     if len({r.tokenizer for g in c.groups for r in g.runs.values()}) == 1:
         training = [line for g in c.groups for line in lines(g, "train", "cross_entropy", "steps")]
-        out.append(chart("Training text: cross-entropy", "steps", "nats per token", training))
+        out.append(curves("Training text: cross-entropy", "steps", "nats per token", training))
     balance = [line for g in c.groups for line in lines(g, "train", "max_vio", "steps")]
     if any(len(line.x) for line in balance):
-        out.append(chart("MaxVio (0 = balanced)", "steps", "max load / mean - 1", balance))
+        out.append(curves("MaxVio (0 = balanced)", "steps", "max load / mean - 1", balance))
     return out
 
 
-def lines(group: Group, kind: str, key: str, axis: str) -> list[Line]:
+def lines(group: Group, kind: str, key: str, axis: str) -> list[Curve]:
     """The mean of a group's runs at the steps that all have, its band from least to greatest; and a line
     for each run that diverged."""
     good = [r for r in group.runs.values() if r.state != DIVERGED and kind in r.rows]
@@ -72,12 +72,12 @@ def lines(group: Group, kind: str, key: str, axis: str) -> list[Line]:
         y_RS = np.array([[c[s] for s in steps] for c in curves]).reshape(len(good), len(steps))
         x_RS = np.array([_x(r, steps, axis) for r in good]).reshape(len(good), len(steps))
         band = (y_RS.min(axis=0).tolist(), y_RS.max(axis=0).tolist()) if len(good) > 1 else ((), ())
-        out.append(Line(group.name, x_RS.mean(axis=0).tolist(), y_RS.mean(axis=0).tolist(), *band))
+        out.append(Curve(group.name, x_RS.mean(axis=0).tolist(), y_RS.mean(axis=0).tolist(), *band))
     for run in group.runs.values():
         if run.state == DIVERGED and kind in run.rows:
             curve = _curve(run, kind, key)
             out.append(
-                Line(group.name, _x(run, list(curve), axis), list(curve.values()), thin=True)
+                Curve(group.name, _x(run, list(curve), axis), list(curve.values()), thin=True)
             )
     return out
 
