@@ -21,26 +21,16 @@ import tempfile
 import time
 
 ROOT = pathlib.Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT / "tests"))
+from tiny import OVERRIDES  # noqa: E402
+
 SAVE_EVERY, EVAL_EVERY = 5, 7
-FLAGS = {
-    "model.d_model": 16,
+FLAGS = OVERRIDES | {
     "model.num_layers": 1,
     "model.num_dense_layers": 0,
-    "model.attention.num_heads": 2,
-    "model.attention.num_kv_heads": 2,
-    "model.attention.head_dim": 8,
-    "model.moe.num_experts": 4,
-    "model.moe.experts_per_token": 2,
-    "model.moe.d_expert": 8,
-    "data.tokenizer": "byte",
-    "data.max_bytes": 100_000,
-    "data.seq_len": 32,
-    "data.batch_size": 4,
     "optimizer.schedule": "constant",  # so that train.steps is only where a run ends
     "optimizer.warmup_steps": 1,
-    "train.log_every": 1,
     "train.eval_every": EVAL_EVERY,
-    "train.eval_batches": 1,
     "train.checkpoint_every": SAVE_EVERY,
 }
 # What depends on the clock.
