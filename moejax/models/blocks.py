@@ -31,6 +31,7 @@ class Context:
       layout: the mesh and its table, or None.
       key: for routers that draw random numbers, or None.
       prefill: static; the cache is empty and positions are 0, 1, 2, ..
+      keep_inputs: static; see `MoEAux.inputs_BSD`.
     """
 
     cfg: ModelConfig
@@ -43,6 +44,7 @@ class Context:
     layout: Layout | None = None
     key: jax.Array | None = None
     prefill: bool = False
+    keep_inputs: bool = False
 
 
 class LayerInput(NamedTuple):
@@ -154,7 +156,8 @@ def block(
     )
     if aux.carry_BSW is not None:
         carried_BSW = constrain(aux.carry_BSW, ctx.layout, None)
-    return constrain(x_BSD + y, ctx.layout), carried_BSW, cache, aux._replace(carry_BSW=None)
+    aux = aux._replace(carry_BSW=None, inputs_BSD=h if ctx.keep_inputs else None)
+    return constrain(x_BSD + y, ctx.layout), carried_BSW, cache, aux
 
 
 REMAT_POLICIES = {

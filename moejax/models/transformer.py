@@ -132,6 +132,7 @@ def forward(
     prefill: bool = False,
     layout=None,
     key: jax.Array | None = None,
+    keep_inputs: bool = False,
 ) -> Output:
     """Hidden states of every position.
 
@@ -151,6 +152,7 @@ def forward(
       prefill: static; True if the cache is empty and positions are 0, 1, 2, ..
       layout: `moejax.sharding.Layout`, None on one device.
       key: for routers that draw random numbers.
+      keep_inputs: static; also return what each MoE layer read, `MoEAux.inputs_BSD`.
     """
     if mask_BS is None and segment_ids_BS is not None:
         mask_BS = segment_ids_BS > 0
@@ -165,6 +167,7 @@ def forward(
         layout=layout,
         key=key,
         prefill=prefill,
+        keep_inputs=keep_inputs,
     )
     x_BSD = embedding.embed(params, tokens_BS, ctx.where.positions_BS, cfg, ctx.compute.dtype)
     x_BSD = constrain(x_BSD, layout)

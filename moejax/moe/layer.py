@@ -30,6 +30,7 @@ class MoEAux(NamedTuple):
       routing: the router's routing, over T = B*S tokens.
       scores_TE: its scores, or None.
       carry_BSW: what it passes to the next layer's router, or None; `block` takes it out.
+      inputs_BSD: what the layer read, normalised; `block` puts it here where someone wants to look at it.
     """
 
     losses: dict[str, jax.Array]
@@ -37,6 +38,7 @@ class MoEAux(NamedTuple):
     routing: Any
     scores_TE: jax.Array | None
     carry_BSW: jax.Array | None = None
+    inputs_BSD: jax.Array | None = None
 
 
 def param_specs(cfg: ModelConfig) -> dict:

@@ -7,14 +7,14 @@ from moejax.config import ConfigError, ExperimentConfig
 from moejax.config_io import from_stored
 from moejax.data import Tokenizer, load_tokenizer
 from moejax.runs import folder
-from moejax.runs.restore import newest_model
+from moejax.runs.restore import model_at, newest_model
 from moejax.sharding import Layout
 
 
 class OpenRun(NamedTuple):
     """Attributes:
     cfg: the config of the run, vocabulary included.
-    params, router_state: the newest that can be read, in the dtype in which they are stored.
+    params, router_state: those of `step`, in the dtype in which they are stored.
     tokenizer: the run's own.
     step: optimiser steps behind them; 0 for an imported model.
     """
@@ -35,16 +35,23 @@ def read_config(workdir: pathlib.Path) -> ExperimentConfig:
         raise ConfigError(f"{workdir / folder.CONFIG}: {e}") from e
 
 
-def load_run(workdir: pathlib.Path, layout: Layout | None = None) -> OpenRun:
+def load_run(
+    workdir: pathlib.Path, layout: Layout | None = None, step: int | None = None
+) -> OpenRun:
     """Open the run in `workdir`, its arrays on the devices of `layout` (None: one device).
 
-    Raises ConfigError if there is no run, or no checkpoint that can be read.
+    `step`: of the checkpoint to read; None: the newest that can be read.
+
+    Raises ConfigError if there is no run, no checkpoint of that step, or none that can be read.
     """
     cfg = read_config(workdir)
     folder.check_path(workdir)
-    restored = newest_model(workdir, cfg, layout)
-    if restored is None:
-        raise ConfigError(f"{workdir} has no checkpoint yet; moejax train writes one")
-    step, params, router_state = restored
+    if step is None:
+        restored = newest_model(workdir, cfg, layout)
+        if restored is None:
+            raise ConfigError(f"{workdir} has no checkpoint yet; moejax train writes one")
+        step, params, router_state = restored
+    else:
+        params, router_state = model_at(workdir, cfg, step, layout, stored_dtype=True)
     tokenizer = load_tokenizer(cfg.data, None, workdir / folder.TOKENIZER)
     return OpenRun(cfg, params, router_state, tokenizer, step)

@@ -12,7 +12,7 @@ import pathlib
 import time
 import traceback
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -110,12 +110,21 @@ def newest_model(
 
 
 def model_at(
-    workdir: pathlib.Path, cfg: ExperimentConfig, step: int, layout: Layout | None
+    workdir: pathlib.Path,
+    cfg: ExperimentConfig,
+    step: int,
+    layout: Layout | None,
+    *,
+    stored_dtype: bool = False,
 ) -> tuple[dict, dict]:
-    """(params, router_state) of one step, in the master dtype. ConfigError if it cannot be read."""
+    """(params, router_state) of one step, in the master dtype or as stored. ConfigError if it is not there or
+    cannot be read."""
+    steps = _steps(workdir)
+    if step not in steps:
+        raise ConfigError(f"{workdir} has no checkpoint of step {step}; {steps_text(steps)}")
 
     def read(path: pathlib.Path, meta: dict) -> dict:
-        return {"model": _fit(abstract_model(cfg.model, layout), path, meta, False)}
+        return {"model": _fit(abstract_model(cfg.model, layout), path, meta, stored_dtype)}
 
     path = (workdir / folder.CHECKPOINTS / str(step)).resolve()
     value, error = _together(path, cfg, read)
@@ -139,6 +148,13 @@ def _steps(workdir: pathlib.Path) -> list[int]:
     """The steps that are there, newest first; the same in every process."""
     names = [p.name for p in folder.steps(workdir)]
     return agree.of_first(sorted(map(int, names), reverse=True))
+
+
+def steps_text(steps: Sequence[int]) -> str:
+    """Which checkpoints a run has, for an error."""
+    if not steps:
+        return "it has none yet; moejax train writes one"
+    return f"it has {', '.join(map(str, sorted(steps)))}"
 
 
 # ---------------------------------------------------------------------------------------------------
