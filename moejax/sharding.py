@@ -58,7 +58,7 @@ class Layout:
 
     @property
     def batch(self) -> NamedSharding:
-        """Of a batch's arrays, which are BS."""
+        """Of a batch's arrays, which begin with BS."""
         return self.sharding(axes.BATCH, axes.SEQ)
 
     @property

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from moejax.config import ComputeConfig, ConfigError, ModelConfig
 from moejax.models import transformer
+from moejax.models.replay import forced_routes
 from moejax.routers import ROUTERS
 from moejax.routers.contract import Routing, SlotRouting
 
@@ -63,7 +64,7 @@ def routes_of(
 
     Args:
       params, router_state: of the model.
-      batch: needs tokens, positions and segment_ids; padding has no routes.
+      batch: needs tokens, positions and segment_ids; padding has no routes. `routes` are taken if it has any.
       cfg: the model (static), see `check_routes`.
       compute: how it is computed (static).
       layout: the mesh and its table, or None.
@@ -77,6 +78,7 @@ def routes_of(
         compute=compute,
         positions_BS=batch["positions"],
         segment_ids_BS=batch["segment_ids"],
+        forced_LTK=forced_routes(batch, cfg)[0],
         layout=layout,
         keep_inputs=inputs,
     )

@@ -18,6 +18,7 @@ from moejax.models import transformer
 from moejax.models.blocks import Context, locate
 from moejax.models.embedding import head_weights
 from moejax.models.mtp import mtp_forward, mtp_targets
+from moejax.models.replay import forced_routes
 from moejax.moe.layer import MoEAux
 from moejax.routers.contract import BatchTotals, count_totals
 
@@ -87,7 +88,8 @@ def loss_fn(
     """Loss of a batch (see DESIGN.md for its fields) and its parts.
 
     Args:
-      params, router_state, batch: whole, or one micro-batch of it.
+      params, router_state, batch: whole, or one micro-batch of it; with a field `routes` these are taken, see
+        `moejax.models.replay`.
       cfg: the model.
       objective: balance losses, capacity and MTP weight; None: cross-entropy alone, as evaluated.
       compute: how it is computed.
@@ -97,6 +99,8 @@ def loss_fn(
     """
     compute = compute or ComputeConfig()
     totals = batch_totals(batch, cfg) if totals is None else totals
+    with_mtp = cfg.mtp_depth > 0 and objective is not None
+    forced_LTK, mtp_forced_LTK = forced_routes(batch, cfg, mtp=with_mtp)
     out = transformer.forward(
         params,
         router_state,
@@ -107,6 +111,7 @@ def loss_fn(
         positions_BS=batch["positions"],
         segment_ids_BS=batch["segment_ids"],
         totals=totals.of("moe_blocks") if cfg.num_moe_layers else None,
+        forced_LTK=forced_LTK,
         layout=layout,
         key=key,
     )
@@ -116,7 +121,7 @@ def loss_fn(
     ce = total / jnp.maximum(totals.targets, 1.0)
 
     mtp, aux = jnp.zeros_like(ce), dict(out.aux)
-    if cfg.mtp_depth and objective is not None:
+    if with_mtp:
         ctx = Context(
             cfg=cfg,
             compute=compute,
@@ -128,8 +133,8 @@ def loss_fn(
         )
         depths = []
         stats = totals.of("mtp").stats if cfg.num_moe_layers else None
-        args = (params, router_state, out.hidden_BSD, batch, ctx, totals.mtp_tokens, stats)
-        for i, (hidden, of, depth_aux) in enumerate(mtp_forward(*args)):
+        args = (params, router_state, out.hidden_BSD, batch, ctx, totals.mtp_tokens)
+        for i, (hidden, of, depth_aux) in enumerate(mtp_forward(*args, stats, mtp_forced_LTK)):
             total, _ = cross_entropy(hidden, w_DV, of.targets_BS, of.mask_BS, compute)
             mtp = mtp + total / jnp.maximum(totals.mtp_targets[i], 1.0) / cfg.mtp_depth
             depths.append(depth_aux)

@@ -48,6 +48,7 @@ def mtp_step(
     ctx: Context,
     *,
     stats: dict | None = None,
+    forced_TK: jax.Array | None = None,
     cache=None,
 ):
     """One depth: (hidden before its norm, normed hidden for the head, cache, aux).
@@ -61,6 +62,7 @@ def mtp_step(
       next_tokens_BS: t_{i+k}.
       ctx: of the trunk's tokens.
       stats: this depth's router stats over the global batch, or None.
+      forced_TK: expert indices to force, or None.
       cache: of this depth, or None.
     """
     cfg = ctx.cfg
@@ -74,7 +76,7 @@ def mtp_step(
     )
     x_BSD = jnp.dot(both, depth_params["proj"].astype(both.dtype))
     index = cfg.num_layers + depth
-    layer = LayerInput(depth_params["block"], index, depth, state=state, stats=stats)
+    layer = LayerInput(depth_params["block"], index, depth, state, stats=stats, forced_TK=forced_TK)
     carried = nothing_carried(x_BSD, cfg) if cfg.num_moe_layers else None
     x_BSD, _, cache, aux = block(x_BSD, layer, ctx, carried_BSW=carried, cache=cache)
     return x_BSD, norm(depth_params["norm"], x_BSD, cfg.norm_eps), cache, aux
@@ -116,18 +118,21 @@ def mtp_forward(
     ctx: Context,
     totals: tuple[BatchTotals, ...],
     stats: dict | None,
+    forced_LTK: jax.Array | None = None,
 ):
     """All depths in training. `totals`: of each depth over the global batch; `stats`: of their routers,
-    stacked, or None. Yields (hidden for the head, Targets, aux) for each depth."""
+    stacked, or None; `forced_LTK`: routes to force in each depth. Yields (hidden for
+    the head, Targets, aux) for each depth."""
 
-    def step(depth_params, depth, state, hidden_BSD, tokens, real_BS, totals, stats):
+    def step(depth_params, depth, state, hidden_BSD, tokens, real_BS, totals, rest):
         here = dataclasses.replace(ctx, mask_BS=real_BS, totals=totals)
-        return mtp_step(params, depth_params, depth, state, hidden_BSD, tokens, here, stats=stats)
+        return mtp_step(params, depth_params, depth, state, hidden_BSD, tokens, here, **rest)
 
     step = rematerialised(step, ctx.compute, static_argnums=(1,))
     for k in range(ctx.cfg.mtp_depth):
         pick = lambda tree, k=k: jax.tree.map(lambda a: a[k], tree)  # noqa: E731
         of = mtp_targets(batch, k + 1)
         here = (pick(params["mtp"]), k, pick(router_state.get("mtp", {})), hidden_BSD)
-        hidden_BSD, normed, _, aux = step(*here, of.tokens_BS, of.real_BS, totals[k], pick(stats))
+        rest = pick(dict(stats=stats, forced_TK=forced_LTK))
+        hidden_BSD, normed, _, aux = step(*here, of.tokens_BS, of.real_BS, totals[k], rest)
         yield normed, of, aux

@@ -19,12 +19,16 @@ from moejax.train.state import TrainState
 
 
 def micro_batches(batch: dict, count: int, layout=None) -> dict:
-    """[B, S] -> [count, B/count, S]; micro-batch i takes rows i, i+count, .. so that each stays spread
+    """[B, S, ..] -> [count, B/count, S, ..]; micro-batch i takes rows i, i+count, .. so that each stays spread
     over the same devices as the batch."""
 
     def one(a):
         a = a.reshape(a.shape[0] // count, count, *a.shape[1:]).swapaxes(0, 1)
-        return a if layout is None else layout.constrain(a, None, axes.BATCH, axes.SEQ)
+        return (
+            a
+            if layout is None
+            else layout.constrain(a, None, axes.BATCH, axes.SEQ, *[None] * (a.ndim - 3))
+        )
 
     return jax.tree.map(one, batch)
 
@@ -121,7 +125,7 @@ def train_step(
 
     Args:
       state: donated by `compile_step`.
-      batch: the fields of DESIGN.md, [B, S] int32.
+      batch: the fields of DESIGN.md, int32.
       cfg: static.
       num_domains: length of the per-domain metrics.
       layout: None on one device.
