@@ -5,7 +5,7 @@ import pathlib
 
 from absl import flags
 
-from moejax.commands.flags import parse_needed
+from moejax.commands.flags import define_step, parse_needed
 from moejax.config import ConfigError
 from moejax.evals.evaluate import evaluate_run, results_table
 from moejax.text import render
@@ -13,6 +13,7 @@ from moejax.text import render
 USAGE = """\
 usage: moejax evaluate --workdir=RUN                              the text that training validates on
        moejax evaluate --workdir=RUN --batches=0                  all of its held-out documents
+       moejax evaluate --workdir=RUN --step=N                     an earlier checkpoint
        moejax evaluate --workdir=RUN --sources=wiki=FILES,..      text, JSON lines or Parquet"""
 
 
@@ -26,6 +27,7 @@ def main(argv: list[str]) -> int:
     whole("seq_len", None, "Tokens per sequence [as in the run].", flag_values=fv, lower_bound=1)
     whole("batch_size", None, "Sequences at once [the run's].", flag_values=fv, lower_bound=1)
     text("mesh", None, "Devices per axis: data=2,tensor=4 [one device].", flag_values=fv)
+    define_step(fv)
     text("json", None, "Also write the results to this file.", flag_values=fv)
     if not parse_needed("evaluate", USAGE, fv, argv, ("workdir",)):
         return 0
@@ -38,9 +40,11 @@ def main(argv: list[str]) -> int:
         seq_len=fv.seq_len,
         batch_size=fv.batch_size,
         mesh=fv.mesh,
+        step=fv.step,
     )
     where = ", ".join(fv.sources) or "held-out documents"
-    print(render([results_table(results, f"{fv.workdir} on {where}")]))
+    at = "" if fv.step is None else f" at step {fv.step}"
+    print(render([results_table(results, f"{fv.workdir}{at} on {where}")]))
     if fv.json:
         pathlib.Path(fv.json).write_text(json.dumps(results, indent=1) + "\n")
     return 0

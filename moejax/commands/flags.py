@@ -62,6 +62,13 @@ def define_config(fv: flags.FlagValues, text: str) -> None:
     flags.DEFINE_string("config", None, text, flag_values=fv)
 
 
+def define_step(fv: flags.FlagValues) -> None:
+    """`--step=N`, for commands that read a checkpoint."""
+    flags.DEFINE_integer(
+        "step", None, "Step of the checkpoint to read [the newest].", flag_values=fv, lower_bound=0
+    )
+
+
 def parse(command: str, usage: str, fv: flags.FlagValues, argv: list[str]) -> list[str] | None:
     """Parse the flags and return the other arguments. Returns None after --help, which prints usage and flags.
 

@@ -4,10 +4,10 @@ import pathlib
 
 from absl import flags
 
-from moejax.commands.flags import parse_needed
+from moejax.commands.flags import define_step, parse_needed
 from moejax.evals.report import write_report
 
-USAGE = "usage: moejax report --workdir=runs/quickstart"
+USAGE = "usage: moejax report --workdir=runs/quickstart [--step=N]"
 
 
 def main(argv: list[str]) -> int:
@@ -16,6 +16,7 @@ def main(argv: list[str]) -> int:
     flags.DEFINE_string(
         "workdir", None, "Folder of a trained run; report.html goes there.", flag_values=fv
     )
+    define_step(fv)
     if parse_needed("report", USAGE, fv, argv, ("workdir",)):
-        print(f"wrote {write_report(pathlib.Path(fv.workdir))[0]}")
+        print(f"wrote {write_report(pathlib.Path(fv.workdir), fv.step)[0]}")
     return 0

@@ -12,6 +12,7 @@ from moejax.data import Corpus, load_corpus, validation_batches
 from moejax.evals.validation import compile_eval, evaluate, size_text
 from moejax.evals.writer import mesh_layout
 from moejax.runs.open import load_run, read_config
+from moejax.runs.restore import check_step
 from moejax.text import Table
 
 
@@ -32,8 +33,9 @@ def evaluate_run(
     seq_len: int | None = None,
     batch_size: int | None = None,
     mesh: str | None = None,
+    step: int | None = None,
 ) -> dict[str, float]:
-    """Evaluates the newest checkpoint of a run, trained or imported.
+    """Evaluates a checkpoint of a run, trained or imported.
 
     Args:
       workdir: the run's folder.
@@ -44,11 +46,13 @@ def evaluate_run(
       seq_len, batch_size: replace the run's. Documents longer than seq_len are cut into pieces that do not see
         each other, so a longer seq_len gives a lower loss.
       mesh: such as 'data=2,tensor=4'; None for one device.
+      step: of the checkpoint; None: the newest.
 
     Returns:
       See `moejax.evals.validation.evaluate`. Raises ConfigError (DataError for the text) for bad input.
     """
     cfg = read_config(workdir)
+    check_step(workdir, step)
     data = dataclasses.replace(
         cfg.data, seq_len=seq_len or cfg.data.seq_len, batch_size=batch_size or cfg.data.batch_size
     )
@@ -64,7 +68,7 @@ def evaluate_run(
             f"batch_size={data.batch_size} does not divide evenly over the {ways} devices of the batch; "
             f"--batch_size={-(-data.batch_size // ways) * ways} would work"
         )
-    run = load_run(workdir, layout)
+    run = load_run(workdir, layout, step)
     num_rows = (num_batches or 0) * data.batch_size or None
     if num_batches is None and not sources:
         tokens = cfg.train.eval_batches * cfg.data.batch_size * cfg.data.seq_len

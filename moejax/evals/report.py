@@ -43,14 +43,16 @@ class Section:
     samples: tuple[Sample, ...] = ()
 
 
-def write_report(workdir: pathlib.Path) -> tuple[pathlib.Path, tuple[Sample, ...]]:
+def write_report(
+    workdir: pathlib.Path, step: int | None = None
+) -> tuple[pathlib.Path, tuple[Sample, ...]]:
     """Write the report of a run into its folder; return its path and the samples in it.
 
-    Reads the log and the newest checkpoint, and runs the model over held-out text. Raises ConfigError if
-    the folder is not that of a trained run.
+    Reads the log and the checkpoint of `step` (None: the newest), and runs the model over held-out text. Raises
+    ConfigError if the folder is not that of a trained run, or has no such checkpoint.
     """
     rows = read_metrics(workdir)
-    run = load_run(workdir)
+    run = load_run(workdir, step=step)
     corpus = load_corpus(run.cfg.data)
     sections = [loss_section(rows), validation_table(rows)]
     if run.cfg.model.num_moe_layers and "routing" in rows:
@@ -171,7 +173,7 @@ def routing_sections(rows, run: OpenRun, corpus) -> list[Section]:
     return [
         domain_section(load_dLE, domains, layers),
         information_section(rows["routing"], layers),
-        expert_section(load_dLE, domains, token_EV, run.tokenizer),
+        expert_section(load_dLE, domains, token_EV, run),
     ]
 
 
@@ -200,7 +202,7 @@ def information_section(routing: dict[int, dict], layers: list[int]) -> Section:
     return Section("How much a route reveals about the domain", text, (_image(image),))
 
 
-def expert_section(load_dLE, domains, token_EV, tokenizer, most: int = 4) -> Section:
+def expert_section(load_dLE, domains, token_EV, run: OpenRun, most: int = 4) -> Section:
     """The most specialised experts of each layer, with their favourite tokens."""
     found = []
     for layer, counts in token_EV.items():
@@ -212,12 +214,15 @@ def expert_section(load_dLE, domains, token_EV, tokenizer, most: int = 4) -> Sec
         chosen = [int(e) for e in np.argsort(-partial_E)[:most] if partial_E[e] > 0]
         for expert in sorted(chosen):
             tokens = [
-                tokenizer.pieces[t].decode("utf-8", "replace").replace("\n", "⏎")
+                run.tokenizer.pieces[t].decode("utf-8", "replace").replace("\n", "⏎")
                 for t in favourite_tokens(counts, expert, 12)
             ]
             domain = domains[int(share_dE[:, expert].argmax())]
             found.append(dict(layer=layer, expert=expert, domain=domain, tokens=tokens))
-    text = f"In each layer, the {most} experts that favour one domain most, on held-out text."
+    text = (
+        f"In each layer, the {most} experts that favour one domain most, on held-out text at step "
+        f"{run.step}."
+    )
     return Section("What experts read", text, experts=tuple(found))
 
 
@@ -234,7 +239,10 @@ def samples_section(run: OpenRun, corpus) -> Section:
     ]
     texts = continue_prompts(run, prompts, SAMPLE_TOKENS)
     samples = [Sample(run.tokenizer.decode(p[1:]), text) for p, text in zip(prompts, texts)]
-    text = "Beginnings of held-out documents (blue), and how the model goes on (temperature 0.8, top-p 0.95)."
+    text = (
+        f"Beginnings of held-out documents (blue), and how the model of step {run.step} goes on "
+        "(temperature 0.8, top-p 0.95)."
+    )
     return Section("Samples", text, samples=tuple(samples))
 
 

@@ -99,6 +99,7 @@ class Writer:
     Args:
       workdir: of the run, trained or imported.
       mesh: 'tensor=2,expert=4', or None for one device.
+      step: of the checkpoint; None: the newest.
       max_new: tokens per prompt. None: the value in generation_config.json, or 200, but no more than fit.
       temperature, top_k, top_p: None: the value in generation_config.json, or in `prompt_files.DEFAULTS`.
       seed: see `generate.stream`.
@@ -115,6 +116,7 @@ class Writer:
         workdir: pathlib.Path,
         *,
         mesh: str | None = None,
+        step: int | None = None,
         max_new: int | None = None,
         temperature: float | None = None,
         top_k: int | None = None,
@@ -127,7 +129,7 @@ class Writer:
         experiment = read_config(workdir)
         self.files = prompt_files.read_prompt_files(workdir / folder.HF)
         layout = None if mesh is None else mesh_layout(experiment, mesh)
-        run = load_run(workdir, layout)
+        run = load_run(workdir, layout, step)
         self.tokenizer, self.cfg = run.tokenizer, run.cfg.model
         _check_ids(stop_ids, self.cfg.vocab_size)
         self.stats = Stats()

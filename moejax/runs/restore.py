@@ -119,9 +119,7 @@ def model_at(
 ) -> tuple[dict, dict]:
     """(params, router_state) of one step, in the master dtype or as stored. ConfigError if it is not there or
     cannot be read."""
-    steps = _steps(workdir)
-    if step not in steps:
-        raise ConfigError(f"{workdir} has no checkpoint of step {step}; {steps_text(steps)}")
+    check_step(workdir, step)
 
     def read(path: pathlib.Path, meta: dict) -> dict:
         return {"model": _fit(abstract_model(cfg.model, layout), path, meta, stored_dtype)}
@@ -132,6 +130,13 @@ def model_at(
         raise ConfigError(f"checkpoint {path} cannot be read ({error})")
     model = value[1]["model"]
     return model["params"], model["router_state"]
+
+
+def check_step(workdir: pathlib.Path, step: int | None) -> None:
+    """ConfigError if there is no checkpoint of that step; None: the newest is meant. Reads no checkpoint."""
+    steps = [] if step is None else _steps(workdir)
+    if step is not None and step not in steps:
+        raise ConfigError(f"{workdir} has no checkpoint of step {step}; {steps_text(steps)}")
 
 
 def newest_meta(workdir: pathlib.Path) -> tuple[int, dict] | None:

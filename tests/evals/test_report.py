@@ -20,7 +20,7 @@ from moejax.train.loop import train
 
 
 def test_page_is_whole_and_alone(trained, capsys):
-    assert report_command.main([f"--workdir={trained}"]) == 0
+    assert report_command.main([f"--workdir={trained}", "--step=10"]) == 0
     assert "report.html" in capsys.readouterr().out
     page = (trained / "report.html").read_text()
     images = re.findall(r'src="data:image/png;base64,([^"]+)"', page)
@@ -39,6 +39,7 @@ def test_page_is_whole_and_alone(trained, capsys):
     ):
         assert f"<h2>{title}</h2>" in page
     assert not re.search(r'(src|href)="(?!data:)', page)  # self-contained
+    assert "the model of step 10 goes on" in page and "held-out text at step 10" in page
     rows = read_metrics(trained)
     assert f"{rows['validation'][20]['loss']:.3f}" in page
 
