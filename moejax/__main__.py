@@ -16,6 +16,7 @@ usage: moejax COMMAND [flags]      (moejax COMMAND --help explains each)
   evaluate  --workdir=runs/quickstart                                      loss of held-out text, by domain
   generate  --workdir=runs/quickstart --prompt="def "                      text from a trained run
   report    --workdir=runs/quickstart                                      a page of pictures of a run
+  rebalance --workdir=runs/quickstart --devices=8                          experts on devices with equal loads
   import    --hf_dir=DIR --workdir=runs/model                              a run from a Hugging Face folder
   export    --workdir=runs/model --hf_dir=DIR                              a Hugging Face folder from a run
   routers   [NAME]                                                         the table of routers, or one's page
@@ -31,6 +32,7 @@ COMMANDS = {
     "evaluate": "moejax.commands.evaluate",
     "generate": "moejax.commands.generate",
     "report": "moejax.commands.report",
+    "rebalance": "moejax.commands.rebalance",
     "import": "moejax.commands.import_",
     "export": "moejax.commands.export",
     "routers": "moejax.commands.routers",

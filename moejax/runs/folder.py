@@ -11,6 +11,7 @@ provenance.jsonl        where its numbers come from, see `moejax.runs.provenance
 metrics.jsonl           see `moejax.train.metrics.Log`, and `moejax.runs.metrics` to read it
 tensorboard/            the scalars among them
 report.html             from `moejax report`
+analysis.json, .parquet from `moejax analyze`
 profile/                traces of steps, see `moejax.train.profile`
 hf/                     of an imported model, and what began from it: the files that came with its weights
 """
@@ -38,6 +39,7 @@ PROVENANCE = "provenance.jsonl"
 METRICS = "metrics.jsonl"
 TENSORBOARD = "tensorboard"
 REPORT = "report.html"
+ANALYSIS, ANALYSIS_TABLE = "analysis.json", "analysis.parquet"
 PROFILE = "profile"
 HF = "hf"
 
