@@ -64,6 +64,7 @@ class Given(NamedTuple):
     totals: BatchTotals | None = None
     key: jax.Array | None = None
     forced_TK: jax.Array | None = None
+    barred_TE: jax.Array | None = None
     carried_TW: jax.Array | None = None
 
     def rows(self, rows) -> "Given":
@@ -85,7 +86,7 @@ def given(router: Router, cfg: RouterConfig) -> Given:
 
 def route(router: Router, cfg: RouterConfig, g: Given, seq_len: int = S) -> Routed:
     rest = dict(ids_T=g.ids_T, key=g.key, forced_TK=g.forced_TK, totals=g.totals)
-    rest["carried_TW"] = g.carried_TW
+    rest |= dict(carried_TW=g.carried_TW, barred_TE=g.barred_TE)
     return router.route(g.params, g.state, tokens_of(g.x_TD, seq_len, g.mask_T, **rest), cfg)
 
 

@@ -297,6 +297,48 @@ def check_forced_routes(router: Router, cfg: RouterConfig) -> None:
     chex.assert_tree_all_finite(forced)
 
 
+def check_barred_experts(router: Router, cfg: RouterConfig) -> None:
+    """Nobody chooses them; who had chosen none keeps its routes; a selection bias of -inf does the same; where
+    all are barred no route is left; forced routes are taken as they are. Or a ValueError."""
+    g = given(router, cfg)
+    barring = lambda barred_TE: route(router, cfg, g._replace(barred_TE=barred_TE))  # noqa: E731
+    plain, experts = route(router, cfg, g), cfg.num_experts
+    one = jnp.arange(experts)[None] == 2  # (1, E)
+    two = (jnp.arange(T)[:, None] + jnp.arange(experts)[None]) % experts < 2  # (T, E): by token
+    try:
+        barring(one)
+    except ValueError as e:
+        assert "would work" in str(e), "who refuses says what would work"
+        return
+    assert router.form == "token", "only a token's choice can be narrowed; refuse by a ValueError"
+    before = np.asarray(plain.routing.expert_index_TK)
+    for barred_TE in (one, two):
+        out = barring(barred_TE)
+        index, weights = map(np.asarray, out.routing)
+        barred = np.broadcast_to(barred_TE, (T, experts))
+        barred = np.pad(barred, ((0, 0), (0, count_experts(router, cfg) - experts + 1)))  # and -1
+        assert not np.take_along_axis(barred, index, axis=1).any(), "a barred expert was chosen"
+        np.testing.assert_array_equal(weights[index < 0], 0.0)
+        chex.assert_tree_all_finite(out)
+        load = np.bincount(index[index >= 0], minlength=len(out.stats["load"]))
+        np.testing.assert_array_equal(out.stats["load"], load)
+        if router.causal_in_training or not cfg.training:
+            untouched = ~np.take_along_axis(barred, before, axis=1).any(axis=1)
+            np.testing.assert_array_equal(index[untouched], before[untouched])
+    bias_N = g.state.get("expert_bias")
+    additive = not getattr(cfg.options, "bias_multiplies", False) and "table" not in g.state
+    if bias_N is not None and additive:
+        state = {**g.state, "expert_bias": bias_N.at[2].set(-jnp.inf)}
+        biased = route(router, cfg, g._replace(state=state)).routing
+        same(barring(one).routing, biased)
+    none = barring(jnp.ones((1, experts), bool))
+    index = np.asarray(none.routing.expert_index_TK)
+    assert ((index == -1) | (index >= experts)).all(), "all experts are barred"
+    chex.assert_tree_all_finite(none)
+    again = route(router, cfg, g._replace(forced_TK=plain.routing.expert_index_TK, barred_TE=one))
+    same(again.routing, plain.routing)
+
+
 def check_balance_fields(router: Router, cfg: RouterConfig) -> None:
     """What is not declared is not honoured; what is declared has an effect, a loss in proportion to its
     coefficient."""
@@ -390,6 +432,7 @@ CHECKS: dict[str, Check] = {
     "carry": check_carry,
     "float32 products": in_training_too(check_float32_products),
     "forced routes": in_training_too(check_forced_routes),
+    "barred experts": in_training_too(check_barred_experts),
     "balance fields": in_training_too(check_balance_fields),
     "state": under_each_balance(check_state),
 }

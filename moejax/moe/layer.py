@@ -16,8 +16,23 @@ from moejax.moe.dispatch import dispatch
 from moejax.moe.experts import expert_param_specs, ffn, ffn_param_specs, of_experts
 from moejax.params import ParamSpec, router_specs
 from moejax.routers import router_of, specials
-from moejax.routers.contract import BatchTotals, Routing, tokens_of
+from moejax.routers.contract import (
+    BatchTotals,
+    Routed,
+    Router,
+    RouterConfig,
+    Routing,
+    Tokens,
+    tokens_of,
+)
 from moejax.sharding import Layout
+
+# Reserved names in a layer's router state, taken out before the router sees it. They are put there to look at a
+# model that has fewer experts (`moejax.evals.interventions`), not by routers; nothing trains or saves them.
+BARRED = "barred"  # bool, E: no token may choose these experts
+SKIPPED = (
+    "skipped"  # int32: each token may not choose this many experts, those that it scores highest
+)
 
 
 class MoEAux(NamedTuple):
@@ -83,7 +98,7 @@ def moe(
 
     Args:
       params: values of `param_specs(cfg)`.
-      state: router state of this layer.
+      state: router state of this layer, and BARRED or SKIPPED where experts are kept from tokens.
       x_BSD: normalised hidden states.
       cfg: the model.
       objective: what it is trained for; None: nothing is, so no losses, and no route is dropped.
@@ -116,7 +131,7 @@ def moe(
         carried_TW=None if carried_BSW is None else carried_BSW.reshape(b * s, -1),
     )
     with jax.named_scope("router"):
-        out = router.route(params.get("router", {}), state, tokens, static)
+        out = route(params.get("router", {}), state, tokens, router, static)
     routing, stats, kinds = out.routing, dict(out.stats), router.specials(static)
     special_TN = None
     if isinstance(routing, Routing):
@@ -151,6 +166,23 @@ def moe(
     carry_BSW = None if out.carry_TW is None else out.carry_TW.reshape(b, s, -1)
     losses = {} if objective is None else out.losses  # a router's own losses are for training, too
     return y_BSD, MoEAux(losses, stats, out.routing, out.scores_TE, carry_BSW)
+
+
+def route(params: dict, state: dict, tokens: Tokens, router: Router, cfg: RouterConfig) -> Routed:
+    """The router's routes, without the experts that BARRED or SKIPPED in its state keep from tokens. ValueError
+    where it cannot do without an expert, or has no scores by which some could be skipped."""
+    own = {name: a for name, a in state.items() if name not in (BARRED, SKIPPED)}
+    if BARRED in state:
+        tokens = tokens._replace(barred_TE=state[BARRED][None])
+    if SKIPPED in state:
+        scores_TE = router.route(params, own, tokens, cfg).scores_TE
+        if scores_TE is None:
+            raise ValueError("this router has no scores: none of its experts is a token's best")
+        place_TE = jnp.argsort(jnp.argsort(-jax.lax.stop_gradient(scores_TE), axis=1), axis=1)
+        best_TE = place_TE < state[SKIPPED]
+        barred_TE = best_TE if tokens.barred_TE is None else best_TE | tokens.barred_TE
+        tokens = tokens._replace(barred_TE=barred_TE)
+    return router.route(params, own, tokens, cfg)
 
 
 def nothing_carried(x_BSD: jax.Array, cfg: ModelConfig) -> jax.Array | None:

@@ -91,9 +91,11 @@ def route(params: dict, state: dict, tokens: Tokens, cfg: RouterConfig) -> Route
     if tokens.forced_TK is not None:
         index_T = tokens.forced_TK[:, 0]
     elif cfg.training:
+        parts.refuse_barred(tokens, "base gives every expert its share of the tokens in training")
         index_T = assign(logits_TE, tokens.mask_T, cfg.options.epsilon)
     else:
-        index_T = logits_TE.argmax(axis=1)
+        best_T1, index_T1 = jax.lax.top_k(parts.bar(logits_TE, tokens), 1)
+        index_T = jnp.where(best_T1 > -jnp.inf, index_T1, -1)[:, 0]
     index_TK = jnp.where(tokens.mask_T > 0, index_T, -1).astype(jnp.int32)[:, None]
     gates_TE = jax.nn.sigmoid(logits_TE)
     chosen_TE = parts.chosen(index_TK, cfg.num_experts, gates_TE.dtype)[:, 0]

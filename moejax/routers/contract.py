@@ -130,6 +130,9 @@ class Tokens(NamedTuple):
         accumulation.
       forced_TK: expert indices to take instead of choosing, int32, or None; weights are computed all the same.
         Routers of another form than 'token' raise ValueError.
+      barred_TE: bool, (1, E) or (T, E): experts that a token may not choose, or None. Its next best takes the
+        place; where nothing is left the slot is empty. Forced routes are taken as they are. Routers that have
+        no next best raise ValueError.
       carried_TW: what the router of the MoE layer before returned as `carry_TW`, gradient included; zeros
         before the first layer, and before each depth of multi-token prediction. None if `Router.carries` is 0.
     """
@@ -141,6 +144,7 @@ class Tokens(NamedTuple):
     ids_T: jax.Array | None = None
     key: jax.Array | None = None
     forced_TK: jax.Array | None = None
+    barred_TE: jax.Array | None = None
     carried_TW: jax.Array | None = None
 
     def total(self, stats: dict[str, jax.Array], name: str) -> jax.Array:

@@ -45,7 +45,12 @@ def route(params: dict, state: dict, tokens: Tokens, cfg: RouterConfig) -> Route
     )
     if tokens.forced_TK is None:
         by_id = (state["hashed"] > 0) & (tokens.mask_T[:, None] > 0)
-        index_TK = jnp.where(by_id, look_up(state["table"], tokens), index_TK)
+        table_TK = look_up(state["table"], tokens)
+        if tokens.barred_TE is not None:  # the table knows no other
+            barred_TE = jnp.broadcast_to(tokens.barred_TE, scores_TE.shape)
+            barred_TK = jnp.take_along_axis(barred_TE, table_TK, axis=1)
+            table_TK = jnp.where(barred_TK, -1, table_TK)
+        index_TK = jnp.where(by_id, table_TK, index_TK)
     weights_TK, routes_TE = parts.weigh(index_TK, scores_TE)
     weights_TK = parts.normalized(weights_TK) * cfg.options.routed_scaling
     stats = parts.token_stats(routes_TE, scores_TE, tokens, cfg)

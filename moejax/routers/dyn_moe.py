@@ -46,8 +46,10 @@ def route(params: dict, state: dict, tokens: Tokens, cfg: RouterConfig) -> Route
     cosine_TE = parts.logits({"kernel": unit_DE}, parts.unit(tokens.x_TD.astype(dtype), 1))
     scores_TE = jax.nn.sigmoid(cosine_TE)
     margin_TE = scores_TE - jax.nn.sigmoid(theta_E)[None]
-    nearest_TE = jax.nn.one_hot(jnp.argmax(cosine_TE, axis=1), cfg.num_experts, dtype=jnp.bool_)
-    open_TE = margin_TE > 0
+    nearest_TE = jax.nn.one_hot(
+        parts.bar(cosine_TE, tokens).argmax(axis=1), cfg.num_experts, dtype=jnp.bool_
+    )
+    open_TE = parts.bar(margin_TE, tokens) > 0
     open_TE = jnp.where(open_TE.any(axis=1, keepdims=True), open_TE, nearest_TE)
     index_TK = parts.select(margin_TE, tokens, picks.most_experts(cfg), open_TE)
     # 1 in value, the margin in gradient.

@@ -41,6 +41,7 @@ def route(params: dict, state: dict, tokens: Tokens, cfg: RouterConfig) -> Route
     del state
     if tokens.forced_TK is not None:
         raise ValueError("expert_choice fills slots: it cannot be forced to the routes of tokens")
+    parts.refuse_barred(tokens, "expert_choice fills slots")
     logits_TE = parts.logits(params, tokens.x_TD)
     dtype, num_tokens = logits_TE.dtype, tokens.x_TD.shape[0]
     scores_TE = jax.nn.softmax(logits_TE, axis=-1)

@@ -41,7 +41,7 @@ def route(params: dict, state: dict, tokens: Tokens, cfg: RouterConfig) -> Route
     logits_TE = parts.logits(params, tokens.x_TD)
     scores_TE = jax.nn.sigmoid(logits_TE)
     threshold_E = state["average"] / jnp.maximum(state["weight"], 1e-6)
-    kth_T1 = jax.lax.top_k(scores_TE, cfg.experts_per_token)[0][:, -1:]
+    kth_T1 = jax.lax.top_k(parts.bar(scores_TE, tokens), cfg.experts_per_token)[0][:, -1:]
     open_TE = jnp.where(state["weight"] > 0, scores_TE > threshold_E[None], scores_TE >= kth_T1)
     index_TK = parts.select(scores_TE, tokens, picks.most_experts(cfg), open_TE)
     weights_TK, routes_TE = parts.weigh(index_TK, scores_TE)

@@ -43,6 +43,7 @@ def route(params: dict, state: dict, tokens: Tokens, cfg: RouterConfig) -> Route
     del params
     index_TK = tokens.forced_TK
     if index_TK is None:
+        parts.refuse_barred(tokens, "hash reads its routes in a table")
         index_TK = look_up(state["table"], tokens)
     index_TK = parts.but_padding(index_TK, tokens)
     even_TE = jnp.full((*tokens.mask_T.shape, cfg.num_experts), 1 / cfg.experts_per_token)

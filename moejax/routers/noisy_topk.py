@@ -56,8 +56,9 @@ def route(params: dict, state: dict, tokens: Tokens, cfg: RouterConfig) -> Route
         noisy_TE = clean_TE + noise_TE * deviation_TE
     index_TK = parts.select(noisy_TE, tokens, cfg.experts_per_token)
     chosen_TKE = parts.chosen(index_TK, cfg.num_experts, clean_TE.dtype)
-    weights_TK = jax.nn.softmax(parts.pick(noisy_TE, chosen_TKE), axis=-1)
-    weights_TK = weights_TK * chosen_TKE.max(axis=-1)  # none for padding
+    filled_TK = chosen_TKE.max(axis=-1)  # none for padding
+    picked_TK = jnp.where(filled_TK > 0, parts.pick(noisy_TE, chosen_TKE), -1e30)
+    weights_TK = jax.nn.softmax(picked_TK, axis=-1) * filled_TK
     scores_TE = jax.nn.softmax(clean_TE, axis=-1)
     stats = parts.plain_stats(chosen_TKE.sum(axis=1), scores_TE, tokens)
     spreads = {"importance": (o.importance_loss, (chosen_TKE * weights_TK[..., None]).sum((0, 1)))}

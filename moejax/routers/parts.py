@@ -73,23 +73,39 @@ def chosen(index_TK: jax.Array, num_experts: int, dtype) -> jax.Array:
 
 def select(choice_TE: jax.Array, tokens: Tokens, most: int, open_TE=None) -> jax.Array:
     """expert_index_TK: the `most` largest of each token, best first, or those it is forced to; -1 in every slot
-    of padding, and where fewer are open.
+    of padding, and where fewer are open and not barred.
 
     Args:
       choice_TE: what decides, also of special experts. No gradient passes.
-      tokens: their mask and forced routes.
+      tokens: their mask, forced routes and barred experts.
       most: K.
       open_TE: which experts a token may have; None: all.
     """
     index_TK = tokens.forced_TK
     if index_TK is None:
-        choice_TE = jax.lax.stop_gradient(choice_TE)
+        choice_TE = bar(jax.lax.stop_gradient(choice_TE), tokens)
         if open_TE is not None:
             choice_TE = jnp.where(open_TE, choice_TE, -jnp.inf)
         choice_TK, index_TK = jax.lax.top_k(choice_TE, most)
-        if open_TE is not None:
+        if open_TE is not None or tokens.barred_TE is not None:
             index_TK = jnp.where(choice_TK > -jnp.inf, index_TK, -1)
     return but_padding(index_TK, tokens)
+
+
+def bar(choice_TE: jax.Array, tokens: Tokens) -> jax.Array:
+    """What decides, -inf for barred experts; special experts, which come last, are never barred."""
+    if tokens.barred_TE is None:
+        return choice_TE
+    specials = choice_TE.shape[1] - tokens.barred_TE.shape[1]
+    return jnp.where(jnp.pad(tokens.barred_TE, ((0, 0), (0, specials))), -jnp.inf, choice_TE)
+
+
+def refuse_barred(tokens: Tokens, why: str) -> None:
+    """ValueError, if an expert is barred, of a router that cannot do without. `why` begins the sentence."""
+    if tokens.barred_TE is not None:
+        raise ValueError(
+            f"{why}: no expert can be barred; setting its output weights to zero would work"
+        )
 
 
 def but_padding(index_TK: jax.Array, tokens: Tokens) -> jax.Array:

@@ -92,6 +92,7 @@ def route(params: dict, state: dict, tokens: Tokens, cfg: RouterConfig) -> Route
     first_THn, second_THn = key_scores(params, tokens.x_TD, o)
     index_TK = tokens.forced_TK
     if index_TK is None:
+        parts.refuse_barred(tokens, "peer finds its experts by two halves of a key")
         index_TK = find(first_THn, second_THn, k).reshape(tokens.x_TD.shape[0], -1)
         index_TK = jnp.sort(index_TK, axis=1)
         again_TK = jnp.pad(index_TK[:, 1:] == index_TK[:, :-1], ((0, 0), (1, 0)))

@@ -34,6 +34,7 @@ def mean_states(tokens: Tokens, size: int) -> tuple[jax.Array, jax.Array]:
     number."""
     if tokens.forced_TK is not None:
         raise ValueError("merged experts cannot be forced to the routes of tokens")
+    parts.refuse_barred(tokens, "merged experts are weighed by all gates")
     dtype = jnp.promote_types(tokens.x_TD.dtype, jnp.float32)
     mask_Gt = tokens.mask_T.reshape(-1, size)
     x_GtD = tokens.x_TD.astype(dtype).reshape(*mask_Gt.shape, -1)

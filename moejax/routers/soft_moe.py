@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from moejax import axes
 from moejax.options import number
 from moejax.params import ParamSpec
+from moejax.routers import parts
 from moejax.routers.contract import (
     Routed,
     Router,
@@ -52,6 +53,7 @@ def route(params: dict, state: dict, tokens: Tokens, cfg: RouterConfig) -> Route
     del state
     if tokens.forced_TK is not None:
         raise ValueError("soft_moe mixes tokens: it cannot be forced to the routes of tokens")
+    parts.refuse_barred(tokens, "soft_moe mixes tokens")
     dtype = jnp.promote_types(tokens.x_TD.dtype, jnp.float32)
     x_TD, phi = tokens.x_TD.astype(dtype), params["phi"].astype(dtype)
     if cfg.options.normalize:

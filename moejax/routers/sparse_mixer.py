@@ -27,7 +27,8 @@ class Options(RouterOptions):
 
 
 def choose(logits_TE, taken_TE, forced_T, key, jitter: float) -> tuple[jax.Array, jax.Array]:
-    """One expert for each token, and its weight, among those not `taken_TE`: index_T, weights_T.
+    """One expert for each token, and its weight, among those not `taken_TE`: index_T, weights_T; -1 and 0 where
+    all are.
 
     `key`: None takes the largest; `forced_T`: None, or the experts to take.
     """
@@ -44,8 +45,13 @@ def choose(logits_TE, taken_TE, forced_T, key, jitter: float) -> tuple[jax.Array
         draw, heun = jax.random.split(key)
         noise_TE = jax.random.gumbel(draw, logits_TE.shape, logits_TE.dtype)
         index_T = jnp.where(masked_TE, -jnp.inf, free_TE + noise_TE).argmax(axis=1)
+    if forced_T is None:
+        index_T = jnp.where(best_T1[:, 0] > -jnp.inf, index_T, -1)
     chosen_TE = jax.nn.one_hot(index_T, num_experts, dtype=logits_TE.dtype)
-    p_TE = jax.nn.softmax(logits_TE, axis=1, where=~masked_TE | (chosen_TE > 0))
+    among_TE = (
+        ~masked_TE | (chosen_TE > 0) | (best_T1 == -jnp.inf)
+    )  # a sum over none has no gradient
+    p_TE = jax.nn.softmax(logits_TE, axis=1, where=among_TE)
     weights_T = jnp.where(chosen_TE > 0, p_TE, 0).sum(axis=1)
     if draw is not None:
         whole_T = (index_T == largest_T) | (jax.random.uniform(heun, index_T.shape) > 0.75)
@@ -62,6 +68,8 @@ def route(params: dict, state: dict, tokens: Tokens, cfg: RouterConfig) -> Route
     scores_TE = jax.nn.softmax(logits_TE, axis=-1)
     keys = [None] * k if tokens.key is None else list(jax.random.split(tokens.key, k))
     taken_TE, index, weights = jnp.zeros(logits_TE.shape, bool), [], []
+    if forced_TK is None and tokens.barred_TE is not None:
+        taken_TE = taken_TE | tokens.barred_TE
     for i, key in enumerate(keys):
         forced_T = None if forced_TK is None else forced_TK[:, i]
         index_T, weights_T = choose(logits_TE, taken_TE, forced_T, key, cfg.options.jitter)

@@ -134,7 +134,8 @@ def route(params: dict, state: dict, tokens: Tokens, cfg: RouterConfig) -> Route
     if "expert_bias" in state:
         bias_1E = state["expert_bias"].astype(choice_TE.dtype)[None]
         choice_TE = choice_TE * bias_1E if options.bias_multiplies else choice_TE + bias_1E
-    index_TK = parts.select(limit_groups(choice_TE, options), tokens, cfg.experts_per_token)
+    choice_TE = limit_groups(parts.bar(choice_TE, tokens), options)
+    index_TK = parts.select(choice_TE, tokens, cfg.experts_per_token)
     chosen_TKE = parts.chosen(index_TK, cfg.num_experts, scores_TE.dtype)
     shared_TS = parts.score(shared_TS, options.score)
     weights_TK, shared_TS = weigh(params, scores_TE, shared_TS, chosen_TKE, cfg)

@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 
 from moejax.options import choice, number
-from moejax.routers import picks, token_choice
+from moejax.routers import parts, picks, token_choice
 from moejax.routers.balance import BalanceConfig
 from moejax.routers.contract import Routed, RouterConfig, Tokens
 
@@ -40,7 +40,7 @@ def round_to_tiles(
 
     Args:
       chosen_TE: True where the token chose the expert.
-      scores_TE: affinities.
+      scores_TE: affinities, -inf for experts that a token may not have.
       mask_T: 1 = token, 0 = padding.
       room: experts of a token at most.
       o: tile and rounding.
@@ -53,7 +53,7 @@ def round_to_tiles(
 
     def one(used_T, expert):
         chosen_T, normal_T, score_T, target = expert
-        may_T = chosen_T | ((mask_T > 0) & (used_T < room))
+        may_T = chosen_T | ((mask_T > 0) & (used_T < room) & (score_T > -jnp.inf))
         rank_T = jnp.where(chosen_T, 0, jnp.where(may_T, 1, 2))
         order_T = jnp.lexsort((-jnp.where(chosen_T, normal_T, score_T), rank_T))
         place_T = jnp.zeros_like(order_T).at[order_T].set(jnp.arange(order_T.shape[0]))
@@ -78,7 +78,7 @@ def route(params: dict, state: dict, tokens: Tokens, cfg: RouterConfig) -> Route
     elif cfg.training:
         chosen_TE = jax.nn.one_hot(index_TK, cfg.num_experts, dtype=jnp.bool_).any(axis=1)
         scores_TE = jax.lax.stop_gradient(own.scores_TE)
-        taken_TE = round_to_tiles(chosen_TE, scores_TE, tokens.mask_T, room, o)
+        taken_TE = round_to_tiles(chosen_TE, parts.bar(scores_TE, tokens), tokens.mask_T, room, o)
         _, index_TK = jax.lax.top_k(jnp.where(taken_TE, 1 + scores_TE, 0), room)
         index_TK = jnp.where(jnp.take_along_axis(taken_TE, index_TK, axis=1), index_TK, -1)
     else:

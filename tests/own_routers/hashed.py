@@ -20,7 +20,10 @@ def route(params: dict, state: dict, tokens: Tokens, cfg: RouterConfig) -> Route
     del params
     if tokens.ids_T is None:
         raise ValueError("hashed routes by vocabulary ids: it needs Tokens.ids_T")
-    index_TK = state["table"][tokens.ids_T] if tokens.forced_TK is None else tokens.forced_TK
+    index_TK = tokens.forced_TK
+    if index_TK is None:
+        parts.refuse_barred(tokens, "hashed reads its routes in a table")
+        index_TK = state["table"][tokens.ids_T]
     index_TK = jnp.where(tokens.mask_T[:, None] > 0, index_TK, -1)
     routes_TK = (index_TK >= 0).astype(tokens.mask_T.dtype)
     stats = {

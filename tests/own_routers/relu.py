@@ -29,11 +29,7 @@ def init_state(cfg: RouterConfig, layer: int) -> dict:
 
 def route(params: dict, state: dict, tokens: Tokens, cfg: RouterConfig) -> Routed:
     gates_TE = jax.nn.relu(parts.logits(params, tokens.x_TD)) * tokens.mask_T[:, None]
-    index_TK = tokens.forced_TK
-    if index_TK is None:
-        widest_TK, index_TK = jax.lax.top_k(gates_TE, cfg.experts_per_token)
-        index_TK = jnp.where(widest_TK > 0, index_TK, -1)
-    index_TK = jnp.where(tokens.mask_T[:, None] > 0, index_TK, -1).astype(jnp.int32)
+    index_TK = parts.select(gates_TE, tokens, cfg.experts_per_token, gates_TE > 0)
     chosen_TKE = parts.chosen(index_TK, cfg.num_experts, gates_TE.dtype)
     weights_TK = (chosen_TKE * gates_TE[:, None]).sum(axis=-1)
     stats = {

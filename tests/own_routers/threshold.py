@@ -23,6 +23,7 @@ class Options(RouterOptions):
 def route(params: dict, state: dict, tokens: Tokens, cfg: RouterConfig) -> Routed:
     if tokens.forced_TK is not None:
         raise ValueError("threshold fills slots: it cannot be forced to the routes of tokens")
+    parts.refuse_barred(tokens, "threshold fills slots")
     logits_TE = parts.logits(params, tokens.x_TD)
     scores_TE = jax.nn.sigmoid(logits_TE)
     above_TE = (scores_TE > state["threshold"][None]) & (tokens.mask_T[:, None] > 0)

@@ -104,6 +104,7 @@ def soft_moe(params, state, tokens, cfg):
     """Soft MoE (2308.00951 eq. 1-3), one slot per expert; the load is each expert's share of results."""
     if tokens.forced_TK is not None:
         raise ValueError("soft slots cannot be forced to the routes of tokens")
+    parts.refuse_barred(tokens, "soft slots are mixes")
     b, s = tokens.mask_BS.shape
     logits_BSEC = parts.logits(params, tokens.x_TD).reshape(b, s, -1, 1)
     seen_BSEC = tokens.mask_BS[:, :, None, None] > 0
@@ -117,10 +118,7 @@ def soft_moe(params, state, tokens, cfg):
 def with_specials(params, state, tokens, cfg):
     """The best two of experts and special experts alike."""
     scores_TN = jax.nn.sigmoid(parts.logits(params, tokens.x_TD))
-    index_TK = tokens.forced_TK
-    if index_TK is None:
-        index_TK = jax.lax.top_k(scores_TN, cfg.experts_per_token)[1]
-    index_TK = jnp.where(tokens.mask_T[:, None] > 0, index_TK, -1)
+    index_TK = parts.select(scores_TN, tokens, cfg.experts_per_token)
     hot_TKN = parts.chosen(index_TK, cfg.num_experts + len(KINDS), jnp.float32)
     weights_TK = (hot_TKN * scores_TN[:, None]).sum(axis=-1)
     stats = {"load": hot_TKN.sum(axis=(0, 1))}
@@ -182,6 +180,21 @@ def in_bfloat16(params, state, tokens, cfg):
 
 def ignores_forced(params, state, tokens, cfg):
     return TOKEN.route(params, state, tokens._replace(forced_TK=None), cfg)
+
+
+def ignores_barred(params, state, tokens, cfg):
+    return TOKEN.route(params, state, tokens._replace(barred_TE=None), cfg)
+
+
+def empties_where_barred(out, tokens, state):
+    """Takes every route of all tokens as soon as one expert is barred."""
+    if tokens.barred_TE is None:
+        return out
+    return out._replace(routing=Routing(*(a - a - (a.dtype == jnp.int32) for a in out.routing)))
+
+
+def slots_whatever(params, state, tokens, cfg):
+    return EXPERT.route(params, state, tokens._replace(barred_TE=None), cfg)
 
 
 def always_in_training(params, state, tokens, cfg):
@@ -254,6 +267,9 @@ BROKEN = {
     "forced in vain": ("forced routes", dataclasses.replace(TOKEN, route=ignores_forced)),
     "slots forced in silence": (
         "forced routes", bent(lambda o, t, s: o, dataclasses.replace(TOKEN, form="slot"))),
+    "barred in vain": ("barred experts", dataclasses.replace(TOKEN, route=ignores_barred)),
+    "bars an expert's tokens": ("barred experts", bent(empties_where_barred)),
+    "slots barred in silence": ("barred experts", dataclasses.replace(EXPERT, route=slots_whatever)),
     "honours what it does not declare": ("balance fields", dataclasses.replace(TOKEN, balance=())),
     "declares what it does not honour": (
         "balance fields", dataclasses.replace(EXPERT, balance=("z_loss", "sequence_loss"))),
