@@ -17,6 +17,7 @@ usage: moejax COMMAND [flags]      (moejax COMMAND --help explains each)
   generate  --workdir=runs/quickstart --prompt="def "                      text from a trained run
   report    --workdir=runs/quickstart                                      a page of pictures of a run
   rebalance --workdir=runs/quickstart --devices=8                          experts on devices with equal loads
+  routes    --workdir=runs/quickstart --text="def f(x):"                   which experts each token has
   import    --hf_dir=DIR --workdir=runs/model                              a run from a Hugging Face folder
   export    --workdir=runs/model --hf_dir=DIR                              a Hugging Face folder from a run
   routers   [NAME]                                                         the table of routers, or one's page
@@ -33,6 +34,7 @@ COMMANDS = {
     "generate": "moejax.commands.generate",
     "report": "moejax.commands.report",
     "rebalance": "moejax.commands.rebalance",
+    "routes": "moejax.commands.routes",
     "import": "moejax.commands.import_",
     "export": "moejax.commands.export",
     "routers": "moejax.commands.routers",

@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import pathlib
+from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
@@ -11,8 +12,9 @@ from moejax.config import ConfigError, DataConfig
 from moejax.data import Corpus, load_corpus, validation_batches
 from moejax.evals.validation import compile_eval, evaluate, size_text
 from moejax.evals.writer import mesh_layout
-from moejax.runs.open import load_run, read_config
+from moejax.runs.open import OpenRun, load_run, read_config
 from moejax.runs.restore import check_step
+from moejax.sharding import Layout
 from moejax.text import Table
 
 
@@ -23,6 +25,64 @@ def held_out(data: DataConfig, sources: tuple[str, ...]) -> tuple[DataConfig, Co
         return data, load_corpus(data)
     data = dataclasses.replace(data, sources=sources, weights=(), max_bytes=0)
     return data, load_corpus(data, only_validation=True)
+
+
+class OpenText(NamedTuple):
+    """A run, and the batches of text that it is to read.
+
+    Attributes:
+      run: opened, its arrays on the devices of `layout`.
+      batches: see `moejax.data.validation_batches`.
+      domains: their names.
+      layout: the mesh and its table; None for one device.
+    """
+
+    run: OpenRun
+    batches: Any
+    domains: tuple[str, ...]
+    layout: Layout | None
+
+
+def open_text(
+    workdir: pathlib.Path,
+    sources: tuple[str, ...] = (),
+    *,
+    num_batches: int | None = None,
+    num_rows: int | None = None,
+    seq_len: int | None = None,
+    batch_size: int | None = None,
+    mesh: str | None = None,
+    step: int | None = None,
+) -> OpenText:
+    """Opens a run and text for it, weights last. See `evaluate_run`; `num_rows` replaces `num_batches`.
+
+    Raises ConfigError (DataError for the text) for bad input.
+    """
+    cfg = read_config(workdir)
+    check_step(workdir, step)
+    data = dataclasses.replace(
+        cfg.data, seq_len=seq_len or cfg.data.seq_len, batch_size=batch_size or cfg.data.batch_size
+    )
+    if data.seq_len > cfg.model.max_seq_len:
+        raise ConfigError(
+            f"seq_len={data.seq_len} exceeds the model's model.max_seq_len={cfg.model.max_seq_len}"
+        )
+    data, corpus = held_out(data, sources)
+    layout = None if mesh is None else mesh_layout(cfg, mesh)
+    ways = 1 if layout is None else layout.size(axes.BATCH)
+    if data.batch_size % ways:
+        raise ConfigError(
+            f"batch_size={data.batch_size} does not divide evenly over the {ways} devices of the batch; "
+            f"--batch_size={-(-data.batch_size // ways) * ways} would work"
+        )
+    run = load_run(workdir, layout, step)
+    if num_rows is None and num_batches is None and not sources:
+        tokens = cfg.train.eval_batches * cfg.data.batch_size * cfg.data.seq_len
+        num_rows = -(-tokens // data.seq_len)
+    elif num_rows is None:
+        num_rows = (num_batches or 0) * data.batch_size or None
+    batches = validation_batches(corpus, run.tokenizer, data, num_rows)
+    return OpenText(run, batches, tuple(corpus.domains), layout)
 
 
 def evaluate_run(
@@ -51,32 +111,18 @@ def evaluate_run(
     Returns:
       See `moejax.evals.validation.evaluate`. Raises ConfigError (DataError for the text) for bad input.
     """
-    cfg = read_config(workdir)
-    check_step(workdir, step)
-    data = dataclasses.replace(
-        cfg.data, seq_len=seq_len or cfg.data.seq_len, batch_size=batch_size or cfg.data.batch_size
+    run, batches, domains, layout = open_text(
+        workdir,
+        sources,
+        num_batches=num_batches,
+        seq_len=seq_len,
+        batch_size=batch_size,
+        mesh=mesh,
+        step=step,
     )
-    if data.seq_len > cfg.model.max_seq_len:
-        raise ConfigError(
-            f"seq_len={data.seq_len} exceeds the model's model.max_seq_len={cfg.model.max_seq_len}"
-        )
-    data, corpus = held_out(data, sources)
-    layout = None if mesh is None else mesh_layout(cfg, mesh)
-    ways = 1 if layout is None else layout.size(axes.BATCH)
-    if data.batch_size % ways:
-        raise ConfigError(
-            f"batch_size={data.batch_size} does not divide evenly over the {ways} devices of the batch; "
-            f"--batch_size={-(-data.batch_size // ways) * ways} would work"
-        )
-    run = load_run(workdir, layout, step)
-    num_rows = (num_batches or 0) * data.batch_size or None
-    if num_batches is None and not sources:
-        tokens = cfg.train.eval_batches * cfg.data.batch_size * cfg.data.seq_len
-        num_rows = -(-tokens // data.seq_len)
-    batches = validation_batches(corpus, run.tokenizer, data, num_rows)
-    eval_fn = compile_eval(run.cfg, num_domains=len(corpus.domains), layout=layout)
+    eval_fn = compile_eval(run.cfg, num_domains=len(domains), layout=layout)
     progress = tqdm(batches, desc="evaluate", unit="batch", total=len(batches), leave=False)
-    return evaluate(eval_fn, run.params, run.router_state, progress, corpus.domains, layout)[0]
+    return evaluate(eval_fn, run.params, run.router_state, progress, domains, layout)[0]
 
 
 def results_table(results: dict[str, float], title: str) -> Table:

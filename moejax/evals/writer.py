@@ -108,6 +108,7 @@ class Writer:
       speculative_decoding: see `generate.stream`.
 
     Attributes:
+      run: the opened run, its parameters prepared for decoding.
       stats: measurements of everything written so far.
     """
 
@@ -133,7 +134,8 @@ class Writer:
         self.tokenizer, self.cfg = run.tokenizer, run.cfg.model
         _check_ids(stop_ids, self.cfg.vocab_size)
         self.stats = Stats()
-        self._model = prepare(run.params, run.cfg.compute.dtype, layout), run.router_state
+        params = prepare(run.params, run.cfg.compute.dtype, layout)
+        self.run = run._replace(params=params)
         published = self.files.generation
         self._max_new = max_new
         self._stop_texts = (*stop_texts, *prompt_files.several(published, "stop_strings"))
@@ -178,6 +180,13 @@ class Writer:
             if piece:
                 yield piece
 
+    def write_ids(self, prompt: list[int]) -> list[int]:
+        """The ids of the continuation, with the token that ended it."""
+        ids: list[int] = []
+        for _ in self._pieces([prompt], [0], [ids]):
+            pass
+        return ids
+
     def write_each(
         self, requests: Sequence[Request | ConfigError], first: int = 0
     ) -> list[str | ConfigError]:
@@ -210,10 +219,14 @@ class Writer:
         usual = self.files.generation.get("max_new_tokens") or prompt_files.MAX_NEW
         return max(min(usual, self.cfg.max_seq_len - len(prompt)), 1)
 
-    def _pieces(self, prompts: list[list[int]], numbers: list[int]) -> Iterator[list[str]]:
+    def _pieces(
+        self, prompts: list[list[int]], numbers: list[int], kept: list[list[int]] | None = None
+    ) -> Iterator[list[str]]:
+        """Pieces of each row's text; their ids are added to the lists of `kept`."""
         rows = [StoppingText(self.tokenizer, self._stop_texts) for _ in prompts]
         for new in stream(
-            *self._model,
+            self.run.params,
+            self.run.router_state,
             self.cfg,
             prompts,
             [self._limit(prompt) for prompt in prompts],
@@ -221,5 +234,7 @@ class Writer:
             stop=lambda row: rows[row].stopped,
             **self._options,
         ):
+            for ids, of_row in zip(kept or (), new):
+                ids += of_row
             yield [row.push(i for i in ids if i not in self._ends) for row, ids in zip(rows, new)]
         yield [row.flush() for row in rows]
