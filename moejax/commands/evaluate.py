@@ -14,6 +14,7 @@ USAGE = """\
 usage: moejax evaluate --workdir=RUN                              the text that training validates on
        moejax evaluate --workdir=RUN --batches=0                  all of its held-out documents
        moejax evaluate --workdir=RUN --step=N                     an earlier checkpoint
+       moejax evaluate --workdir=RUN --replay=FILE.npz            with the routes of a trace (moejax routes)
        moejax evaluate --workdir=RUN --sources=wiki=FILES,..      text, JSON lines or Parquet"""
 
 
@@ -28,6 +29,7 @@ def main(argv: list[str]) -> int:
     whole("batch_size", None, "Sequences at once [the run's].", flag_values=fv, lower_bound=1)
     text("mesh", None, "Devices per axis: data=2,tensor=4 [one device].", flag_values=fv)
     define_step(fv)
+    text("replay", None, "A trace of this text, whose routes are taken.", flag_values=fv)
     text("json", None, "Also write the results to this file.", flag_values=fv)
     if not parse_needed("evaluate", USAGE, fv, argv, ("workdir",)):
         return 0
@@ -41,6 +43,7 @@ def main(argv: list[str]) -> int:
         batch_size=fv.batch_size,
         mesh=fv.mesh,
         step=fv.step,
+        replay=pathlib.Path(fv.replay) if fv.replay else None,
     )
     where = ", ".join(fv.sources) or "held-out documents"
     at = "" if fv.step is None else f" at step {fv.step}"

@@ -3,15 +3,20 @@
 import dataclasses
 import math
 import pathlib
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
 from moejax import axes
 from moejax.config import ConfigError, DataConfig
-from moejax.data import Corpus, load_corpus, validation_batches
+from moejax.data import Corpus, Tokenizer, load_corpus, load_tokenizer, validation_batches
+from moejax.evals.trace_read import open_trace
+from moejax.evals.trace_replay import check_fits, replayed
 from moejax.evals.validation import compile_eval, evaluate, size_text
 from moejax.evals.writer import mesh_layout
+from moejax.models.replay import most_routes
+from moejax.runs import folder
 from moejax.runs.open import OpenRun, load_run, read_config
 from moejax.runs.restore import check_step
 from moejax.sharding import Layout
@@ -53,8 +58,10 @@ def open_text(
     batch_size: int | None = None,
     mesh: str | None = None,
     step: int | None = None,
+    check: Callable[[Tokenizer, Iterable[dict]], None] | None = None,
 ) -> OpenText:
-    """Opens a run and text for it, weights last. See `evaluate_run`; `num_rows` replaces `num_batches`.
+    """Opens a run and text for it, weights last. See `evaluate_run`; `num_rows` replaces `num_batches`, and
+    `check` is called with the tokenizer and the batches before weights are read.
 
     Raises ConfigError (DataError for the text) for bad input.
     """
@@ -75,14 +82,16 @@ def open_text(
             f"batch_size={data.batch_size} does not divide evenly over the {ways} devices of the batch; "
             f"--batch_size={-(-data.batch_size // ways) * ways} would work"
         )
-    run = load_run(workdir, layout, step)
+    tokenizer = load_tokenizer(cfg.data, None, workdir / folder.TOKENIZER)
     if num_rows is None and num_batches is None and not sources:
         tokens = cfg.train.eval_batches * cfg.data.batch_size * cfg.data.seq_len
         num_rows = -(-tokens // data.seq_len)
     elif num_rows is None:
         num_rows = (num_batches or 0) * data.batch_size or None
-    batches = validation_batches(corpus, run.tokenizer, data, num_rows)
-    return OpenText(run, batches, tuple(corpus.domains), layout)
+    batches = validation_batches(corpus, tokenizer, data, num_rows)
+    if check is not None:
+        check(tokenizer, batches)
+    return OpenText(load_run(workdir, layout, step), batches, tuple(corpus.domains), layout)
 
 
 def evaluate_run(
@@ -94,6 +103,7 @@ def evaluate_run(
     batch_size: int | None = None,
     mesh: str | None = None,
     step: int | None = None,
+    replay: pathlib.Path | None = None,
 ) -> dict[str, float]:
     """Evaluates a checkpoint of a run, trained or imported.
 
@@ -107,10 +117,22 @@ def evaluate_run(
         each other, so a longer seq_len gives a lower loss.
       mesh: such as 'data=2,tensor=4'; None for one device.
       step: of the checkpoint; None: the newest.
+      replay: a trace of this text (`moejax routes`): tokens take its routes, and weigh them themselves.
 
     Returns:
       See `moejax.evals.validation.evaluate`. Raises ConfigError (DataError for the text) for bad input.
     """
+    trace = None if replay is None else open_trace(replay)
+    model = read_config(workdir).model
+    if trace is not None:
+        most_routes(model)  # refuses a model that cannot be told its routes
+
+    def check(tokenizer: Tokenizer, batches: Iterable[dict]) -> None:
+        if trace is not None:
+            check_fits(trace, model, tokenizer)
+            for _ in replayed(tqdm(batches, desc="trace", leave=False, delay=2), trace, model):
+                pass
+
     run, batches, domains, layout = open_text(
         workdir,
         sources,
@@ -119,10 +141,12 @@ def evaluate_run(
         batch_size=batch_size,
         mesh=mesh,
         step=step,
+        check=check,
     )
     eval_fn = compile_eval(run.cfg, num_domains=len(domains), layout=layout)
     progress = tqdm(batches, desc="evaluate", unit="batch", total=len(batches), leave=False)
-    return evaluate(eval_fn, run.params, run.router_state, progress, domains, layout)[0]
+    text = progress if trace is None else replayed(progress, trace, model)
+    return evaluate(eval_fn, run.params, run.router_state, text, domains, layout)[0]
 
 
 def results_table(results: dict[str, float], title: str) -> Table:

@@ -1,0 +1,104 @@
+"""evaluate --replay: a run that replays its own routes has the same loss to the last bit; others are refused."""
+
+import json
+
+import numpy as np
+import pytest
+
+from moejax.commands import evaluate, routes
+from moejax.config import ConfigError
+from moejax.evals import trace_files, trace_read
+from moejax.evals.evaluate import evaluate_run
+from moejax.evals.trace import Records
+
+
+@pytest.fixture(scope="module")
+def traces(trained, tmp_path_factory):
+    """The trained run's routes on its held-out text, as npz and JSON lines."""
+    folder = tmp_path_factory.mktemp("traces")
+    for kind in ("npz", "jsonl"):
+        assert routes.main([f"--workdir={trained}", f"--out={folder}/own.{kind}"]) == 0
+    return folder
+
+
+def changed(path, out, header=(), change=lambda rows: rows):
+    """A trace with another header or other rows [(row, token, experts), ..]."""
+    file = trace_read.open_trace(path)
+    rows = [
+        (r.number, t, e)
+        for r in trace_read.rows(file, 32)
+        for t, e in zip(r.token_n, r.experts_nLK)
+    ]
+    row, token, experts = map(np.array, zip(*change(rows)))
+    records = Records(row, np.ones_like(row), token, experts, None, None)
+    # As another engine would: no weights, no margins.
+    trace_files.write(out, "jsonl", {**file.header, **dict(header)}, [records], [])
+
+
+def test_own_routes_give_the_same_loss_to_the_last_bit(trained, traces):
+    want = evaluate_run(trained)
+    assert evaluate_run(trained, replay=traces / "own.npz") == want
+
+
+def test_routes_of_another_checkpoint_change_the_loss(trained, traces, tmp_path, capsys):
+    out = f"{tmp_path}/early.npz"
+    assert routes.main([f"--workdir={trained}", "--step=10", f"--out={out}"]) == 0
+    assert evaluate.main([f"--workdir={trained}", f"--replay={out}"]) == 0
+    late = evaluate_run(trained)["loss"]
+    assert evaluate_run(trained, replay=tmp_path / "early.npz")["loss"] != late
+    own = evaluate_run(trained, step=10)
+    assert evaluate_run(trained, step=10, replay=tmp_path / "early.npz") == own
+
+
+def test_a_trace_of_another_engine_needs_only_ids_and_experts(trained, traces, tmp_path):
+    lines = (traces / "own.jsonl").read_text().splitlines()
+    header = {
+        k: v
+        for k, v in json.loads(lines[0]).items()
+        if k in ("format", "version", "num_experts", "experts_per_token", "layers")
+    }
+    few = [
+        {k: v for k, v in json.loads(s).items() if k in ("row", "token", "experts")}
+        for s in lines[1:]
+    ]
+    path = tmp_path / "engine.jsonl"
+    path.write_text("\n".join(json.dumps(v) for v in [header, *few]))
+    assert evaluate_run(trained, replay=path) == evaluate_run(trained)
+
+
+def other_token(rows):
+    rows[40] = (rows[40][0], (rows[40][1] + 1) % 256, rows[40][2])
+    return rows
+
+
+def twice(rows):
+    rows[40][2][1] = 3
+    return rows
+
+
+def too_large(rows):
+    rows[40][2][0, 0] = 8
+    return rows
+
+
+@pytest.mark.parametrize(
+    "header, change, match",
+    [
+        ({"num_experts": 16}, list, "has num_experts=16, this model 8"),
+        ({"tokenizer": "sha256:0"}, list, "has tokenizer=sha256:0, this model byte"),
+        ({"layers": [0, 2]}, list, "a trace that is replayed needs every layer"),
+        ({}, lambda rows: rows[:-1], r"row 7 has 31 tokens, that of the text 32"),
+        ({}, lambda rows: rows[:96], "ends before row 3 of the text"),
+        ({}, lambda rows: rows[32:], "has row 1 where the text has row 0"),
+        ({}, other_token, r"row 1 is of another text: its token 8 is \d+, that of the text"),
+        ({}, twice, r"rows 0 to 3: .*names expert 3 twice .*row 1, position 8, MoE layer 1"),
+        ({}, too_large, r"names expert 8 .*there are 0 to 7"),
+    ],
+)
+def test_another_trace_is_refused_before_weights_are_read(
+    trained, traces, tmp_path, header, change, match, monkeypatch
+):
+    changed(traces / "own.npz", tmp_path / "t.jsonl", header, change)
+    monkeypatch.setattr("moejax.evals.evaluate.load_run", None)
+    with pytest.raises(ConfigError, match=match):
+        evaluate_run(trained, replay=tmp_path / "t.jsonl")
