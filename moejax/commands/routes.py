@@ -9,7 +9,7 @@ from tqdm import tqdm
 
 from moejax.commands.flags import define_step, parse_needed
 from moejax.config import ConfigError
-from moejax.evals import trace, trace_files
+from moejax.evals import trace, trace_files, trace_page
 from moejax.evals.trace import Records
 from moejax.runs.open import OpenRun, read_config
 from moejax.runs.restore import check_step
@@ -21,7 +21,7 @@ usage: moejax routes --workdir=RUN --text="def f(x):"               which expert
        moejax routes --workdir=RUN --prompt="def " [--chat]         the model goes on; its tokens are shown, too
        moejax routes --workdir=RUN --out=FILE.parquet               the held-out text that `evaluate` reads
        moejax routes --workdir=RUN --sources=wiki=FILES --out=..    any text, however long
-       formats: table, jsonl, parquet, npz (--format, or the ending of --out)"""
+       formats: table, jsonl, parquet, npz, html (--format, or the ending of --out)"""
 SHOWN_TOKENS, SHOWN_LAYERS = 60, 4  # of a table
 
 
@@ -43,10 +43,10 @@ def main(argv: list[str]) -> int:
     several("layers", [], "MoE layers, numbered from 0: 0,3 [all].", flag_values=fv)
     define_step(fv)
     text("format", None, "How to write it [by the ending of --out].", flag_values=fv)
-    text("out", None, "File to write; needed for parquet and npz.", flag_values=fv)
+    text("out", None, "File to write; needed for parquet, npz and html.", flag_values=fv)
     if not parse_needed("routes", USAGE, fv, argv, ("workdir",)):
         return 0
-    kind = trace_files.format_of(fv.format, fv.out, ("table",))
+    kind = trace_files.format_of(fv.format, fv.out, ("table", "html"))
     _check_flags(fv, kind)
     workdir = pathlib.Path(fv.workdir)
     layers = trace.check_layers(read_config(workdir).model, _numbers(fv.layers))
@@ -58,6 +58,9 @@ def main(argv: list[str]) -> int:
     texts = trace.token_texts(run.tokenizer)
     if kind == "table":
         _write_text(fv.out, [render([_table(run, pieces, texts, layers)])])
+    elif kind == "html":
+        number, more = trace_page.write_page(pathlib.Path(fv.out), header, pieces, texts)
+        print(f"wrote {fv.out}: {number:,} tokens" + ", the first of a longer text" * more)
     elif kind == "jsonl" and not fv.out:
         first = header
         for records in pieces:

@@ -1,4 +1,4 @@
-"""evaluate --replay: a run that replays its own routes has the same loss to the last bit; others are refused."""
+"""evaluate --replay: a run that replays its own routes has its loss to the last bit; others are refused."""
 
 import json
 
