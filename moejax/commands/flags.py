@@ -69,6 +69,12 @@ def define_step(fv: flags.FlagValues) -> None:
     )
 
 
+def define_intervene(fv: flags.FlagValues) -> None:
+    """`--intervene=`, for commands that look at a model; `moejax.evals.intervene_text` reads it."""
+    text = "Change the model: top=4, k=6, no_shared, .. (docs/interventions.md); may be repeated."
+    flags.DEFINE_multi_string("intervene", [], text, flag_values=fv)
+
+
 def parse(command: str, usage: str, fv: flags.FlagValues, argv: list[str]) -> list[str] | None:
     """Parse the flags and return the other arguments. Returns None after --help, which prints usage and flags.
 

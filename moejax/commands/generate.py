@@ -6,7 +6,7 @@ import sys
 
 from absl import flags
 
-from moejax.commands.flags import define_step, parse_needed
+from moejax.commands.flags import define_intervene, define_step, parse_needed
 from moejax.config import ConfigError
 from moejax.data import DataError, sources
 from moejax.evals import chat
@@ -46,6 +46,7 @@ def _generate_flags() -> flags.FlagValues:
     )
     text("mesh", None, "Devices per axis: tensor=2,expert=4 [one device].", flag_values=fv)
     define_step(fv)
+    define_intervene(fv)
     switch("stats", False, "Print speeds and the cache's size at the end.", flag_values=fv)
     switch("jsonl", False, "Print a JSON object per prompt.", flag_values=fv)
     return fv
@@ -61,6 +62,7 @@ def main(argv: list[str]) -> int:
     if fv.greedy and fv.temperature:
         raise ConfigError(f"--greedy and --temperature={fv.temperature} contradict each other")
     requests = _requests(fv)  # read before the weights: a wrong file is reported at once
+    from moejax.evals.intervene_text import parse
     from moejax.evals.writer import Writer
 
     writer = Writer(
@@ -71,6 +73,7 @@ def main(argv: list[str]) -> int:
         temperature=0.0 if fv.greedy or (fv.speculative and not fv.temperature) else fv.temperature,
         top_k=fv.top_k,
         top_p=fv.top_p,
+        interventions=parse(fv.intervene) if fv.intervene else (),
         seed=fv.seed,
         stop_texts=fv.stop,
         stop_ids=_integers(fv.stop_ids),

@@ -89,7 +89,7 @@ def silence(model: Model, out_LE: np.ndarray) -> Model:
 
 
 def drop_shared(model: Model, one_more: bool) -> Model:
-    """Without the shared experts, and with one more routed one in their place or not: 2401.06066 section 4.5."""
+    """Without the shared experts, with one more routed one in their place or not (2401.06066 section 4.5)."""
     own = lambda moe: {k: a for k, a in moe.items() if k not in ("shared", "shared_gate")}  # noqa: E731
     return _with_moe(model, config_without_shared(model.cfg, one_more), own)
 
@@ -153,7 +153,7 @@ def check_experts(cfg: ModelConfig) -> None:
 
 
 def check_rerouting(cfg: ModelConfig, name: str) -> None:
-    """Whether the router honours what `bar` ('barred') or `skip_best` ('skipped') sets: it is asked, with shapes
+    """Whether the router honours layer.BARRED (`bar`) or layer.SKIPPED (`skip_best`): it is asked, with shapes
     in place of arrays."""
     check_experts(cfg)
     assert cfg.router is not None

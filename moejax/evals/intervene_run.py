@@ -1,15 +1,17 @@
 """What an intervention costs: the loss of the untouched and of the changed model on the same tokens, by domain.
 
-The interval of a difference is a paired bootstrap over pieces of documents (what of a document lies in one row):
-both losses are resampled with the same weights. The weights are Poisson(1) numbers drawn piece by piece, in place
-of drawing n pieces with replacement (Chamandy et al., 2012): sums are all that is kept, whatever the text's length,
-and each model reads the text by itself.
+The interval of a difference is a paired bootstrap over pieces of documents (what of a document lies in one
+row): both losses are resampled with the same weights. These are Poisson(1) numbers, drawn for each piece, in
+place of n pieces drawn with replacement (Chamandy et al., 2012). So sums are all that is kept, however long the
+text, and each model reads the text by itself.
 
 Here: R resamples, with the text as it is before them; d domains.
 """
 
 import dataclasses
+import functools
 import math
+import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -17,15 +19,17 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from moejax.config import ConfigError, ExperimentConfig
+from moejax.config import ComputeConfig, ConfigError, ExperimentConfig, ModelConfig
 from moejax.evals import intervene
-from moejax.evals.evaluate import Text
+from moejax.evals.evaluate import OpenText, open_text
 from moejax.evals.intervene import Model
-from moejax.evals.intervene_text import Intervention, apply_all
+from moejax.evals.intervene_text import Intervention, apply_all, check_all
 from moejax.evals.routes import routes_of
 from moejax.evals.statistics import CONFIDENCE
 from moejax.models.loss import loss_fn
 from moejax.models.replay import FIELD, field_of, with_routes
+from moejax.runs.open import OpenRun, load_run, read_config
+from moejax.runs.restore import check_step
 from moejax.sharding import Layout, place_whole
 from moejax.text import Table
 
@@ -59,41 +63,41 @@ def _over(a, b):
     return np.where(b > 0, a / np.maximum(b, 1e-300), np.nan)
 
 
+_NOTHING = Sums(*[np.zeros(())] * 4)
 Routes = Callable[[int, dict], np.ndarray]  # (number of a batch, batch) -> its field `routes`
 
 
-def measure(
-    model: Model, cfg: ExperimentConfig, text: Text, routes: Routes | None = None, name: str = ""
-) -> Sums:
+def measure(model: Model, text: OpenText, routes: Routes | None = None, name: str = "") -> Sums:
     """One pass over the text. Memory does not grow with it.
 
     Args:
       model: as changed.
-      cfg: how it is computed; its own model is not read.
-      text: batches and domains.
+      text: batches and domains, and how it is computed.
       routes: what tokens are told; None: routers choose.
       name: for the progress bar.
     """
-    layout, num_domains = text.layout, len(text.domains)
-
-    def step(params, state, batch):
-        _, parts = loss_fn(params, state, batch, model.cfg, compute=cfg.compute, layout=layout)
-        load_LN = parts.aux["moe_blocks"].stats["load"]
-        return parts.nll_BS, load_LN[:, : model.cfg.moe.num_experts]
-
-    step = jax.jit(step, out_shardings=None if layout is None else layout.replicated)
-    sums: Any = None
+    step = _compiled(model.cfg, text.run.cfg.compute, text.layout)
+    num_domains, sums = len(text.domains), _NOTHING
     progress = tqdm(text.batches, desc=name, unit="batch", total=len(text.batches), leave=False)
     for number, batch in enumerate(progress):
         fields = {k: a for k, a in batch.items() if k != "num_bytes"}
         if routes is not None:
             fields = with_routes(fields, routes(number, fields), model.cfg)
-        placed = place_whole(fields, layout)
+        placed = place_whole(fields, text.layout)
         nll_BS, load_LE = jax.device_get(step(model.params, model.router_state, placed))
-        here = _resampled(np.float64(nll_BS), batch, num_domains, number)
-        here = Sums(*here, np.float64(load_LE))
-        sums = here if sums is None else jax.tree.map(np.add, sums, here)
+        here = _resampled(nll_BS.astype(np.float64), batch, num_domains, number)
+        sums = Sums(*map(np.add, sums, (*here, load_LE.astype(np.float64))))
     return sums
+
+
+@functools.cache  # models that differ only in their arrays share a program
+def _compiled(model: ModelConfig, compute: ComputeConfig, layout: Layout | None):
+    def step(params, state, batch):
+        _, parts = loss_fn(params, state, batch, model, compute=compute, layout=layout)
+        load_LN = parts.aux["moe_blocks"].stats["load"]
+        return parts.nll_BS, load_LN[:, : model.moe.num_experts]
+
+    return jax.jit(step, out_shardings=None if layout is None else layout.replicated)
 
 
 def _resampled(nll_BS, batch, num_domains: int, number: int):
@@ -141,9 +145,7 @@ class Change:
     pieces: int
 
 
-def compare(
-    untouched: Sums, changed: Sequence[Sums], domains: Sequence[str]
-) -> dict[str, Change]:
+def compare(untouched: Sums, changed: Sequence[Sums], domains: Sequence[str]) -> dict[str, Change]:
     """'all' -> Change, then each domain that has text."""
     each = {"all": (lambda s: s.loss_R, untouched.targets_Rd.sum(axis=1), untouched.pieces_d.sum())}
     for i, name in enumerate(domains):
@@ -167,40 +169,36 @@ def compare(
 
 def run_interventions(
     interventions: Sequence[Intervention],
-    cfg: ExperimentConfig,
-    model: Model,
-    text: Text,
+    text: OpenText,
     other: Model | None = None,
-    untouched: Sums | None = None,
 ) -> dict[str, Change]:
     """The cost of these interventions together. `check_all` comes before.
 
     Args:
       interventions: applied in their order, once for each seed.
-      cfg, model: of the run.
-      text: to measure on.
+      text: a run and what it is to read.
       other: the model of `routes_from`.
-      untouched: sums of the model as it is, if they are known.
     """
-    untouched = measure(model, cfg, text, name="untouched") if untouched is None else untouched
+    model = model_of(text.run)
+    untouched = measure(model, text, name="untouched")
     changed = []
     seeds = max(i.seeds for i in interventions)
     for seed in range(seeds):
         here = apply_all(interventions, model, seed, untouched.load_LE)
-        routes = routes_for(interventions, cfg, text.layout, seed, other)
+        routes = routes_for(interventions, text, seed, other)
         name = "changed" if seeds == 1 else f"changed, seed {seed}"
-        changed.append(measure(here, cfg, text, routes, name))
+        changed.append(measure(here, text, routes, name))
     return compare(untouched, changed, text.domains)
 
 
 def routes_for(
     interventions: Sequence[Intervention],
-    cfg: ExperimentConfig,
-    layout: Layout | None,
+    text: OpenText,
     seed: int,
     other: Model | None,
 ) -> Routes | None:
     """What tokens are told: nothing, random experts, or the routes of `other`."""
+    cfg, layout = text.run.cfg, text.layout
     kinds = [i.kind for i in interventions if i.brings_routes]
     if not kinds:
         return None
@@ -256,7 +254,14 @@ def changes_table(changes: dict[str, Change], title: str) -> Table:
         spread = f"{min(c.seeds):.4f} to {max(c.seeds):.4f}" if len(c.seeds) > 1 else ""
         interval = "" if math.isnan(c.low) else f"{c.low:+.4f} to {c.high:+.4f}"
         rows.append(
-            [name, f"{c.untouched:.4f}", f"{c.changed:.4f}", f"{c.difference:+.4f}", interval, spread]
+            [
+                name,
+                f"{c.untouched:.4f}",
+                f"{c.changed:.4f}",
+                f"{c.difference:+.4f}",
+                interval,
+                spread,
+            ]
         )
         rows[-1] += [f"{c.tokens:,}", f"{c.pieces:,}"]
     header = [
@@ -277,3 +282,43 @@ def as_json(changes: dict[str, Change]) -> dict:
     return {
         name: {k: clean(v) for k, v in dataclasses.asdict(c).items()} for name, c in changes.items()
     }
+
+
+# --------------------------------------------------------------------------------------------------
+# A run.
+
+
+def intervene_run(
+    workdir: pathlib.Path,
+    interventions: Sequence[Intervention],
+    sources: tuple[str, ...] = (),
+    **how: Any,
+) -> dict[str, Change]:
+    """`run_interventions` on a checkpoint; the other arguments are those of `evaluate.open_text`. What
+    cannot be is refused before any weights are read."""
+    cfg = read_config(workdir)
+    check_all(interventions, cfg.model)
+    elsewhere = [i for i in interventions if i.kind == "routes_from"]
+    for one in elsewhere:
+        folder, at = one.value
+        check_alike(cfg, read_config(folder), f"--intervene={one.text}")
+        check_step(folder, at)
+    text = open_text(workdir, sources, **how)
+    other = None
+    for one in elsewhere:
+        folder, at = one.value
+        there = load_run(folder, text.layout, at)
+        if there.tokenizer.encode(PROBE) != text.run.tokenizer.encode(PROBE):
+            raise ConfigError(
+                f"--intervene={one.text}: its tokenizer cuts text otherwise than this run's; a checkpoint "
+                "with the same tokenizer would work"
+            )
+        other = model_of(there)
+    return run_interventions(interventions, text, other)
+
+
+def model_of(run: OpenRun) -> Model:
+    return Model(run.cfg.model, run.params, run.router_state)
+
+
+PROBE = "The quick brown fox jumps over 13 lazy dogs.\n\tdef f(x): return x ** 2  # caf\u00e9 \u4e2d\u6587\n"

@@ -1,18 +1,18 @@
 """`--intervene=`: interventions as text, several with commas, applied in their order.
 
-    experts=2/7+*/3     without expert 7 of MoE layer 2 and expert 3 of every one; both count from 0
-    top=4 bottom=4      without the 4 most (least) used experts of each MoE layer, counted on the same text, or
-                        :by=FILE#NAME with the largest (smallest) numbers of a JSON file
-    random=4            without 4 random ones of each layer
-    best=4              every token without the 4 experts that it scores highest
-      :silent           their outputs are zero; else tokens take their next best
-      :layers=0+2       in these MoE layers only
-      :seeds=3          (random, uniform) that many draws, and their mean
-    no_shared           without the shared experts; no_shared:one_more with one more routed one instead
-    k=6                 6 experts for each token
-    temperature=2       logits of the routers / 2
-    uniform             random experts for every token, weighed by the router's scores
-    routes_from=RUN     the experts that another checkpoint chooses, RUN@STEP for an earlier one
+experts=2/7+*/3     without expert 7 of MoE layer 2 and expert 3 of every one; both count from 0
+top=4 bottom=4      without the 4 most (least) used experts of each MoE layer, counted on the same text, or
+                    :by=FILE#NAME with the largest (smallest) numbers of a JSON file
+random=4            without 4 random ones of each layer
+best=4              every token without the 4 experts that it scores highest
+  :silent           their outputs are zero; else tokens take their next best
+  :layers=0+2       in these MoE layers only
+  :seeds=3          (random, uniform) that many draws, and their mean
+no_shared           without the shared experts; no_shared:one_more with one more routed one instead
+k=6                 6 experts for each token
+temperature=2       logits of the routers / 2
+uniform             random experts for every token, weighed by the router's scores
+routes_from=RUN     the experts that another checkpoint chooses, RUN@STEP for an earlier one
 """
 
 import dataclasses
@@ -28,6 +28,7 @@ from moejax.evals import intervene
 from moejax.evals.intervene import Model
 from moejax.models.replay import most_routes
 from moejax.moe import layer
+from moejax.runs.open import OpenRun
 from moejax.text import shown
 
 OPTIONS = {
@@ -175,9 +176,29 @@ def apply_all(
     return model
 
 
+def changed_run(run: OpenRun, interventions: Sequence[Intervention]) -> OpenRun:
+    """The run with a changed model; what it was saved as stays as it is."""
+    model = apply_all(interventions, Model(run.cfg.model, run.params, run.router_state))
+    cfg = dataclasses.replace(run.cfg, model=model.cfg)
+    return run._replace(cfg=cfg, params=model.params, router_state=model.router_state)
+
+
+def check_alone(interventions: Sequence[Intervention]) -> None:
+    """ConfigError for what needs a text to look at, or several draws: where text is written there are none."""
+    for one in interventions:
+        would = "moejax evaluate takes it"
+        if one.needs_load:
+            would = f"{one.text}:by=FILE with counts would work"
+        elif one.seeds > 1:
+            would = "without seeds it would work"
+        elif not one.brings_routes:
+            continue
+        raise ConfigError(f"--intervene={one.text} needs a text with all its tokens; here {would}")
+
+
 def parse(items: Sequence[str]) -> list[Intervention]:
-    """The interventions of all `--intervene=` flags. Raises ConfigError for what is no such text, and for two of
-    a kind that would undo each other."""
+    """The interventions of all `--intervene=` flags. Raises ConfigError for what is none, and for two that
+    contradict each other."""
     texts = [text.strip() for item in items for text in item.split(",")]
     out = [_one(text) for text in texts if text]
     if not out:
@@ -190,8 +211,8 @@ def parse(items: Sequence[str]) -> list[Intervention]:
     clash += routes[1:] + [i for i in out if i.one_more]
     if routes and clash:
         raise ConfigError(
-            f"--intervene: {routes[0].text} says which experts a token has, and so does {clash[0].text}; one of "
-            "them would work"
+            f"--intervene: {routes[0].text} says which experts a token has, and so does {clash[0].text}; one "
+            "of them would work"
         )
     if sum(i.seeds > 1 for i in out) > 1:
         raise ConfigError("--intervene: give seeds to one intervention; each seed is a draw of all")
@@ -278,7 +299,9 @@ def read_values(text: str, shape: tuple[int, int]) -> np.ndarray:
         values = json.loads(pathlib.Path(file).read_text("utf-8-sig"))
     except (OSError, ValueError, RecursionError) as e:
         raise ConfigError(f"by={file} cannot be read as JSON: {e}") from e
-    tables = {at: table for at, table in _tables(values) if f".{at}".endswith(f".{name}" * bool(name))}
+    tables = {
+        at: table for at, table in _tables(values) if f".{at}".endswith(f".{name}" * bool(name))
+    }
     if len(tables) != 1:
         named = ", ".join(at for at, _ in _tables(values)) or "none"
         what = f"{len(tables)} tables" + (f" named {name}" if name else "")
@@ -301,4 +324,7 @@ def _tables(value: Any, at: str = "") -> list[tuple[str, np.ndarray]]:
         return []
     if not all(type(a) in (int, float) for r in rows for a in r):
         return []
-    return [(at, np.array(rows, np.float64))]
+    try:
+        return [(at, np.array(rows, np.float64))]
+    except OverflowError:  # a whole number beyond all floats
+        return []

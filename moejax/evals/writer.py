@@ -14,6 +14,7 @@ from moejax.data import StreamDecoder
 from moejax.data.tokenizer import Tokenizer
 from moejax.evals import chat
 from moejax.evals.generate import Stats, check_prompt, prepare, stream
+from moejax.evals.intervene_text import Intervention, changed_run, check_all, check_alone
 from moejax.interop import prompts as prompt_files
 from moejax.mesh import parse_mesh
 from moejax.runs import folder
@@ -100,6 +101,7 @@ class Writer:
       workdir: of the run, trained or imported.
       mesh: 'tensor=2,expert=4', or None for one device.
       step: of the checkpoint; None: the newest.
+      interventions: what is changed about the model; those that look at a text cannot be.
       max_new: tokens per prompt. None: the value in generation_config.json, or 200, but no more than fit.
       temperature, top_k, top_p: None: the value in generation_config.json, or in `prompt_files.DEFAULTS`.
       seed: see `generate.stream`.
@@ -118,6 +120,7 @@ class Writer:
         *,
         mesh: str | None = None,
         step: int | None = None,
+        interventions: Sequence[Intervention] = (),
         max_new: int | None = None,
         temperature: float | None = None,
         top_k: int | None = None,
@@ -128,9 +131,11 @@ class Writer:
         speculative_decoding: bool = False,
     ):
         experiment = read_config(workdir)
+        check_alone(interventions)
+        check_all(interventions, experiment.model)
         self.files = prompt_files.read_prompt_files(workdir / folder.HF)
         layout = None if mesh is None else mesh_layout(experiment, mesh)
-        run = load_run(workdir, layout, step)
+        run = changed_run(load_run(workdir, layout, step), interventions)
         self.tokenizer, self.cfg = run.tokenizer, run.cfg.model
         _check_ids(stop_ids, self.cfg.vocab_size)
         self.stats = Stats()
