@@ -52,7 +52,9 @@ def main(argv: list[str]) -> int:
     title = f"{fv.workdir}{at} on {', '.join(sources) or 'held-out documents'}"
     if fv.intervene:
         if fv.replay:
-            raise ConfigError("--intervene and --replay: one of them would work, or routes_from=RUN")
+            raise ConfigError(
+                "--intervene and --replay: one of them would work, or routes_from=RUN"
+            )
         interventions = parse(fv.intervene)
         changes = intervene_run(run, interventions, sources, **how)
         table = changes_table(changes, f"{title}: {', '.join(i.text for i in interventions)}")

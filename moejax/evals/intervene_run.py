@@ -20,14 +20,17 @@ import numpy as np
 from tqdm import tqdm
 
 from moejax.config import ComputeConfig, ConfigError, ExperimentConfig, ModelConfig
+from moejax.data import Tokenizer, load_tokenizer
 from moejax.evals import intervene
 from moejax.evals.evaluate import OpenText, open_text
 from moejax.evals.intervene import Model
 from moejax.evals.intervene_text import Intervention, apply_all, check_all
 from moejax.evals.routes import routes_of
 from moejax.evals.statistics import CONFIDENCE
+from moejax.evals.trace import tokenizer_checksum
 from moejax.models.loss import loss_fn
 from moejax.models.replay import FIELD, field_of, with_routes
+from moejax.runs import folder
 from moejax.runs.open import OpenRun, load_run, read_config
 from moejax.runs.restore import check_step
 from moejax.sharding import Layout, place_whole
@@ -298,27 +301,25 @@ def intervene_run(
     cannot be is refused before any weights are read."""
     cfg = read_config(workdir)
     check_all(interventions, cfg.model)
-    elsewhere = [i for i in interventions if i.kind == "routes_from"]
-    for one in elsewhere:
-        folder, at = one.value
-        check_alike(cfg, read_config(folder), f"--intervene={one.text}")
-        check_step(folder, at)
-    text = open_text(workdir, sources, **how)
-    other = None
-    for one in elsewhere:
-        folder, at = one.value
-        there = load_run(folder, text.layout, at)
-        if there.tokenizer.encode(PROBE) != text.run.tokenizer.encode(PROBE):
+    elsewhere = next((i for i in interventions if i.kind == "routes_from"), None)
+    if elsewhere is None:
+        return run_interventions(interventions, open_text(workdir, sources, **how))
+    (other, at), name = elsewhere.value, f"--intervene={elsewhere.text}"
+    there = read_config(other)
+    check_alike(cfg, there, name)
+    check_step(other, at)
+
+    def check(tokenizer: Tokenizer, batches: Any) -> None:
+        del batches
+        its_own = load_tokenizer(there.data, None, other / folder.TOKENIZER)
+        if tokenizer_checksum(its_own) != tokenizer_checksum(tokenizer):
             raise ConfigError(
-                f"--intervene={one.text}: its tokenizer cuts text otherwise than this run's; a checkpoint "
-                "with the same tokenizer would work"
+                f"{name}: its tokenizer is another; a checkpoint with this run's would work"
             )
-        other = model_of(there)
-    return run_interventions(interventions, text, other)
+
+    text = open_text(workdir, sources, check=check, **how)
+    return run_interventions(interventions, text, model_of(load_run(other, text.layout, at)))
 
 
 def model_of(run: OpenRun) -> Model:
     return Model(run.cfg.model, run.params, run.router_state)
-
-
-PROBE = "The quick brown fox jumps over 13 lazy dogs.\n\tdef f(x): return x ** 2  # caf\u00e9 \u4e2d\u6587\n"

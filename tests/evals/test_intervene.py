@@ -108,7 +108,9 @@ def test_silent_experts_are_routes_left_out(name):
         got, aux = one_layer(before.cfg, layer, routes.inputs_LTD[at].reshape(2, 6, -1))
         np.testing.assert_array_equal(aux.routing.expert_index_TK, routes.expert_LTK[at])
         kept_TK = np.where(
-            np.isin(routes.expert_LTK[at], (2, 5, 6) if at == 0 else (5, 6)), -1, routes.expert_LTK[at]
+            np.isin(routes.expert_LTK[at], (2, 5, 6) if at == 0 else (5, 6)),
+            -1,
+            routes.expert_LTK[at],
         )
         assert (kept_TK != routes.expert_LTK[at]).any()
         want = by_hand(before, x_TD, kept_TK, routes.weights_LTK[at], at)
@@ -205,9 +207,8 @@ def test_temperature_divides_logits_or_is_refused(name):
 
     def scores(params, x_TD):
         state = router.init_state(static, 0)
-        return router.route(
-            params, state, tokens_of(x_TD, 4, ids_T=jnp.arange(4)), static
-        ).scores_TE
+        tokens = tokens_of(x_TD, 4, ids_T=jnp.arange(4))
+        return np.asarray(router.route(params, state, tokens, static).scores_TE)
 
     got = scores(jax.tree.map(lambda a: a[0], cooled), x_TD)
     np.testing.assert_allclose(got, scores(params, x_TD / 2), rtol=1e-5)
