@@ -18,14 +18,12 @@ TINY = tiny.OVERRIDES | {
 
 
 IMAGES = {"quickstart.ipynb": 3, "router.ipynb": 2}
-LONG = ("router.ipynb",)  # four runs
 SAID = {"router.ipynb": ("holds: carry", "broken: causality", "mine            held-out loss")}
 
 
 @pytest.mark.filterwarnings("ignore")  # of Jupyter's own libraries; the kernel is another process
-@pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=[pytest.mark.product] * (n in LONG)) for n in IMAGES]
-)
+@pytest.mark.product  # they train, in processes of their own
+@pytest.mark.parametrize("name", IMAGES)
 def test_notebook_runs(name, tmp_path, monkeypatch):
     path = ROOT / "notebooks" / name
     notebook = nbformat.read(path, as_version=4)

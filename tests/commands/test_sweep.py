@@ -328,6 +328,7 @@ def test_runs_side_by_side_have_cores_of_their_own():
 
 
 @pytest.mark.slow
+@pytest.mark.product
 def test_a_real_sweep_goes_on_after_a_kill_and_ends_with_the_comparison(tmp_path):
     root = tmp_path / "sweep"
     flags = tiny.flags({"train.steps": 40, "train.checkpoint_every": 5})

@@ -114,6 +114,7 @@ def test_memory_is_xlas(changes):
 
 
 @pytest.mark.slow
+@pytest.mark.product
 def test_memory_of_a_mesh_is_xlas():
     """The state split over expert and fsdp to 2% (the plan splits norms too, the layout does not);
     all of it, with the buffers of expert parallelism, to 25%: XLA gathers some weights early."""

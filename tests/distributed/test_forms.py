@@ -1,7 +1,7 @@
 """A step of every router that fills, mixes, merges or assigns, and of LatentMoE, on a mesh: that of one device.
 
-What is not routes of tokens the compiler lays out; routers that look at the batch see all of it. The first of
-CASES runs with the others of this folder, the rest in `pytest -m product`."""
+What is not routes of tokens the compiler lays out; routers that look at the batch see all of it. QUICK runs
+with the others of this folder, the rest in `pytest -m product`."""
 
 import pytest
 from mesh_case import assert_same, run
@@ -21,7 +21,7 @@ CASES: dict[str, dict] = {
     "token_rounding": dict(router="token_rounding", tile=4),
     "peer": dict(router="peer", num_experts=16, heads=1, key_dim=4, z_loss=0.0),
 }
-QUICK = ("soft_moe", "lory")
+QUICK = ("lory",)
 # Equal tokens would compete for places, and a rounding of 1e-16 say who wins: here no token comes twice.
 TIES = {name: dict(distinct=True, vocab_size=66) for name in ("base", "token_rounding")}
 

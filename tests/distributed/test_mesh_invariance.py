@@ -34,6 +34,7 @@ CORE: dict[str, dict] = {
         mesh=dict(data=2, fsdp=2, tensor=2), capacity_factor=ALL_SLOTS, accumulation=4
     ),
 }
+DEAR = ("all_to_all on all axes", "experts on the batch's axis")  # these in `pytest -m product`
 
 
 def check(skewed=False, mtp=0, **how):
@@ -47,7 +48,9 @@ def check(skewed=False, mtp=0, **how):
             assert (load_LE[:, 2:] == 0).all() and (load_LE[:, :2] > 0).all()
 
 
-@pytest.mark.parametrize("name", CORE)
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=pytest.mark.product) if n in DEAR else n for n in CORE]
+)
 def test_core(name):
     check(**CORE[name])
 
@@ -75,6 +78,7 @@ def two_steps(**how):
         return jax.device_get((state, metrics))
 
 
+@pytest.mark.product
 def test_two_steps():
     got = two_steps(mesh=ALL, expert_parallel="all_to_all")
     want = two_steps(dispatcher="dense")

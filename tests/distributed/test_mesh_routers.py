@@ -10,6 +10,7 @@ CASES = {
 }
 
 
+@pytest.mark.product
 @pytest.mark.parametrize("name", CASES)
 def test_one_step(name):
     router, how = CASES[name]["router"], CASES[name]["how"]

@@ -16,6 +16,7 @@ CASES = {
 }
 
 
+@pytest.mark.product
 @pytest.mark.parametrize("case", CASES)
 def test_step(case):
     router, how = CASES[case]

@@ -140,6 +140,7 @@ def both(workdir, *flags):
         yield first, second
 
 
+@pytest.mark.product
 def test_processes_go_on_from_a_checkpoint_that_all_can_read(four_steps):
     """One of them lacks its part of the newest: neither waits for the other at a step of its own."""
     workdir, flags = four_steps
@@ -158,6 +159,7 @@ def test_processes_go_on_from_a_checkpoint_that_all_can_read(four_steps):
     assert list(losses(workdir)) == [1, 2, 3, 4, 5]
 
 
+@pytest.mark.product
 def test_a_process_that_is_killed_leaves_the_other_with_a_clear_end(tmp_path):
     """Within three minutes, of which the runtime of jax.distributed waits 100 seconds for a sign of life."""
     workdir = tmp_path / "run"

@@ -74,10 +74,14 @@ CASES = {
     if name not in VALUES
     for variant, options in {"defaults": {}, **VARIANTS.get(name, {})}.items()
 }
+# At their defaults in every run of the tests, the variants in `pytest -m product`.
+MARKED = [
+    c if c.endswith(", defaults") else pytest.param(c, marks=pytest.mark.product) for c in CASES
+]
 
 
 @pytest.mark.parametrize("check", CHECKS)
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", MARKED)
 def test_contract(case, check):
     name, options = CASES[case]
     CHECKS[check](ROUTERS[name], sizes(ROUTERS[name], **options))

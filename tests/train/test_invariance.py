@@ -61,7 +61,13 @@ def whole():
     return run(1, "none", True)
 
 
-@pytest.mark.parametrize(("accumulation", "remat", "scan"), [(2, "full", True), (4, "dots", False)])
+@pytest.mark.parametrize(
+    ("accumulation", "remat", "scan"),
+    [
+        pytest.param(2, "full", True, marks=pytest.mark.product),
+        (4, "dots", False),
+    ],
+)
 def test_same_step(whole, accumulation, remat, scan):
     assert set(whole[2]) == {"expert", "sequence", "device", "communication", "z"}
     assert set(whole[5]) == {"moe_blocks", "mtp"} and whole[1][1] > 0

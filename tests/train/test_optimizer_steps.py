@@ -61,6 +61,7 @@ def one_step(cfg: ExperimentConfig, sizes: dict | None = None):
     return jax.tree.map(lambda a, b: (np.asarray(a) - b) / 0.1, state.params, before)
 
 
+@pytest.mark.product
 def test_how_a_step_is_computed_does_not_change_muon():
     """Two layers of each kind, all ways against one device. Gradients differ by float32 roundings, about 1e-6
     of a matrix's norm; Newton-Schulz multiplies those by up to 500 where a singular value is small (see above),
@@ -108,7 +109,10 @@ def test_the_state_is_split_as_its_parameters(name):
 
 @pytest.mark.parametrize(
     ("name", "groups"),
-    [*((n, ()) for n in OPTIMIZERS), ("muon", ("path=* frozen", "path=*/experts/* trained"))],
+    [
+        ("muon", ("path=* frozen", "path=*/experts/* trained")),
+        *(pytest.param(n, (), marks=pytest.mark.product) for n in OPTIMIZERS),
+    ],
 )
 def test_resuming_changes_nothing(tmp_path, name, groups):
     model = dataclasses.replace(SMALL, num_layers=1, num_dense_layers=0, mtp_depth=0)

@@ -53,7 +53,10 @@ CFG = experiment(
 )
 
 
-@pytest.fixture(scope="module", params=OPTIONS)
+@pytest.fixture(
+    scope="module",
+    params=["relu", *(pytest.param(n, marks=pytest.mark.product) for n in ("threshold", "hashed"))],
+)
 def name(request, tmp_path_factory):
     """The name of a router that is in the table while this module's tests need it."""
     folder = tmp_path_factory.mktemp("elsewhere")

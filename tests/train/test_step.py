@@ -98,6 +98,7 @@ def test_an_update_that_is_not_finite_is_skipped_although_loss_and_gradient_are(
         chex.assert_trees_all_equal(getattr(state, name), getattr(before, name))
 
 
+@pytest.mark.product
 def test_bfloat16_computes_and_float32_remembers(step):
     batch = synthetic_batch(8, 4, 32)
     half = dataclasses.replace(CFG, compute=ComputeConfig(dtype="bfloat16"))
