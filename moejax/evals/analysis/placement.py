@@ -29,7 +29,7 @@ def rebalance(
 
     Hierarchical if the groups divide evenly over the nodes, else global (one group, one node):
     1. whole groups of experts are packed onto nodes, as many on each (a token is sent to few nodes);
-    2. in each node, one more replica is held of the expert with the most load per replica, until slots are full;
+    2. in each node, the expert with the most load per replica is held once more, until all slots are full;
     3. in each node, replicas are packed onto devices, as many on each.
     Packing takes the heaviest first and puts it where the load is least and room is left.
 
