@@ -84,6 +84,9 @@ def check_shapes_and_dtypes(router: Router, cfg: RouterConfig) -> None:
         if out.scores_TE is not None:
             chex.assert_shape(out.scores_TE, (T, cfg.num_experts))
             chex.assert_type(out.scores_TE, jnp.float32)
+        if out.choice_TN is not None:
+            assert out.choice_TN.shape in [(T, cfg.num_experts), (T, experts)]
+            chex.assert_type(out.choice_TN, jnp.float32)
         if out.shared_TS is not None:
             chex.assert_shape(out.shared_TS, (T, cfg.shared_experts))
             chex.assert_type(out.shared_TS, jnp.float32)

@@ -174,7 +174,7 @@ def _table(run: OpenRun, pieces: Iterator[Records], texts: list[str], layers) ->
     title = f"{run.cfg.name}, step {run.step}: experts:weight of each token, and (margin)"
     every = run.cfg.model.num_moe_layers
     notes = [
-        "margin: the lowest score of a token's experts minus the highest of the others, before any bias.",
+        "margin: lowest of a token's experts minus highest of the others, in what the router ranks.",
         f"The first {SHOWN_TOKENS} tokens; --out=FILE.jsonl, .parquet or .npz has all of them."
         * more,
         f"{len(layers)} of {every} MoE layers; --layers=.. chooses others." * (len(layers) < every),

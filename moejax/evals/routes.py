@@ -24,6 +24,8 @@ class Routes(NamedTuple):
         most that a token can have; E where experts choose tokens.
       weights_LTK: what each expert's output is multiplied by, 0 in an empty slot.
       scores_LTE: the router's scores of all experts before any bias, or None if it has none.
+      choice_LTN: what the router ranked: its scores, with a selection bias if it has one, and special experts
+        if they are ranked, too; None if it has no scores.
       inputs_LTD: what each layer read, normalised, or None if it was not asked for.
       hidden_BSD: after the final norm.
     """
@@ -31,6 +33,7 @@ class Routes(NamedTuple):
     expert_LTK: jax.Array
     weights_LTK: jax.Array
     scores_LTE: jax.Array | None
+    choice_LTN: jax.Array | None
     inputs_LTD: jax.Array | None
     hidden_BSD: jax.Array
 
@@ -88,7 +91,8 @@ def routes_of(
     read = None
     if aux.inputs_BSD is not None:  # here stacked over layers
         read = aux.inputs_BSD.reshape(aux.inputs_BSD.shape[0], num_tokens, -1)
-    return Routes(expert_LTK, weights_LTK, aux.scores_TE, read, out.hidden_BSD)
+    choice_LTN = aux.scores_TE if aux.choice_TN is None else aux.choice_TN
+    return Routes(expert_LTK, weights_LTK, aux.scores_TE, choice_LTN, read, out.hidden_BSD)
 
 
 def by_token(routing: Routing | SlotRouting, num_tokens: int) -> tuple[jax.Array, jax.Array]:

@@ -46,25 +46,25 @@ class Records(NamedTuple):
         return self._replace(**{name: a[:number] for name, a in fields if a is not None})
 
 
-def margins(expert_LTK: jax.Array, scores_LTE: jax.Array) -> jax.Array:
-    """margin_LT = the lowest score among a token's experts - the highest among those that it has not.
+def margins(expert_LTK: jax.Array, choice_LTN: jax.Array) -> jax.Array:
+    """margin_LT = the lowest value among a token's experts - the highest among the others.
 
-    Scores are the router's before any bias. A positive margin is how much a score may change until another
-    expert is nearer; a negative one says that something else decided: a selection bias, a limit on groups,
-    noise. NaN where a token has no expert or all of them. Special experts, which have no score, do not count.
+    The values are what the router ranked (`Routes.choice_LTN`): its scores, with any selection bias.
+    It is how far they may move until another expert is chosen; a negative one says that something else
+    decided: a limit on groups, noise, forced routes. NaN where a token has no expert or all of them.
     """
 
     def one(of) -> jax.Array:
-        expert_TK, scores_TE = of
-        tokens, experts = scores_TE.shape
+        expert_TK, choice_TN = of
+        tokens, experts = choice_TN.shape
         column_TK = jnp.where((expert_TK < 0) | (expert_TK >= experts), experts, expert_TK)
-        has_TE = jnp.zeros((tokens, experts + 1), bool)
-        has_TE = has_TE.at[jnp.arange(tokens)[:, None], column_TK].set(True)[:, :-1]
-        least_T = jnp.where(has_TE, scores_TE, jnp.inf).min(axis=1)
-        best_T = jnp.where(has_TE, -jnp.inf, scores_TE).max(axis=1)
+        has_TN = jnp.zeros((tokens, experts + 1), bool)
+        has_TN = has_TN.at[jnp.arange(tokens)[:, None], column_TK].set(True)[:, :-1]
+        least_T = jnp.where(has_TN, choice_TN, jnp.inf).min(axis=1)
+        best_T = jnp.where(has_TN, -jnp.inf, choice_TN).max(axis=1)
         return jnp.where(jnp.isfinite(least_T - best_T), least_T - best_T, jnp.nan)
 
-    return jax.lax.map(one, (expert_LTK, scores_LTE))  # one layer's table of T by E at a time
+    return jax.lax.map(one, (expert_LTK, choice_LTN))  # one layer's table of T by N at a time
 
 
 @functools.partial(jax.jit, static_argnames=("cfg", "compute", "layers", "layout"))
@@ -81,8 +81,8 @@ def trace_batch(
     routes: Routes = routes_of(params, router_state, batch, cfg, compute, layout=layout)
     at = jnp.array(layers)
     expert_LTK, margin_LT = routes.expert_LTK[at], None
-    if routes.scores_LTE is not None:
-        margin_LT = margins(expert_LTK, routes.scores_LTE[at])
+    if routes.choice_LTN is not None:
+        margin_LT = margins(expert_LTK, routes.choice_LTN[at])
     turned = [expert_LTK, routes.weights_LTK[at], margin_LT]
     out = jax.tree.map(lambda a: jnp.moveaxis(a, 1, 0), turned)
     return tuple(

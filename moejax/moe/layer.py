@@ -44,6 +44,7 @@ class MoEAux(NamedTuple):
         that does not exist. Sums over tokens.
       routing: the router's routing, over T = B*S tokens.
       scores_TE: its scores, or None.
+      choice_TN: `Routed.choice_TN`, or None.
       carry_BSW: what it passes to the next layer's router, or None; `block` takes it out.
       inputs_BSD: what the layer read, normalised; `block` puts it here where someone wants to look at it.
     """
@@ -54,6 +55,7 @@ class MoEAux(NamedTuple):
     scores_TE: jax.Array | None
     carry_BSW: jax.Array | None = None
     inputs_BSD: jax.Array | None = None
+    choice_TN: jax.Array | None = None
 
 
 def param_specs(cfg: ModelConfig) -> dict:
@@ -165,7 +167,9 @@ def moe(
         y_BSD = y_BSD + shared_BSD
     carry_BSW = None if out.carry_TW is None else out.carry_TW.reshape(b, s, -1)
     losses = {} if objective is None else out.losses  # a router's own losses are for training, too
-    return y_BSD, MoEAux(losses, stats, out.routing, out.scores_TE, carry_BSW)
+    return y_BSD, MoEAux(
+        losses, stats, out.routing, out.scores_TE, carry_BSW, choice_TN=out.choice_TN
+    )
 
 
 def route(params: dict, state: dict, tokens: Tokens, router: Router, cfg: RouterConfig) -> Routed:

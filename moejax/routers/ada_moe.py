@@ -53,7 +53,13 @@ def route(params: dict, state: dict, tokens: Tokens, cfg: RouterConfig) -> Route
         load_N = jnp.concatenate([load_N[:experts], null])
         losses["expert"] = cfg.balance.expert_loss * balance.expert_level(score_sum_N, load_N, n, k)
     losses |= parts.z_loss(logits_TN, tokens, cfg)
-    return Routed(Routing(index_TK, weights_TK), losses, stats, scores_TN[:, :experts])
+    return Routed(
+        Routing(index_TK, weights_TK),
+        losses,
+        stats,
+        scores_TN[:, :experts],
+        choice_TN=jax.lax.stop_gradient(scores_TN),
+    )
 
 
 ROUTER = Router(

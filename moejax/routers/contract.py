@@ -85,6 +85,9 @@ class Routed(NamedTuple):
       carry_TW: float32, what the next layer's router receives as `carried_TW`; None if it carries nothing.
       shared_TS: float32, each token's weight on the output of each of the S shared experts, 0 for padding;
         None: all weigh 1.
+      choice_TN: float32, finite, what was ranked, where that is not the scores: with a selection bias, or of
+        special experts too (N is E, or E and those). Groups that are closed to a token are ranked here as well.
+        For whoever looks at single tokens, without gradient; None: the scores, if there are any.
     """
 
     routing: Any
@@ -93,6 +96,7 @@ class Routed(NamedTuple):
     scores_TE: jax.Array | None = None
     carry_TW: jax.Array | None = None
     shared_TS: jax.Array | None = None
+    choice_TN: jax.Array | None = None
 
 
 # --------------------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ or its own scores. State: the table (of every layer, so that layers stack), and 
 
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 
 from moejax.options import number
@@ -40,9 +41,8 @@ def route(params: dict, state: dict, tokens: Tokens, cfg: RouterConfig) -> Route
     k = cfg.experts_per_token
     logits_TE = parts.logits(params, tokens.x_TD)
     scores_TE = parts.score(logits_TE, "sqrt_softplus")
-    index_TK = parts.select(
-        scores_TE + state["expert_bias"].astype(scores_TE.dtype)[None], tokens, k
-    )
+    choice_TE = scores_TE + state["expert_bias"].astype(scores_TE.dtype)[None]
+    index_TK = parts.select(choice_TE, tokens, k)
     if tokens.forced_TK is None:
         by_id = (state["hashed"] > 0) & (tokens.mask_T[:, None] > 0)
         table_TK = look_up(state["table"], tokens)
@@ -63,7 +63,8 @@ def route(params: dict, state: dict, tokens: Tokens, cfg: RouterConfig) -> Route
         cfg,
         normalized=False,
     )
-    return Routed(Routing(index_TK, weights_TK), losses, stats, scores_TE)
+    ranked_TE = jax.lax.stop_gradient(choice_TE)
+    return Routed(Routing(index_TK, weights_TK), losses, stats, scores_TE, choice_TN=ranked_TE)
 
 
 def update(state: dict, stats: dict, cfg: RouterConfig) -> dict:

@@ -58,7 +58,8 @@ def route(params: dict, state: dict, tokens: Tokens, cfg: RouterConfig) -> Route
     stats = parts.plain_stats(routes_TN, scores_TN, tokens)
     stats["tokens"] = tokens.mask_T.sum()
     routing = Routing(index_TK, weights_TK * cfg.options.routed_scaling)
-    return Routed(routing, {}, stats, scores_TN[:, : cfg.num_experts])
+    ranked_TN = jax.lax.stop_gradient(choice_TN)
+    return Routed(routing, {}, stats, scores_TN[:, : cfg.num_experts], choice_TN=ranked_TN)
 
 
 def update(state: dict, stats: dict, cfg: RouterConfig) -> dict:

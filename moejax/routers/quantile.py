@@ -78,7 +78,13 @@ def route(params: dict, state: dict, tokens: Tokens, cfg: RouterConfig) -> Route
         cfg,
         normalized=o.score == "softmax",
     )
-    return Routed(Routing(index_TK, weights_TK * o.routed_scaling), losses, stats, scores_TE)
+    return Routed(
+        Routing(index_TK, weights_TK * o.routed_scaling),
+        losses,
+        stats,
+        scores_TE,
+        choice_TN=jax.lax.stop_gradient(choice_TE),
+    )
 
 
 def update(state: dict, stats: dict, cfg: RouterConfig) -> dict:

@@ -134,6 +134,7 @@ def route(params: dict, state: dict, tokens: Tokens, cfg: RouterConfig) -> Route
     if "expert_bias" in state:
         bias_1E = state["expert_bias"].astype(choice_TE.dtype)[None]
         choice_TE = choice_TE * bias_1E if options.bias_multiplies else choice_TE + bias_1E
+    ranked_TE = None if choice_TE is scores_TE else jax.lax.stop_gradient(choice_TE)
     choice_TE = limit_groups(parts.bar(choice_TE, tokens), options)
     index_TK = parts.select(choice_TE, tokens, cfg.experts_per_token)
     chosen_TKE = parts.chosen(index_TK, cfg.num_experts, scores_TE.dtype)
@@ -155,7 +156,14 @@ def route(params: dict, state: dict, tokens: Tokens, cfg: RouterConfig) -> Route
         ),
         normalized=options.score == "softmax",
     )
-    return Routed(Routing(index_TK, weights_TK), losses, stats, scores_TE, shared_TS=shared_TS)
+    return Routed(
+        Routing(index_TK, weights_TK),
+        losses,
+        stats,
+        scores_TE,
+        shared_TS=shared_TS,
+        choice_TN=ranked_TE,
+    )
 
 
 def update(state: dict, stats: dict, cfg: RouterConfig) -> dict:

@@ -102,7 +102,11 @@ def _join(parts: LossParts, shape) -> LossParts:
     total = add_up(parts._replace(nll_BS=None, aux=None))
     aux = {
         name: a._replace(
-            losses=add_up(a.losses), stats=add_up(a.stats), routing=None, scores_TE=None
+            losses=add_up(a.losses),
+            stats=add_up(a.stats),
+            routing=None,
+            scores_TE=None,
+            choice_TN=None,
         )
         for name, a in parts.aux.items()
     }

@@ -62,11 +62,14 @@ def test_records_are_the_routes_of_the_layers(trained):
     np.testing.assert_array_equal(got.experts_NLK[:, 0], experts)
     weights = np.concatenate([r.weights_LTK[1] for r in want])[:200]
     np.testing.assert_allclose(got.weights_NLK[:, 0], weights, rtol=1e-5)
-    scores = np.concatenate([r.scores_LTE[1] for r in want])[:200]
+    bias = np.asarray(run.router_state["moe_blocks"]["expert_bias"][1])
+    assert (bias != 0).any()
+    scores = np.concatenate([r.scores_LTE[1] for r in want])[:200] + bias  # what is ranked
     has = (experts[:, :, None] == np.arange(8)).any(axis=1)
     margin = np.where(has, scores, 9).min(1) - np.where(has, -9, scores).max(1)
     # Scores near 0.5 in another program: their differences are as exact as they are.
     np.testing.assert_allclose(got.margin_NL[:, 0], margin, atol=1e-6)
+    assert (got.margin_NL > -1e-6).all()  # nothing but these values decides here
     documents = np.concatenate([b["segment_ids"].reshape(-1) for b in batches])[:200]
     np.testing.assert_array_equal(got.document_N, documents)
 
