@@ -17,6 +17,7 @@ usage: moejax COMMAND [flags]      (moejax COMMAND --help explains each)
   generate  --workdir=runs/quickstart --prompt="def "                      text from a trained run
   report    --workdir=runs/quickstart                                      a page of pictures of a run
   analyze   --workdir=runs/quickstart                                      what experts do, beside chance
+  knockout  --workdir=runs/quickstart                                      loss against experts taken away
   rebalance --workdir=runs/quickstart --devices=8                          experts on devices with equal loads
   routes    --workdir=runs/quickstart --text="def f(x):"                   which experts each token has
   import    --hf_dir=DIR --workdir=runs/model                              a run from a Hugging Face folder
@@ -35,6 +36,7 @@ COMMANDS = {
     "generate": "moejax.commands.generate",
     "report": "moejax.commands.report",
     "analyze": "moejax.commands.analyze",
+    "knockout": "moejax.commands.knockout",
     "rebalance": "moejax.commands.rebalance",
     "routes": "moejax.commands.routes",
     "import": "moejax.commands.import_",

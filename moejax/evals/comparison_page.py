@@ -2,7 +2,7 @@
 
 import pathlib
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jinja2
 import markupsafe
@@ -13,7 +13,7 @@ from moejax.evals.comparison import Comparison
 from moejax.evals.comparison_tables import tables
 from moejax.evals.run_groups import Group, Run
 from moejax.runs.progress import DIVERGED
-from moejax.text import count_text, flops_text, seconds_text
+from moejax.text import Table, count_text, flops_text, seconds_text
 
 AXES: dict[str, Callable[[float], str]] = {
     "steps": "{:g}".format,
@@ -25,17 +25,29 @@ _WINDOW = 0.02  # of the run: training losses are averaged over so much
 
 
 def page(c: Comparison) -> str:
-    """The page as HTML. Everything that comes from runs is escaped."""
+    """The page as HTML."""
+    intro = (
+        f"Runs compared by {c.metric}. Lines are means over the seeds, bands reach from the least to the "
+        "greatest; a thin line that ends in a cross is a run that diverged."
+    )
+    title = " · ".join(g.name for g in c.groups)
+    return tables_page(title, "compare", intro, tables(c), charts(c))
+
+
+def tables_page(
+    title: str, command: str, intro: str, tables: Sequence[Table], charts: Sequence[str]
+) -> str:
+    """Charts (SVG elements) and tables as one self-contained page of HTML. All other text is escaped."""
     here = pathlib.Path(__file__).parent
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(here), autoescape=True, undefined=jinja2.StrictUndefined
     )
-    names = [g.name for g in c.groups]
     return environment.get_template("comparison.html").render(
-        title=f"{' · '.join(names)}",
-        metric=c.metric,
-        tables=tables(c),
-        charts=[markupsafe.Markup(svg) for svg in charts(c)],
+        title=title,
+        command=command,
+        intro=intro,
+        tables=tables,
+        charts=[markupsafe.Markup(svg) for svg in charts],
     )
 
 

@@ -174,6 +174,7 @@ def run_interventions(
     interventions: Sequence[Intervention],
     text: OpenText,
     other: Model | None = None,
+    untouched: Sums | None = None,
 ) -> dict[str, Change]:
     """The cost of these interventions together. `check_all` comes before.
 
@@ -181,9 +182,11 @@ def run_interventions(
       interventions: applied in their order, once for each seed.
       text: a run and what it is to read.
       other: the model of `routes_from`.
+      untouched: the sums of the model as it is, if they are known.
     """
     model = model_of(text.run)
-    untouched = measure(model, text, name="untouched")
+    if untouched is None:
+        untouched = measure(model, text, name="untouched")
     changed = []
     seeds = max(i.seeds for i in interventions)
     for seed in range(seeds):

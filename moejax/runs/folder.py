@@ -12,6 +12,7 @@ metrics.jsonl           see `moejax.train.metrics.Log`, and `moejax.runs.metrics
 tensorboard/            the scalars among them
 report.html             from `moejax report`
 analysis.json, .parquet from `moejax analyze`
+knockout.json, .html    from `moejax knockout`
 profile/                traces of steps, see `moejax.train.profile`
 hf/                     of an imported model, and what began from it: the files that came with its weights
 """
@@ -40,6 +41,7 @@ METRICS = "metrics.jsonl"
 TENSORBOARD = "tensorboard"
 REPORT = "report.html"
 ANALYSIS, ANALYSIS_TABLE = "analysis.json", "analysis.parquet"
+KNOCKOUT, KNOCKOUT_PAGE = "knockout.json", "knockout.html"
 PROFILE = "profile"
 HF = "hf"
 
