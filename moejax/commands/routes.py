@@ -1,5 +1,6 @@
 """`moejax routes`: which experts each token of a text has, layer by layer."""
 
+import json
 import pathlib
 import sys
 from collections.abc import Iterable, Iterator
@@ -8,9 +9,11 @@ from absl import flags
 from tqdm import tqdm
 
 from moejax.commands.flags import define_step, parse_needed
-from moejax.config import ConfigError
-from moejax.evals import trace, trace_files, trace_page
+from moejax.config import ConfigError, ExperimentConfig
+from moejax.evals import trace, trace_agreement, trace_files, trace_page
+from moejax.evals.routes import check_routes
 from moejax.evals.trace import Records
+from moejax.evals.trace_agreement import WAYS
 from moejax.runs.open import OpenRun, read_config
 from moejax.runs.restore import check_step
 from moejax.sharding import Layout
@@ -21,6 +24,8 @@ usage: moejax routes --workdir=RUN --text="def f(x):"               which expert
        moejax routes --workdir=RUN --prompt="def " [--chat]         the model goes on; its tokens are shown, too
        moejax routes --workdir=RUN --out=FILE.parquet               the held-out text that `evaluate` reads
        moejax routes --workdir=RUN --sources=wiki=FILES --out=..    any text, however long
+       moejax routes --workdir=RUN --compare=float32,bfloat16       share of routes that differ;
+                                                                    also prefill,decode and mesh=data=2
        formats: table, jsonl, parquet, npz, html (--format, or the ending of --out)"""
 SHOWN_TOKENS, SHOWN_LAYERS = 60, 4  # of a table
 
@@ -44,8 +49,11 @@ def main(argv: list[str]) -> int:
     define_step(fv)
     text("format", None, "How to write it [by the ending of --out].", flag_values=fv)
     text("out", None, "File to write; needed for parquet, npz and html.", flag_values=fv)
+    text("compare", None, f"Share of routes that differ: {WAYS}.", flag_values=fv)
     if not parse_needed("routes", USAGE, fv, argv, ("workdir",)):
         return 0
+    if fv.compare is not None:
+        return _compare(fv)
     kind = trace_files.format_of(fv.format, fv.out, ("table", "html"))
     _check_flags(fv, kind)
     workdir = pathlib.Path(fv.workdir)
@@ -70,6 +78,41 @@ def main(argv: list[str]) -> int:
         number = trace_files.write(pathlib.Path(fv.out), kind, header, pieces, texts)
         print(f"wrote {fv.out}: {number:,} tokens, {len(layers)} MoE layers")
     return 0
+
+
+def _compare(fv) -> int:
+    """`--compare`: prints the table; --out writes its numbers as JSON."""
+    from moejax.evals.evaluate import open_text
+
+    others = [n for n in ("text", "prompt", "layers", "format", "mesh") if fv[n].value]
+    if others:
+        raise ConfigError(f"--compare and --{others[0]} cannot be used together\n{USAGE}")
+    if fv.out and not pathlib.Path(fv.out).absolute().parent.is_dir():
+        raise ConfigError(f"--out={fv.out}: there is no such folder")
+    workdir = pathlib.Path(fv.workdir)
+    cfg = read_config(workdir)
+    check_routes(cfg.model, "--compare")
+    ways = trace_agreement.ways_of(fv.compare, cfg)
+    run, batches, _, layout = open_text(
+        workdir,
+        tuple(fv.sources),
+        num_rows=_rows(fv, cfg),
+        seq_len=fv.seq_len,
+        batch_size=fv.batch_size,
+        mesh=ways.mesh or None,
+        step=fv.step,
+    )
+    progress = tqdm(batches, desc="compare", unit="batch", leave=False)
+    found = trace_agreement.agreement(ways, run, progress, workdir, layout)
+    title = f"{fv.workdir}, step {run.step}"
+    print(render([trace_agreement.table(found, ways, title)]))
+    if fv.out:
+        pathlib.Path(fv.out).write_text(json.dumps(found.numbers(), indent=1) + "\n")
+    return 0
+
+
+def _rows(fv, cfg: ExperimentConfig) -> int | None:
+    return None if fv.tokens is None else -(-fv.tokens // (fv.seq_len or cfg.data.seq_len))
 
 
 def _check_flags(fv, kind: str) -> None:
@@ -104,12 +147,10 @@ def _pieces(fv, workdir: pathlib.Path, layers) -> tuple[OpenRun, Iterator[Record
     if fv.text is not None or fv.prompt is not None:
         run, batch = _one_text(fv, workdir)
         return run, _traced(run, [batch], layers, fv.tokens, None)
-    cfg = read_config(workdir)
-    seq_len = fv.seq_len or cfg.data.seq_len
     run, batches, _, layout = open_text(
         workdir,
         tuple(fv.sources),
-        num_rows=None if fv.tokens is None else -(-fv.tokens // seq_len),
+        num_rows=_rows(fv, read_config(workdir)),
         seq_len=fv.seq_len,
         batch_size=fv.batch_size,
         mesh=fv.mesh,
