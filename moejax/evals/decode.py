@@ -1,7 +1,8 @@
 """Prefill and decoding on the device: a batch of prompts in, tokens out, many per call."""
 
 import functools
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -48,7 +49,30 @@ def place(cache, layout: Layout | None):
     }
 
 
-@functools.partial(jax.jit, static_argnames=("cfg", "compute", "length", "with_draft", "layout"))
+# XLA:CPU multiplies bfloat16 in float32, and moves the conversion of *all* experts out of the loop that reads a
+# few of them: gigabytes a token. Without that pass only what is read is converted.
+CPU_OPTIONS = {"xla_disable_hlo_passes": "while-loop-invariant-code-motion"}
+
+
+class Program:
+    """A function under jax.jit, on CPU with CPU_OPTIONS. Which device there is turns out at its first call:
+    asking earlier would start JAX."""
+
+    def __init__(self, fn: Callable, **how: Any):
+        self._fn, self._how = fn, how
+        functools.update_wrapper(self, fn)
+
+    @functools.cached_property
+    def jitted(self) -> Any:
+        """The function of jax.jit."""
+        options = CPU_OPTIONS if jax.default_backend() == "cpu" else None
+        return jax.jit(self._fn, compiler_options=options, **self._how)
+
+    def __call__(self, *args: Any) -> Any:
+        return self.jitted(*args)
+
+
+@functools.partial(Program, static_argnames=("cfg", "compute", "length", "with_draft", "layout"))
 def prefill(
     params,
     router_state,
@@ -125,7 +149,7 @@ class Emitted(NamedTuple):
 
 
 @functools.partial(
-    jax.jit, static_argnames=("cfg", "compute", "layout"), donate_argnames=("state",)
+    Program, static_argnames=("cfg", "compute", "layout"), donate_argnames=("state",)
 )
 def decode(
     params,
