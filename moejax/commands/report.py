@@ -14,7 +14,10 @@ def main(argv: list[str]) -> int:
     """`moejax report ...`; argv without the command's name. Raises ConfigError for bad input."""
     fv = flags.FlagValues()
     flags.DEFINE_string(
-        "workdir", None, "Folder of a trained run; report.html goes there.", flag_values=fv
+        "workdir",
+        None,
+        "Folder of a trained or analysed run; report.html goes there.",
+        flag_values=fv,
     )
     define_step(fv)
     if parse_needed("report", USAGE, fv, argv, ("workdir",)):

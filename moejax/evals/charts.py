@@ -64,8 +64,13 @@ def curves(
     axes.spines[["top", "right"]].set_visible(False)
     if len(names) > 1:
         axes.legend(fontsize=8, frameon=False)
+    return svg(figure, title)
+
+
+def svg(figure: Figure, name: str) -> str:
+    """The figure as an SVG element that refers to nothing elsewhere. Those of one page have different names."""
     text = io.StringIO()
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": title}):
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": name}):
         figure.savefig(
             text, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type"))
         )

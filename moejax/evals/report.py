@@ -6,18 +6,23 @@ import pathlib
 from typing import NamedTuple
 
 import jinja2
+import markupsafe
 import numpy as np
 
+from moejax.config import ConfigError, ExperimentConfig
 from moejax.config_io import to_json
 from moejax.cost.architecture import active, of_model, total
 from moejax.data import load_corpus, validation_batches
 from moejax.evals import charts
+from moejax.evals.analysis import run as analysis
+from moejax.evals.analysis.pictures import pictures
+from moejax.evals.analysis.text import tables
 from moejax.evals.generate import generate
 from moejax.evals.token_counts import count_tokens, domain_information, favourite_tokens
 from moejax.evals.validation import size_text
 from moejax.runs import folder, provenance
 from moejax.runs.metrics import read_metrics
-from moejax.runs.open import OpenRun, load_run
+from moejax.runs.open import OpenRun, load_run, read_config
 from moejax.text import count_text
 
 ROUTED_BATCHES = 8  # held-out batches whose routes are counted
@@ -38,6 +43,7 @@ class Section:
     title: str
     text: str
     images: tuple[str, ...] = ()
+    svgs: tuple[markupsafe.Markup, ...] = ()
     table: tuple = ()
     experts: tuple = ()
     samples: tuple[Sample, ...] = ()
@@ -48,9 +54,19 @@ def write_report(
 ) -> tuple[pathlib.Path, tuple[Sample, ...]]:
     """Write the report of a run into its folder; return its path and the samples in it.
 
-    Reads the log and the checkpoint of `step` (None: the newest), and runs the model over held-out text. Raises
-    ConfigError if the folder is not that of a trained run, or has no such checkpoint.
+    Reads the log and the checkpoint of `step` (None: the newest), runs the model over held-out text, and draws
+    its analysis if `moejax analyze` wrote one. Of an imported model that is all there is. Raises ConfigError if
+    the folder is neither that of a trained run nor analysed, or has no such checkpoint.
     """
+    analysed = analysis.read(workdir)
+    analysis_sections = [] if analysed is None else sections_of(*analysed)
+    if folder.steps(workdir) and not folder.is_trained(workdir):  # no log, no text of its own
+        if analysed is None:
+            raise ConfigError(
+                f"{workdir} is an imported model, which has no log of training; after moejax analyze "
+                f"--workdir={workdir} --sources=a=FILES,b=FILES there is something to draw"
+            )
+        return _written(workdir, page(read_config(workdir), None, analysis_sections)), ()
     rows = read_metrics(workdir)
     run = load_run(workdir, step=step)
     corpus = load_corpus(run.cfg.data)
@@ -62,11 +78,27 @@ def write_report(
             *([router_section(rows)] if "router" in rows else []),
             *routing_sections(rows, run, corpus),
         ]
+    sections += analysis_sections
     samples = samples_section(run, corpus)
     sections += [samples, optimisation_section(rows), provenance_section(workdir)]
+    return _written(workdir, page(run.cfg, rows, sections)), samples.samples
+
+
+def _written(workdir: pathlib.Path, text: str) -> pathlib.Path:
     path = workdir / folder.REPORT
-    path.write_text(page(run, rows, sections))
-    return path, samples.samples
+    path.write_text(text, "utf-8")
+    return path
+
+
+def sections_of(found: dict, table) -> list[Section]:
+    """Of an analysis: its pictures, its table, and what the experts read."""
+    out = [
+        Section(p.title, p.text, svgs=tuple(map(markupsafe.Markup, p.svgs)))
+        for p in pictures(found, table)
+    ]
+    summary, _ = tables(found, "Analysis")
+    rows = tuple((*row,) for row in (summary.header, *summary.rows))
+    return [*out, Section(summary.title, summary.note, table=rows)]
 
 
 def few_layers(num_layers: int, most: int = 6) -> list[int]:
@@ -287,22 +319,28 @@ def provenance_section(workdir: pathlib.Path) -> Section:
     return Section("Where it comes from", text, table=rows)
 
 
-def page(run: OpenRun, rows, sections: list[Section]) -> str:
-    """The whole page. Everything that comes from data is escaped."""
-    cfg, arch = run.cfg, of_model(run.cfg.model)
-    step, last_train = list(rows["train"].items())[-1]
-    held_out = list(rows["validation"].values())[-1]
-    size = size_text(held_out)
-    tokens = step * cfg.data.batch_size * cfg.data.seq_len
+def page(cfg: ExperimentConfig, rows: dict | None, sections: list[Section]) -> str:
+    """The whole page; `rows` is the log, None for an imported model. Everything that comes from data is
+    escaped."""
+    arch, step = of_model(cfg.model), 0
     cards = [
-        (f"{held_out['loss']:.3f}", f"validation loss{size and f', {size}'}"),
-        (f"{held_out['bits_per_byte']:.3f}", "bits per byte"),
         (count_text(total(arch)), "parameters"),
         (count_text(active(arch)), "active per token"),
-        (count_text(tokens), "training tokens"),
-        (f"{np.median(_series(rows['train'], 'tokens_per_second')[1]):,.0f}", "tokens per second"),
-        (f"{int(last_train['skipped'])}", "skipped steps"),
     ]
+    if rows is not None:
+        step, last_train = list(rows["train"].items())[-1]
+        held_out = list(rows["validation"].values())[-1]
+        size = size_text(held_out)
+        tokens = step * cfg.data.batch_size * cfg.data.seq_len
+        speed = np.median(_series(rows["train"], "tokens_per_second")[1])
+        cards = [
+            (f"{held_out['loss']:.3f}", f"validation loss{size and f', {size}'}"),
+            (f"{held_out['bits_per_byte']:.3f}", "bits per byte"),
+            *cards,
+            (count_text(tokens), "training tokens"),
+            (f"{speed:,.0f}", "tokens per second"),
+            (f"{int(last_train['skipped'])}", "skipped steps"),
+        ]
     m = cfg.model
     kind = (
         f"{m.moe.num_experts} routed experts, {m.moe.experts_per_token} per token, "

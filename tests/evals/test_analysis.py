@@ -42,7 +42,8 @@ def random_routes(rng, batch):
     expert[:, batch["segment_ids"].reshape(-1) == 0] = -1
     weights = np.where(expert >= 0, rng.random(expert.shape), 0).astype(np.float32)
     scored = rng.random((L, tokens, E)).astype(np.float32)
-    return Routes(*map(jnp.asarray, (expert.astype(np.int32), weights, scored)), None, None)
+    fields = map(jnp.asarray, (expert.astype(np.int32), weights, scored, scored))
+    return Routes(*fields, inputs_LTD=None, hidden_BSD=jnp.zeros(()))
 
 
 def test_counts_are_those_of_a_loop():
@@ -103,16 +104,20 @@ def test_a_shuffle_leaves_padding_alone():
 
 
 def test_scores_of_known_tokens():
-    """Token 0 is undecided; 1 is sure; 2 has an expert that its score would not give it; 3 has none."""
-    scores_TE = jnp.array([[1, 1, 1, 1], [1, 0, 0, 0], [0.5, 0.3, 0.1, 0.1], [1, 0, 0, 0]])
-    hot_TE = jnp.array([[1, 0, 0, 0], [1, 0, 0, 0], [0, 1, 0, 0], [0, 0, 0, 0]], jnp.float32)
-    got = scores(scores_TE, hot_TE)
+    """Token 0 is undecided; 1 is sure; 2 has an expert that a bias chose; 3 has none, and 4 is padding."""
+    scores_TE = jnp.array(
+        [[1, 1, 1, 1], [1, 0, 0, 0], [0.5, 0.3, 0.1, 0.1], [1, 0, 0, 0], [1, 0, 0, 0]]
+    )
+    expert_TK = jnp.array([[0, -1], [0, -1], [1, -1], [-1, -1], [0, -1]])
+    choice_TE = scores_TE + jnp.array([[0, 0.25, 0, 0]])
+    got = scores(scores_TE, choice_TE, expert_TK, jnp.array([1.0, 1, 1, 1, 0]))
     p = np.array([0.5, 0.3, 0.1, 0.1])
     entropy = -(p * np.log(p)).sum() / np.log(4)
-    np.testing.assert_allclose(got["score_entropy"], [1, 0, entropy, 0], atol=1e-6)
-    np.testing.assert_allclose(got["margin"], [0, 4, -0.8, 0], atol=1e-6)  # over the mean score
-    np.testing.assert_array_equal(got["overruled"], [0, 0, 1, 0])
-    np.testing.assert_array_equal(got["scored"], [1, 1, 1, 0])
+    np.testing.assert_allclose(got["score_entropy"], [1, 0, entropy, 0, 0], atol=1e-6)
+    # Over the mean score: 1 against 1.25, 1 against 0.25, 0.55 against 0.5.
+    np.testing.assert_allclose(got["margin"], [-0.25, 3, 0.2, 0, 0], atol=1e-6)
+    np.testing.assert_array_equal(got["overruled"], [0, 0, 1, 0, 0])
+    np.testing.assert_array_equal(got["scored"], [1, 1, 1, 0, 0])
 
 
 # --------------------------------------------------------------------------------------------------
@@ -300,7 +305,7 @@ def collected():
                 expert[:, :, 0] = batch["domain"].reshape(-1)
                 expert[:, :, 1] = 2 + expert[:, :, 1] % (E - 2)
             expert[:, batch["segment_ids"].reshape(-1) == 0] = -1
-            routes = Routes(expert, np.ones(expert.shape, np.float32), None, None, None)
+            routes = Routes(expert, np.ones(expert.shape, np.float32), *[None] * 4)
             args = routes, batch, unit_B, units.bin_V, batch["tokens"], jax.random.key(number)
             one = jitted(*args, sizes)
             add(sums, {name: np.asarray(a) for name, a in one.items()})

@@ -3,7 +3,9 @@ a text whose domains are the same."""
 
 import dataclasses
 import json
+import re
 import shutil
+import xml.etree.ElementTree as ET
 
 import jax
 import jax.numpy as jnp
@@ -22,9 +24,11 @@ from moejax.config import (
 )
 from moejax.config_io import to_json
 from moejax.evals.analysis import outputs
-from moejax.evals.analysis.run import analyze_run
+from moejax.evals.analysis.pictures import pictures
+from moejax.evals.analysis.run import analyze_run, read, write
 from moejax.evals.analysis.units import FOLDS
 from moejax.evals.evaluate import evaluate_run
+from moejax.evals.report import sections_of
 from moejax.evals.routes import routes_of
 from moejax.models.transformer import init_model
 from moejax.moe.experts import ffn, of_experts
@@ -234,6 +238,34 @@ def test_command_writes_and_prints(analysed, capsys, tmp_path):
     assert "Side by side" in capsys.readouterr().out
     assert main(["rebalance", f"--workdir={run}", "--devices=4"]) == 0
     assert "8 experts in 8 slots on 4 devices" in capsys.readouterr().out
+
+
+def test_report_draws_it(analysed):
+    """Every picture is whole XML that refers to nothing elsewhere, with an id of its own for each part."""
+    run, found, table = analysed
+    drawn = pictures(found, table)
+    assert [p.title for p in drawn] == [
+        "Figures beside chance, by layer",
+        "Which domain uses which expert, beside chance",
+        "How routes settle",
+        "Which experts work together",
+        "From one layer to the next",
+        "Which experts matter",
+        "How alike experts compute",
+    ]
+    svgs = [svg for p in drawn for svg in p.svgs]
+    assert all(ET.fromstring(svg).tag.endswith("svg") for svg in svgs)
+    links = [h for svg in svgs for h in re.findall(r'href="([^"]*)"', svg)]
+    assert all(
+        h.startswith(("#", "data:image/png")) for h in links
+    )  # the bars of colours are images
+    write(found, table, run)
+    again = read(run)
+    assert again is not None and again[0] == found and again[1].equals(table)
+    assert all(sections_of(*again)[i].title == p.title for i, p in enumerate(drawn))
+    (run / "analysis.json").write_text("{}")
+    with pytest.raises(ConfigError, match=r"moejax analyze --workdir=.* writes it again"):
+        read(run)
 
 
 def test_one_domain_has_no_figures_of_domains(trained, tmp_path):

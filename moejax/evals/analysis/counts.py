@@ -116,7 +116,7 @@ def count(
         return out
 
     def one(before_TE, layer):
-        expert_TK, weights_TK, scores_TE = layer
+        expert_TK, weights_TK, scores_TE, choice_TN = layer
         hot_TE = hot_experts(expert_TK, e) * real_T[:, None]
         used_T1 = hot_TE.sum(axis=1, keepdims=True)
         prior_TE, has_T1 = previous(hot_TE, batch["segment_ids"])
@@ -138,35 +138,45 @@ def count(
         by_chance = with_others(hot_TE[shuffle_T], prior_TE, before_TE, has_T1)
         out |= {f"{name}_chance": a for name, a in by_chance.items()}
         if scores_TE is not None:
-            seen = scores(scores_TE, hot_TE)
+            seen = scores(scores_TE, choice_TN, expert_TK, real_T)
             out |= {name: fold_sums(a, unit_T) for name, a in seen.items()}
         return hot_TE, out
 
-    layers = routes.expert_LTK, routes.weights_LTK, routes.scores_LTE
+    layers = routes.expert_LTK, routes.weights_LTK, routes.scores_LTE, routes.choice_LTN
     _, sums = jax.lax.scan(one, jnp.zeros((num_tokens, e)), layers)
     for end in ("", "_chance"):  # the first layer's is zero
         sums[f"next{end}"] = jnp.roll(sums.pop(f"from_layer_before{end}"), -1, axis=0)
     return sums | {"tokens": jax.ops.segment_sum(real_T, unit_T, sizes.num_units)}
 
 
-def scores(scores_TE: jax.Array, hot_TE: jax.Array) -> dict[str, jax.Array]:
-    """What the router's scores (before any bias) say of each token that has an expert, [T]:
+def scores(
+    scores_TE: jax.Array, choice_TN: jax.Array, expert_TK: jax.Array, real_T: jax.Array
+) -> dict[str, jax.Array]:
+    """What the router's scores say of each token that has an expert, but not all, [T]; `choice_TN` is what it
+    ranked (`Routes.choice_LTN`):
 
     score_entropy  -sum_e p_e log p_e / log E, p = s / sum s: 1 if the router is undecided.
-    margin         least score of a chosen expert - greatest of one not chosen, over the mean |score|.
-    overruled      1 where that is negative: a bias, groups or an assignment decided, not the score.
+    margin         least choice of a chosen expert - greatest of one not chosen, over the mean |score|.
+    overruled      1 where the same of the scores alone is negative: a bias, groups or an assignment decided.
     scored         1.
     """
-    scores_TE = scores_TE.astype(jnp.float32)
-    chosen = hot_TE > 0
-    here_T = chosen.any(axis=1) & ~chosen.all(axis=1)
+    scores_TE, choice_TN = scores_TE.astype(jnp.float32), choice_TN.astype(jnp.float32)
+    num_experts = scores_TE.shape[1]
+
+    def gap(a_TN):
+        chosen = hot_experts(expert_TK, a_TN.shape[1]) > 0
+        here_T = chosen.any(axis=1) & ~chosen.all(axis=1) & (real_T > 0)
+        least_T = jnp.where(chosen, a_TN, jnp.inf).min(axis=1)
+        return here_T, least_T - jnp.where(chosen, -jnp.inf, a_TN).max(axis=1)
+
+    here_T, over_T = gap(scores_TE)
+    too_T, margin_T = gap(choice_TN)
     p_TE = jnp.maximum(scores_TE, 0)
     p_TE = p_TE / jnp.maximum(p_TE.sum(axis=1, keepdims=True), 1e-30)
     plogp_TE = jnp.where(p_TE > 0, p_TE * jnp.log(jnp.maximum(p_TE, 1e-30)), 0)
-    entropy_T = -plogp_TE.sum(axis=1) / math.log(max(scores_TE.shape[1], 2))
-    least_T = jnp.where(chosen, scores_TE, jnp.inf).min(axis=1)
-    margin_T = least_T - jnp.where(chosen, -jnp.inf, scores_TE).max(axis=1)
+    entropy_T = -plogp_TE.sum(axis=1) / math.log(max(num_experts, 2))
     size_T = jnp.maximum(jnp.abs(scores_TE).mean(axis=1), 1e-30)
-    found = {"score_entropy": entropy_T, "margin": margin_T / size_T, "overruled": margin_T < 0}
+    found = {"score_entropy": entropy_T, "margin": margin_T / size_T, "overruled": over_T < 0}
     found["scored"] = jnp.ones_like(entropy_T)
-    return {name: jnp.where(here_T, a, 0).astype(jnp.float32) for name, a in found.items()}
+    counted_T = here_T & too_T
+    return {name: jnp.where(counted_T, a, 0).astype(jnp.float32) for name, a in found.items()}

@@ -125,6 +125,21 @@ def write(found: dict[str, Any], table: pa.Table, where: pathlib.Path) -> None:
         part.replace(where / name)
 
 
+def read(where: pathlib.Path) -> tuple[dict[str, Any], pa.Table] | None:
+    """What `write` wrote into a folder; None if nothing is there. ConfigError if it cannot be read."""
+    file, table = where / folder.ANALYSIS, where / folder.ANALYSIS_TABLE
+    if not file.exists():
+        return None
+    again = f"moejax analyze --workdir={where} writes it again"
+    try:
+        found = json.loads(file.read_text("utf-8"))
+        if found["format"] != FORMAT:
+            raise ConfigError(f"{file} is of another version of moejax; {again}")
+        return found, pq.read_table(table)
+    except (OSError, ValueError, KeyError, TypeError) as e:
+        raise ConfigError(f"{file} and {table.name} cannot be read; {again}") from e
+
+
 def _steps(workdir: pathlib.Path, step: int | None, all_steps: bool) -> list[int]:
     """The steps to look at, in their order. ConfigError if one is not there."""
     there = sorted(int(p.name) for p in folder.steps(workdir))

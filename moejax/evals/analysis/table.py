@@ -2,6 +2,7 @@
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from moejax.evals.analysis.chance import Estimate, beyond
 
@@ -67,7 +68,7 @@ def _furthest(keep: np.ndarray, e: Estimate) -> np.ndarray:
 def summary(table: pa.Table) -> list[dict]:
     """The rows that are not about single experts, as JSON holds them (what is not finite is null), each with
     `beyond_chance`: true, false, or null where there is no null model."""
-    of_all = table.filter(pa.compute.equal(table["expert"], ALL))
+    of_all = table.filter(pc.equal(table["expert"], ALL))
     out = []
     for row in of_all.to_pylist():
         numbers = {
@@ -81,13 +82,22 @@ def summary(table: pa.Table) -> list[dict]:
 
 
 def matrix(
-    table: pa.Table, figure: str, step: int, layer: int, rows: int, columns: int = 0, column="value"
-):
+    table: pa.Table,
+    figure: str,
+    step: int,
+    layer: int,
+    rows: int,
+    columns: int = 0,
+    *,
+    column: str = "value",
+    domain: str = "",
+) -> np.ndarray:
     """One layer's numbers of a figure, [rows] by expert or [rows, columns] by expert and other; NaN where the
     table has none."""
-    is_ = lambda name, x: pa.compute.equal(table[name], x)  # noqa: E731
-    part = table.filter(pa.compute.and_(is_("figure", figure), is_("step", step)))
-    part = part.filter(pa.compute.equal(part["layer"], layer))
+    chosen = {"figure": figure, "step": step, "layer": layer, "domain": domain}
+    part = table
+    for name, value in chosen.items():
+        part = part.filter(pc.equal(part[name], value))
     out = np.full((rows, columns) if columns else rows, np.nan)
     at = [part[name].to_numpy() for name in (("expert", "other") if columns else ("expert",))]
     out[tuple(at)] = part[column].to_numpy()

@@ -23,7 +23,7 @@ TITLES = {
     "transition_concentration": "routes to the favourite next expert",
     "saturation": "experts already those of the last step",
     "score_entropy": "entropy of the scores / log E",
-    "margin": "score margin / mean score",
+    "margin": "margin of what is ranked / mean score",
     "overruled": "tokens whose scores a bias overrules",
     "bf16_flips": "routes that flip if routers read bf16",
     "weight_similarity_mean": "cosine of two experts' weights",
