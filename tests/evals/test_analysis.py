@@ -10,7 +10,7 @@ import pytest
 from moejax.evals.analysis import importance, information, load, pairs
 from moejax.evals.analysis.chance import beyond, estimate, expected_pairs, middle, permuted
 from moejax.evals.analysis.collect import Collected, add
-from moejax.evals.analysis.counts import SHUFFLED, Sizes, count, scores, shuffled
+from moejax.evals.analysis.counts import SHUFFLED, Sizes, add_labels, count, scores, shuffled
 from moejax.evals.analysis.figures import add_figures
 from moejax.evals.analysis.table import Rows, matrix, summary
 from moejax.evals.analysis.units import FOLDS, look_through
@@ -51,9 +51,15 @@ def test_counts_are_those_of_a_loop():
     batch, unit_B = random_batch(rng), np.array([0, 3, 9, 9], np.int32)
     routes, bin_V = random_routes(rng, batch), np.minimum(np.arange(V), 4).astype(np.int32)
     predicted_BS = rng.integers(0, V, (4, S))
-    sizes = Sizes(num_units=10, num_experts=E, num_special=1, num_bins=5, seq_len=S)
+    sizes = Sizes(num_units=10, num_experts=E, num_special=1, seq_len=S)
     assert sizes.num_positions == 4  # 0, 1-2, 3-6, 7
-    got = count(routes, batch, unit_B, bin_V, predicted_BS, jax.random.key(0), sizes)
+    real_T = (batch["segment_ids"] > 0).reshape(-1)
+    shuffle_T = shuffled(jax.random.key(0), jnp.asarray(real_T, jnp.float32))
+    got = {n: np.asarray(a) for n, a in count(routes, batch, unit_B, shuffle_T, sizes).items()}
+    for name, ids_BS in (("token", batch["tokens"]), ("predicted", predicted_BS)):
+        got[name] = np.zeros((L, FOLDS, 5, E))
+        label_T, fold_T = bin_V[ids_BS.reshape(-1)], np.repeat(unit_B % FOLDS, S)
+        add_labels(got[name], np.asarray(routes.expert_LTK), label_T, fold_T)
     names = [n for n in got if n not in SCORED and not n.endswith("_chance")]
     want = {name: np.zeros(got[name].shape) for name in names}
     position = np.floor(np.log2(batch["positions"] + 1)).astype(int)
@@ -86,7 +92,7 @@ def test_counts_are_those_of_a_loop():
                 want["next"][i, f, e, other] += 1
     for name in SHUFFLED:  # another token's experts: as many for each label, and for each expert
         seen, mixed = (np.asarray(got[n]).sum(axis=1) for n in (name, f"{name}_chance"))
-        if name in ("position", "token", "predicted"):
+        if name == "position":
             np.testing.assert_allclose(mixed.sum(axis=1), seen.sum(axis=1))
         assert name == "paired" or (mixed != seen).any()
     for name, a in want.items():  # whole numbers, and sums of a few float32
@@ -294,10 +300,10 @@ def collected():
     rng = np.random.default_rng(0)
     batches = [random_batch(rng, rows=32) for _ in range(16)]
     units = look_through(batches, 2, V, counts_per_token=L * E)
-    sizes = Sizes(len(units.domain_U), E, 0, units.num_bins, S)
-    out, jitted = [], jax.jit(count, static_argnums=6)
+    sizes = Sizes(len(units.domain_U), E, 0, S)
+    out, jitted, mixed = [], jax.jit(count, static_argnums=4), jax.jit(shuffled)
     for by_domain in (False, True):
-        sums, vio = {}, np.zeros((2, L))
+        sums, words, vio = {}, {}, np.zeros((2, L))
         for number, (batch, unit_B) in enumerate(units.of_rows(batches)):
             tokens = batch["tokens"].size
             expert = np.argsort(rng.random((L, tokens, E)), axis=2)[:, :, :K].astype(np.int32)
@@ -306,13 +312,22 @@ def collected():
                 expert[:, :, 1] = 2 + expert[:, :, 1] % (E - 2)
             expert[:, batch["segment_ids"].reshape(-1) == 0] = -1
             routes = Routes(expert, np.ones(expert.shape, np.float32), *[None] * 4)
-            args = routes, batch, unit_B, units.bin_V, batch["tokens"], jax.random.key(number)
-            one = jitted(*args, sizes)
+            real_T = (batch["segment_ids"] > 0).reshape(-1).astype(np.float32)
+            shuffle_T = mixed(jax.random.key(number), real_T)
+            one = jitted(routes, batch, unit_B, shuffle_T, sizes)
             add(sums, {name: np.asarray(a) for name, a in one.items()})
+            label_T, fold_T = (
+                units.bin_V[batch["tokens"].reshape(-1)],
+                np.repeat(unit_B % FOLDS, S),
+            )
+            for name, at_LTK in (("token", expert), ("token_chance", expert[:, shuffle_T])):
+                words.setdefault(name, np.zeros((L, FOLDS, units.num_bins, E)))
+                add_labels(words[name], at_LTK, label_T, fold_T)
             vio_L = load.max_violation(np.asarray(one["load"]).sum(axis=1))
             vio += [vio_L, vio_L**2]
         ones = np.ones((L, FOLDS, E))
-        sums |= {"gate_norm": ones, "norm": ones, "most": rng.random((L, E))}
+        words |= {n.replace("token", "predicted"): a for n, a in words.items()}
+        sums |= words | {"gate_norm": ones, "norm": ones, "most": rng.random((L, E))}
         names = ("weights", "outputs", "cka")
         alike = {f"{n}{end}": rng.normal(size=(L, E, E)) for n in names for end in ("", "_chance")}
         out.append(Collected(sums, vio, len(batches), alike))

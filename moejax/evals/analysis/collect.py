@@ -11,7 +11,7 @@ import numpy as np
 
 from moejax.config import ExperimentConfig
 from moejax.evals.analysis import outputs
-from moejax.evals.analysis.counts import Sizes, count, hot_experts
+from moejax.evals.analysis.counts import Sizes, add_labels, count, hot_experts, shuffled
 from moejax.evals.analysis.load import max_violation
 from moejax.evals.analysis.units import FOLDS, Units
 from moejax.evals.routes import routes_of
@@ -19,12 +19,14 @@ from moejax.models.embedding import head_weights
 from moejax.models.loss import chunk_length
 from moejax.routers import router_of
 
+# Routes by what a token is and by what the model predicts after it, [L, F, V, E]; and of shuffled tokens.
+WORDS = ("token", "token_chance", "predicted", "predicted_chance")
 _FIELDS = ("tokens", "positions", "segment_ids")
 
 
 class Collected(NamedTuple):
     """Attributes:
-    sums: see `counts.count`, `outputs.output_sums` and `outputs.rounding_sums`; float64.
+    sums: WORDS; and see `counts.count`, `outputs.output_sums` and `outputs.rounding_sums`; float64.
     batch_vio: over batches, the sum of MaxVio [L] and of its square [L].
     batches: how many.
     alike: see `outputs.similarity`.
@@ -51,7 +53,6 @@ def sizes_of(cfg: ExperimentConfig, units: Units, seq_len: int) -> Sizes:
         units.room,
         cfg.model.moe.num_experts,
         len(specials),
-        units.num_bins,
         seq_len,
     )
 
@@ -74,17 +75,18 @@ def programs(cfg: ExperimentConfig, sizes: Sizes) -> Programs:
     def see(params, state, batch):
         return routes_of(params, state, batch, model, compute, inputs=True)
 
-    def one_batch(params, state, batch, unit_B, bin_V, number):
+    def one_batch(params, state, batch, unit_B, number):
         routes = see(params, state, batch)
         most = compute.tokens_of_logits(model.vocab_size)
         predicted_BS = predicted_tokens(params, routes.hidden_BSD, most)
-        key = jax.random.fold_in(jax.random.key(0), number)
-        sums = count(routes, batch, unit_B, bin_V, predicted_BS, key, sizes)
-        segment_BS = batch["segment_ids"]
+        key, segment_BS = jax.random.fold_in(jax.random.key(0), number), batch["segment_ids"]
+        shuffle_T = shuffled(key, (segment_BS > 0).reshape(-1).astype(jnp.float32))
+        sums = count(routes, batch, unit_B, shuffle_T, sizes)
         sums |= outputs.output_sums(params, routes, segment_BS, unit_B, model, compute)
         if not carries:  # else a layer's routes depend on more than what it reads
             sums |= outputs.rounding_sums(params, state, routes, batch, unit_B, model)
-        return sums
+        real_T1 = segment_BS.reshape(-1, 1) > 0
+        return sums, (jnp.where(real_T1, routes.expert_LTK, -1), shuffle_T, predicted_BS)
 
     def overlap(first, last, batch, unit_B):
         """[L, F]: routes of the first model that the last has too, and routes of the first."""
@@ -114,7 +116,7 @@ def collect(
 ) -> Collected:
     """One pass over `batches`, those that `units` was made of."""
     total: dict[str, np.ndarray] = {}
-    vio, batches_seen, alike = np.zeros(()), 0, {}
+    vio, batches_seen, alike, words = np.zeros(()), 0, {}, {}
     for batch, unit_B in units.of_rows(batches):
         fields = {name: batch[name] for name in _FIELDS}
         if not alike:  # the first rows are one of each domain
@@ -122,15 +124,23 @@ def collect(
             order_P = np.random.default_rng(0).permutation(len(rows_P))
             probe_LPD = run.probe(params, router_state, fields, rows_P)
             alike = jax.device_get(run.similarity(params, probe_LPD, order_P))
-        args = fields, unit_B, units.bin_V, np.int32(batches_seen)
-        sums = jax.device_get(run.batch(params, router_state, *args))
+        sums, seen = run.batch(params, router_state, fields, unit_B, np.int32(batches_seen))
+        sums, (expert_LTK, shuffle_T, predicted_BS) = jax.device_get((sums, seen))
+        if not words:
+            shape = len(expert_LTK), FOLDS, units.num_bins, sums["load"].shape[2]
+            words = {name: np.zeros(shape, np.int32) for name in WORDS}
+        fold_T = np.repeat(unit_B % FOLDS, batch["tokens"].shape[1])
+        for name, ids_BS in (("token", batch["tokens"]), ("predicted", predicted_BS)):
+            label_T = units.bin_V[ids_BS.reshape(-1)]
+            add_labels(words[name], expert_LTK, label_T, fold_T)
+            add_labels(words[f"{name}_chance"], expert_LTK[:, shuffle_T], label_T, fold_T)
         vio_L = max_violation(sums["load"].sum(axis=1))
         vio, batches_seen = vio + np.stack([vio_L, vio_L**2]), batches_seen + 1
         add(total, sums)
     for name in ("load", "tokens"):  # of the units that there are
         axis = total[name].ndim > 1
         total[name] = total[name].take(np.arange(len(units.domain_U)), axis=int(axis))
-    return Collected(total, vio, batches_seen, alike)
+    return Collected(total | words, vio, batches_seen, alike)
 
 
 def add(total: dict[str, np.ndarray], sums: dict[str, np.ndarray]) -> None:

@@ -1,7 +1,6 @@
 """Counts of one batch: a pure function from routes to sums, all that the figures need to know of the text.
 
-Here: F folds, U units (`units`); P bins of positions; V bins of the vocabulary, the last one for the rest; Z
-special experts.
+Here: F folds, U units (`units`); P bins of positions; V bins of the vocabulary; Z special experts.
 """
 
 import math
@@ -9,20 +8,20 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from moejax.evals.analysis.units import FOLDS
 from moejax.evals.routes import Routes
 
-SHUFFLED = ("position", "token", "predicted", "previous", "paired", "next")
+SHUFFLED = ("position", "previous", "paired", "next")
 
 
 class Sizes(NamedTuple):
-    """Static: num_units U, num_experts E, num_special Z, num_bins V, seq_len S."""
+    """Static: num_units U, num_experts E, num_special Z, seq_len S."""
 
     num_units: int
     num_experts: int
     num_special: int
-    num_bins: int
     seq_len: int
 
     @property
@@ -60,9 +59,7 @@ def count(
     routes: Routes,
     batch: dict[str, jax.Array],
     unit_B: jax.Array,
-    bin_V: jax.Array,
-    predicted_BS: jax.Array,
-    key: jax.Array,
+    shuffle_T: jax.Array,
     sizes: Sizes,
 ) -> dict[str, jax.Array]:
     """Sums over a batch, float32 (whole numbers below 2^24 are exact); each has a leading axis of layers but
@@ -72,14 +69,12 @@ def count(
       routes: of the batch.
       batch: tokens, positions, segment_ids.
       unit_B: the unit of every row.
-      bin_V: the bin of every vocabulary entry, here [vocabulary].
-      predicted_BS: the token that the model holds most likely to follow.
-      key: for the shuffled tokens.
+      shuffle_T: from `shuffled`.
       sizes: static.
 
     Returns:
-      tokens [U]; load [L, U, E], special [L, Z] (routes); position [L, F, P, E], token and predicted
-      [L, F, V, E] (routes by what the token is); pairs [L, F, E, E] (tokens that have both experts);
+      tokens [U]; load [L, U, E], special [L, Z], position [L, F, P, E] (routes); pairs [L, F, E, E] (tokens
+      that have both experts);
       previous [L, F, E, E] (token before by this one), paired [L, F] (routes of tokens with one before);
       next [L, F, E, E] (this layer by the next; 0 for the last); gate [L, F, E] (weights), share [L, F, E]
       (1 / experts of the token); score_entropy, margin, overruled and scored [L, F] (see `scores`). Those in
@@ -101,16 +96,9 @@ def count(
     def both(a_TE, b_TE):
         return jnp.einsum("TF,TA,TB->FAB", in_fold_TF, a_TE, b_TE)
 
-    shuffle_T = shuffled(key, real_T)
-    labels = {
-        "position": (at_T, sizes.num_positions),
-        "token": (bin_V[batch["tokens"].reshape(-1)], sizes.num_bins),
-        "predicted": (bin_V[predicted_BS.reshape(-1)], sizes.num_bins),
-    }
-
     def with_others(hot_TE, prior_TE, before_TE, has_T1):
-        """What the experts of a token have to do with its labels, the token before and the layer before."""
-        out = {name: by_label(*label, hot_TE) for name, label in labels.items()}
+        """What the experts of a token have to do with its position, the token before and the layer before."""
+        out = {"position": by_label(at_T, sizes.num_positions, hot_TE)}
         out["previous"], out["from_layer_before"] = both(prior_TE, hot_TE), both(before_TE, hot_TE)
         out["paired"] = fold_sums(hot_TE.sum(axis=1) * has_T1[:, 0], unit_T)
         return out
@@ -180,3 +168,17 @@ def scores(
     found["scored"] = jnp.ones_like(entropy_T)
     counted_T = here_T & too_T
     return {name: jnp.where(counted_T, a, 0).astype(jnp.float32) for name, a in found.items()}
+
+
+def add_labels(
+    table_LFVE: np.ndarray, expert_LTK: np.ndarray, label_T: np.ndarray, fold_T: np.ndarray
+) -> None:
+    """Add the routes of a batch by label to a table, in place; on the host, where a large table need not move.
+    Empty slots (also padding's) and special experts are left out."""
+    layers, folds, labels, experts = table_LFVE.shape
+    good = (expert_LTK >= 0) & (expert_LTK < experts)
+    layer_L11 = np.arange(layers)[:, None, None]
+    at_LTK = (
+        (layer_L11 * folds + fold_T[:, None]) * labels + label_T[:, None]
+    ) * experts + expert_LTK
+    np.add.at(table_LFVE.reshape(-1), at_LTK[good], 1)

@@ -284,8 +284,8 @@ def importance(found: dict[str, Any]) -> Picture:
         for s in found["super_experts"][:5]
     ]
     text = (
-        "1 is what every expert would have if all of a layer were alike. The greatest outputs of a down projection, "
-        "which would show super experts (by its quantile one expert in 200 is always named): "
+        "1 is what every expert would have if all of a layer were alike. The greatest outputs of a down "
+        "projection, which would show super experts (by its quantile one expert in 200 is always named): "
         f"{', '.join(stand_out) or 'none'}."
     )
     return Picture("Which experts matter", text, (image,))
