@@ -2,14 +2,17 @@
 
 import json
 
+import jax
 import numpy as np
 import pytest
 
 from moejax.commands import evaluate, routes
 from moejax.config import ConfigError
 from moejax.evals import trace_files, trace_read
-from moejax.evals.evaluate import evaluate_run
+from moejax.evals.evaluate import evaluate_run, open_text
 from moejax.evals.trace import Records
+from moejax.evals.trace_replay import replayed
+from moejax.models.loss import loss_fn
 
 
 @pytest.fixture(scope="module")
@@ -64,6 +67,32 @@ def test_a_trace_of_another_engine_needs_only_ids_and_experts(trained, traces, t
     path = tmp_path / "engine.jsonl"
     path.write_text("\n".join(json.dumps(v) for v in [header, *few]))
     assert evaluate_run(trained, replay=path) == evaluate_run(trained)
+
+
+def test_training_takes_the_routes_of_a_trace(trained, traces):
+    """The example of docs/routes.md: its routes are taken, gradients go through the weights."""
+    run, batches, _, _ = open_text(trained)
+
+    @jax.jit
+    @jax.grad
+    def gradient(params, batch):
+        return loss_fn(params, run.router_state, batch, run.cfg.model, objective=run.cfg.objective)[
+            0
+        ]
+
+    file = trace_read.open_trace(traces / "own.npz")
+    batch = next(iter(replayed(batches, file, run.cfg.model)))
+    other = {**batch, "routes": 7 - batch["routes"] % 8}  # what a trace may say, too
+    grads = [
+        gradient(run.params, b)["moe_blocks"]["moe"]["router"]["kernel"] for b in (batch, other)
+    ]
+    assert all((np.asarray(g) != 0).any() for g in grads)
+    plain = {k: v for k, v in batch.items() if k != "routes"}
+    want = gradient(run.params, plain)["moe_blocks"]["moe"]["router"]["kernel"]
+    np.testing.assert_allclose(
+        grads[0], want, rtol=1e-5, atol=1e-8
+    )  # its own routes: the same step
+    assert np.abs(np.asarray(grads[1]) - want).max() > 1e-6
 
 
 def other_token(rows):

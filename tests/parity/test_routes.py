@@ -1,5 +1,5 @@
-"""Routes of an imported folder against hooks on the original's routers: the same experts, weights and co-activation
-on the same text.
+"""Routes of an imported folder against hooks on the original's routers: the same experts, weights and
+co-activation on the same text.
 """
 
 import jax
