@@ -11,15 +11,24 @@ import numpy as np
 import pytest
 
 from moejax.commands import evaluate as evaluate_command
-from moejax.config import AttentionConfig, ComputeConfig, ConfigError, ModelConfig, MoEConfig
+from moejax.config import (
+    AttentionConfig,
+    ComputeConfig,
+    ConfigError,
+    ExperimentConfig,
+    ModelConfig,
+    MoEConfig,
+)
 from moejax.evals import intervene
 from moejax.evals.evaluate import evaluate_run
+from moejax.evals.generate import generate
 from moejax.evals.intervene import Model
 from moejax.evals.intervene_run import RESAMPLES, Sums, _resampled, compare, intervene_run
 from moejax.evals.intervene_text import apply_all, check_all, check_alone, parse, read_values
 from moejax.evals.routes import routes_of
+from moejax.evals.writer import mesh_layout
 from moejax.models.replay import with_routes
-from moejax.models.transformer import init_model
+from moejax.models.transformer import init_model, param_specs
 from moejax.moe.layer import moe
 from moejax.params import init_params
 from moejax.routers import ROUTERS, router_options
@@ -198,8 +207,8 @@ def test_temperature_divides_logits_or_is_refused(name):
         assert "a linear router" in str(e)
         assert not linear
         return
-    if not linear or router.form != "token":
-        return
+    if name not in ("token_choice", "expert_threshold", "remoe", "sparse_mixer"):
+        return  # one of each way to score is enough
     whole = {"moe_blocks": {"moe": {"router": jax.tree.map(lambda a: a[None], params)}}}
     cooled = intervene.with_temperature(Model(cfg, whole, {}), 2.0).params["moe_blocks"]["moe"][
         "router"
@@ -434,3 +443,38 @@ def test_evaluate_command(trained, tmp_path, capsys):
     other = tmp_path / "nowhere"
     with pytest.raises(ConfigError, match=str(other)):
         evaluate_command.main([f"--workdir={trained}", f"--intervene=routes_from={other}"])
+
+
+@pytest.mark.product
+def test_generation_without_experts():
+    """Prefill and decoding see what the router state brings: the text of a selection bias of -inf, on one
+    device and on a mesh."""
+    moe_cfg = dataclasses.replace(
+        OLMOE.moe, router=router_options(score="sigmoid", expert_bias=True)
+    )
+    before = model(dataclasses.replace(OLMOE, moe=moe_cfg, max_seq_len=32))
+    out_LE = intervene.drawn((2, 8), 4, 0)
+    barred = intervene.bar(before, out_LE)
+    bias_LE = jnp.where(out_LE, -jnp.inf, 0.0)
+    prompts = [[3, 7, 1, 30, 2], [5, 9], [11]]
+    args = before.cfg, prompts, 8
+    want = generate(before.params, {"moe_blocks": {"expert_bias": bias_LE}}, *args)
+    assert generate(barred.params, barred.router_state, *args) == want
+    assert generate(before.params, before.router_state, *args) != want
+    layout = mesh_layout(ExperimentConfig(model=before.cfg), "data=2,expert=2,tensor=2")
+    assert layout is not None
+    params = jax.device_put(barred.params, layout.of_specs(param_specs(before.cfg)))
+    state = jax.device_put(barred.router_state, layout.replicated)
+    assert generate(params, state, *args, layout=layout) == want
+
+
+@pytest.mark.product
+def test_on_a_mesh(trained):
+    """Sums of float32 in another order; routes are told in the same way."""
+    for text in ("top=2", "best=2", "uniform", "experts=*/1:silent"):
+        one, many = (
+            intervene_run(trained, parse([text]), num_batches=2, mesh=mesh)["all"]
+            for mesh in (None, "data=2,expert=2")
+        )
+        assert many.changed == pytest.approx(one.changed, rel=1e-5)
+        assert many.difference == pytest.approx(one.difference, abs=1e-5)
