@@ -27,9 +27,12 @@ def test_command(trained, tmp_path, capsys):
     assert list(data["curves"]["best"]) == ["0", "4"]
     nothing = data["curves"]["best"]["0"]["all"]
     assert nothing["difference"] == 0
-    assert nothing["changed"] == pytest.approx(
-        evaluate_run(trained, num_batches=2)["loss"], rel=1e-6
-    )
+    plain = evaluate_run(trained, num_batches=2)
+    assert nothing["changed"] == pytest.approx(plain["loss"], rel=1e-6)
+    for name in ("lower", "digits"):
+        there = data["curves"]["best"]["0"][name]
+        assert there["untouched"] == pytest.approx(plain[f"loss/{name}"], rel=1e-6)
+        assert there["tokens"] == plain[f"tokens/{name}"]
     want = intervene_run(trained, parse(["best=4"]), num_batches=2)["lower"]
     got = data["curves"]["best"]["4"]["lower"]
     assert (got["changed"], got["low"]) == (want.changed, want.low)

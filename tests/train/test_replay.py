@@ -67,7 +67,8 @@ def own_routes() -> np.ndarray:
 
 def step(cfg, batch, layout):
     params, state, _ = inputs()
-    params = jax.device_put(params, layout.of_specs(transformer.param_specs(cfg.model)))
+    if layout is not None:
+        params = jax.device_put(params, layout.of_specs(transformer.param_specs(cfg.model)))
     batch = place_whole(batch, layout)
 
     @functools.partial(jax.jit, compiler_options=QUICK)
@@ -78,10 +79,16 @@ def step(cfg, batch, layout):
     return jax.device_get(one(params, state, batch))
 
 
-def test_a_step_on_its_own_routes_is_the_same_bit_for_bit():
-    """Counted first, in two micro-batches, computed again in the backward pass, on four devices."""
-    cfg = change(CFG, accumulation=2, remat="full", mesh=MeshConfig(data=2, expert=2))
-    layout = make_layout(cfg, jax.devices()[:4])
+ACCUMULATED = dict(accumulation=2, remat="full", mesh=MeshConfig(data=2, expert=2))
+
+
+@pytest.mark.parametrize(
+    "how", [{}, pytest.param(ACCUMULATED, marks=pytest.mark.product)], ids=["plain", "accumulated"]
+)
+def test_a_step_on_its_own_routes_is_the_same_bit_for_bit(how):
+    """Also counted first, in two micro-batches, computed again in the backward pass, on four devices."""
+    cfg = change(CFG, **{"mesh": MeshConfig(data=1), **how})
+    layout = make_layout(cfg, jax.devices()[: cfg.mesh.data * cfg.mesh.expert])
     batch = inputs()[2]
     plain = step(cfg, batch, layout)
     again = step(cfg, with_routes(batch, own_routes(), cfg.model), layout)
