@@ -2,6 +2,8 @@
 
 import io
 import json
+import subprocess
+import sys
 import zipfile
 
 import jax
@@ -288,3 +290,30 @@ def test_bad_input_is_refused_before_weights_are_read(trained, flags, match, mon
 def test_a_text_longer_than_the_model_reads_is_refused(trained):
     with pytest.raises(ConfigError, match=r"--sources=FILE cuts a longer one into rows"):
         routes.main([f"--workdir={trained}", f"--text={'a' * 5000}"])
+
+
+@pytest.mark.product
+@pytest.mark.parametrize("kind", ["jsonl", "parquet", "npz"])
+def test_a_million_tokens_need_no_more_memory_than_the_first(tmp_path, kind):
+    """In a process of its own: the high-water mark after 50 batches, and after twenty times as many."""
+    program = f"""
+import pathlib, resource, sys
+sys.path[:0] = ["tests/evals"]
+from test_trace import HEADER, TEXTS, made
+from moejax.evals import trace_files, trace_read
+
+def run(pieces):
+    path = pathlib.Path({str(tmp_path)!r}) / "t.{kind}"
+    of = (made(1000, 200 * i) for i in range(pieces))
+    number = trace_files.write(path, {kind!r}, HEADER, of, TEXTS)
+    rows = sum(1 for _ in trace_read.rows(trace_read.open_trace(path), 5))
+    assert rows * 5 == number == 1000 * pieces
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+few = run(50)
+print(run(1000) - few)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    # MiB; the files are of 30 to 200. Allocators keep a little of what they are given back.
+    assert float(done.stdout) < 25
