@@ -17,8 +17,11 @@ TINY = tiny.OVERRIDES | {
 }
 
 
-IMAGES = {"quickstart.ipynb": 3, "router.ipynb": 2}
-SAID = {"router.ipynb": ("holds: carry", "broken: causality", "mine            held-out loss")}
+IMAGES = {"quickstart.ipynb": 3, "router.ipynb": 2, "microscope.ipynb": 1}
+SAID = {
+    "microscope.ipynb": ("expert  0:", "taken away", "wrote", "imported"),
+    "router.ipynb": ("holds: carry", "broken: causality", "mine            held-out loss"),
+}
 
 
 @pytest.mark.filterwarnings("ignore")  # of Jupyter's own libraries; the kernel is another process
@@ -29,7 +32,7 @@ def test_notebook_runs(name, tmp_path, monkeypatch):
     notebook = nbformat.read(path, as_version=4)
     at = [i for i, c in enumerate(notebook.cells) if "parameters" in c.metadata.get("tags", [])]
     assert len(at) == 1, "one cell is tagged 'parameters'"
-    values = f"WORKDIR = {str(tmp_path / 'run')!r}\nOVERRIDES = {TINY!r}"
+    values = f"WORKDIR = {str(tmp_path / 'run')!r}\nOVERRIDES = {TINY!r}\nBATCHES = 2"
     notebook.cells.insert(at[0] + 1, nbformat.v4.new_code_cell(values))
     monkeypatch.setitem(os.environ, "JAX_PLATFORMS", "cpu")
     client = nbclient.NotebookClient(
