@@ -15,10 +15,11 @@ from moejax.cost.architecture import active, of_model, total
 from moejax.data import load_corpus, validation_batches
 from moejax.evals import charts
 from moejax.evals.analysis import run as analysis
+from moejax.evals.analysis.information import favourites, information
 from moejax.evals.analysis.pictures import pictures
 from moejax.evals.analysis.text import tables
 from moejax.evals.generate import generate
-from moejax.evals.token_counts import count_tokens, domain_information, favourite_tokens
+from moejax.evals.token_counts import count_tokens
 from moejax.evals.validation import size_text
 from moejax.runs import folder, provenance
 from moejax.runs.metrics import read_metrics
@@ -219,11 +220,9 @@ def domain_section(load_dLE: np.ndarray, domains: list[str], layers: list[int]) 
 
 
 def information_section(routing: dict[int, dict], layers: list[int]) -> Section:
+    told_sL = [information(np.array(r["load_dLE"]).transpose(1, 2, 0)) for r in routing.values()]
     series = {
-        f"MoE layer {layer}": (
-            list(routing),
-            [domain_information(np.array(r["load_dLE"])[:, layer]) for r in routing.values()],
-        )
+        f"MoE layer {layer}": (list(routing), [told_L[layer] for told_L in told_sL])
         for layer in layers
     }
     text = (
@@ -247,7 +246,7 @@ def expert_section(load_dLE, domains, token_EV, run: OpenRun, most: int = 4) -> 
         for expert in sorted(chosen):
             tokens = [
                 run.tokenizer.pieces[t].decode("utf-8", "replace").replace("\n", "⏎")
-                for t in favourite_tokens(counts, expert, 12)
+                for t in favourites(counts.T, expert, 12)
             ]
             domain = domains[int(share_dE[:, expert].argmax())]
             found.append(dict(layer=layer, expert=expert, domain=domain, tokens=tokens))

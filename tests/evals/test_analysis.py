@@ -177,7 +177,9 @@ def test_vocabulary_and_favourites():
     table_VE = np.array([[40, 0], [0, 40], [10, 10], [0, 900]])
     got = information.vocabulary_specialisation(*[np.tile(table_VE / 4, (1, 4, 1, 1))] * 2)
     assert got.value[0] == pytest.approx((40 + 40 + 10) / 100)
-    assert information.favourites(table_VE, 0) == [0] and information.favourites(table_VE, 1) == [1]
+    token_VE = np.array([[50, 10], [10, 50], [0, 6], [3, 0]])
+    assert information.favourites(token_VE, 0) == [0]  # token 3 was seen too rarely
+    assert information.favourites(token_VE, 1) == [1]
 
 
 def test_pairs():

@@ -6,13 +6,12 @@ import re
 import shutil
 
 import numpy as np
-import pytest
 
 from moejax.commands import report as report_command
 from moejax.config import MoEConfig, ObjectiveConfig
 from moejax.config_io import to_json
 from moejax.evals import report
-from moejax.evals.token_counts import count_tokens, domain_information, favourite_tokens
+from moejax.evals.token_counts import count_tokens
 from moejax.routers import router_options
 from moejax.runs.metrics import read_metrics
 from moejax.runs.open import load_run, read_config
@@ -86,19 +85,3 @@ def test_routes_by_token(trained):
     assert counts.sum() == 2 * 2 * 24 * 2
     assert set(np.flatnonzero(counts.sum(axis=0))) == {97, 98, 99, 48}
     assert set(counts.sum(axis=0)[[97, 98, 99, 48]]) == {48}
-
-
-def test_domain_information():
-    assert domain_information(np.array([[5, 0], [0, 5]])) == pytest.approx(1.0)
-    assert domain_information(np.array([[4, 4], [2, 2]])) == pytest.approx(0.0, abs=1e-12)
-    assert domain_information(np.zeros((2, 2))) == 0.0
-    # p = [[3/8, 1/8], [1/8, 3/8]]: I = log 2 - H(1/4), H(domain) = log 2.
-    h = -(0.25 * np.log(0.25) + 0.75 * np.log(0.75))
-    want = 1 - h / np.log(2)
-    assert domain_information(np.array([[3, 1], [1, 3]])) == pytest.approx(want)
-
-
-def test_favourite_tokens():
-    token_EV = np.array([[50, 10, 0, 3], [10, 50, 6, 0]])
-    assert favourite_tokens(token_EV, 0, 2) == [0]  # token 3 was seen too rarely
-    assert favourite_tokens(token_EV, 1, 1) == [1]

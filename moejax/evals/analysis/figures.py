@@ -135,7 +135,7 @@ def details(
         "median_greatest_output": float(np.median(most_LE)),
         "favourite_tokens": {
             str(layer): [
-                [names[b] for b in information.favourites(tokens_LVE[layer], e)]
+                [names[b] for b in information.favourites(tokens_LVE[layer, :-1], e)]
                 for e in range(load_LE.shape[1])
             ]
             for layer in layers

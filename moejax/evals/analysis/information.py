@@ -99,10 +99,10 @@ def vocabulary_specialisation(table_LFVE: np.ndarray, shuffled_LFVE: np.ndarray)
 
 
 def favourites(token_VE: np.ndarray, expert: int, most: int = 8, least: int = 5) -> list[int]:
-    """Bins of the tokens that an expert of one layer gets more often than its load explains, most surprising
-    first: by the Pearson residual (n - m) / sqrt(m), m = n_x n_e / n; above 3, of at least `least` routes."""
-    n_VE = token_VE[:-1]
-    seen_V, share = n_VE.sum(axis=1), n_VE[:, expert].sum() / max(n_VE.sum(), 1)
-    residual_V = (n_VE[:, expert] - seen_V * share) / np.sqrt(np.maximum(seen_V * share, 1e-9))
-    residual_V[n_VE[:, expert] < least] = -np.inf
+    """The tokens that an expert of one layer gets more often than its load explains, most surprising first: by
+    the Pearson residual (n - m) / sqrt(m), m = n_x n_e / n; above 3, of at least `least` routes."""
+    seen_V, n_V = token_VE.sum(axis=1), token_VE[:, expert]
+    expected_V = seen_V * n_V.sum() / max(token_VE.sum(), 1)
+    residual_V = (n_V - expected_V) / np.sqrt(np.maximum(expected_V, 1e-9))
+    residual_V[n_V < least] = -np.inf
     return [int(i) for i in np.argsort(-residual_V, kind="stable")[:most] if residual_V[i] > 3]
