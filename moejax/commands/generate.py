@@ -16,7 +16,8 @@ USAGE = """\
 usage: moejax generate --workdir=RUN --prompt="def "            continue a text, streaming
        moejax generate --workdir=RUN --prompts_file=FILE        many: a line each, or JSONL with "prompt"
        moejax generate --workdir=RUN --chat --prompt="Hello"    ask a chat model; without a prompt,
-                                                                talk to it at the terminal"""
+                                                                talk to it at the terminal
+       moejax generate --workdir=RUN --replay=TRACE --prompt=.. the routes of a traced text (moejax routes)"""
 
 
 def _generate_flags() -> flags.FlagValues:
@@ -37,6 +38,7 @@ def _generate_flags() -> flags.FlagValues:
     whole("seed", 0, "The same seed gives the same text.", flag_values=fv)
     flags.DEFINE_multi_string("stop", [], "End at this text; may be repeated.", flag_values=fv)
     flags.DEFINE_list("stop_ids", [], "Also end at these token ids: 2,7.", flag_values=fv)
+    text("replay", None, "The trace of a text (moejax routes): take its routes.", flag_values=fv)
     whole("batch_size", 8, "Prompts at once.", flag_values=fv)
     switch(
         "speculative",
@@ -61,6 +63,8 @@ def main(argv: list[str]) -> int:
         raise ConfigError(f"--batch_size={fv.batch_size} must be at least 1")
     if fv.greedy and fv.temperature:
         raise ConfigError(f"--greedy and --temperature={fv.temperature} contradict each other")
+    if fv.replay is not None:
+        _check_replay(fv)
     requests = _requests(fv)  # read before the weights: a wrong file is reported at once
     from moejax.evals.intervene_text import parse
     from moejax.evals.writer import Writer
@@ -78,6 +82,7 @@ def main(argv: list[str]) -> int:
         stop_texts=fv.stop,
         stop_ids=_integers(fv.stop_ids),
         speculative_decoding=fv.speculative,
+        replay=None if fv.replay is None else pathlib.Path(fv.replay),
     )
     if requests is None:
         return _converse(fv, writer)
@@ -94,9 +99,23 @@ def main(argv: list[str]) -> int:
         failed = 0
     else:
         failed = _write_many(fv, writer, requests)
+    if writer.left is not None:
+        print(
+            f"moejax generate: token {writer.left} is not that of {fv.replay}: the text ends there",
+            file=sys.stderr,
+        )
     if fv.stats:
         print(writer.stats)
     return 1 if failed else 0
+
+
+def _check_replay(fv) -> None:
+    """ConfigError for what does not go with --replay."""
+    if fv.prompt is None:
+        raise ConfigError("--replay needs the --prompt of the text that was traced")
+    for name in ("speculative", "intervene"):
+        if fv[name].value:
+            raise ConfigError(f"--replay and --{name} cannot be used together")
 
 
 def _write_many(fv, writer, requests: list) -> int:

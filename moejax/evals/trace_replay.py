@@ -1,14 +1,23 @@
-"""Replay of a trace file: batches of text that bring along the routes that the file gives their tokens."""
+"""Replay of a trace file: batches of text that bring along the routes that the file gives their tokens, and one
+text that is written again.
 
+Here: N tokens of a trace's row.
+"""
+
+import itertools
+import pathlib
 from collections.abc import Iterable, Iterator
+from typing import NamedTuple
 
+import jax.numpy as jnp
 import numpy as np
 
 from moejax.config import ConfigError, ModelConfig
 from moejax.data import Tokenizer
 from moejax.evals.trace import tokenizer_checksum
-from moejax.evals.trace_read import Row, Trace, rows
+from moejax.evals.trace_read import Row, Trace, open_trace, rows
 from moejax.models.replay import most_routes, with_routes
+from moejax.moe.layer import TOLD
 
 
 def check_fits(trace: Trace, cfg: ModelConfig, tokenizer: Tokenizer) -> None:
@@ -75,3 +84,62 @@ def _same(given: Row | None, number: int, token_n: np.ndarray, trace: Trace) -> 
             f"the text {token_n[at]}"
         )
     return given.experts_nLK
+
+
+class Told(NamedTuple):
+    """The trace of one text, for writing it again.
+
+    Attributes:
+      path: the trace.
+      token_N: its tokens.
+      experts_LNK: the experts of each.
+    """
+
+    path: pathlib.Path
+    token_N: np.ndarray
+    experts_LNK: np.ndarray
+
+    def with_state(self, router_state: dict) -> dict:
+        """The router state, with which the token at each position takes its routes."""
+        blocks = {**router_state.get("moe_blocks", {}), TOLD: jnp.asarray(self.experts_LNK)}
+        return {**router_state, "moe_blocks": blocks}
+
+    def check_prompt(self, prompt: list[int]) -> None:
+        """ConfigError if the trace does not begin with these tokens."""
+        if len(prompt) > len(self.token_N):
+            raise ConfigError(
+                f"{self.path} has {len(self.token_N)} tokens, fewer than the {len(prompt)} of the prompt"
+            )
+        other = np.flatnonzero(self.token_N[: len(prompt)] != prompt)
+        if len(other):
+            at = other[0]
+            raise ConfigError(
+                f"{self.path} is of another text: its token {at} is {self.token_N[at]}, that of the prompt "
+                f"{prompt[at]}"
+            )
+
+    def kept(self, position: int, ids: list[int]) -> list[int]:
+        """The new tokens from `position` on, up to the first that is not the trace's: nobody knows what follows
+        that one."""
+        pairs = itertools.zip_longest(ids, self.token_N[position : position + len(ids)].tolist())
+        same = sum(1 for _ in itertools.takewhile(lambda p: p[0] == p[1], pairs))
+        return ids[: same + 1]
+
+
+def told(path: pathlib.Path, cfg: ModelConfig, tokenizer: Tokenizer) -> Told:
+    """Opens the trace of one text. ConfigError for one of several, or of another model or tokenizer."""
+    trace = open_trace(path)
+    check_fits(trace, cfg, tokenizer)
+    first, more = itertools.islice(itertools.chain(rows(trace, cfg.max_seq_len), [None, None]), 2)
+    if first is None or more is not None:
+        raise ConfigError(
+            f"{path} is of {'several texts' if more else 'no text'}; generating takes the trace of one: "
+            "moejax routes --prompt=TEXT --out=FILE"
+        )
+    routes_NLK = np.full((len(first.token_n), cfg.num_moe_layers, most_routes(cfg)), -1, np.int32)
+    routes_NLK[:, :, : first.experts_nLK.shape[2]] = first.experts_nLK
+    try:
+        with_routes({"tokens": first.token_n[None]}, routes_NLK[None], cfg)
+    except ConfigError as e:
+        raise ConfigError(f"{path}: {e}") from e
+    return Told(path, first.token_n, routes_NLK.swapaxes(0, 1))

@@ -10,11 +10,12 @@ import jax
 
 from moejax import axes
 from moejax.config import ConfigError, ExperimentConfig, MeshConfig
-from moejax.data import StreamDecoder
+from moejax.data import StreamDecoder, load_tokenizer
 from moejax.data.tokenizer import Tokenizer
 from moejax.evals import chat
 from moejax.evals.generate import Stats, check_prompt, prepare, stream
 from moejax.evals.intervene_text import Intervention, changed_run, check_all, check_alone
+from moejax.evals.trace_replay import told
 from moejax.interop import prompts as prompt_files
 from moejax.mesh import parse_mesh
 from moejax.runs import folder
@@ -108,10 +109,13 @@ class Writer:
       stop_texts: a continuation ends before the first of these.
       stop_ids: token ids that end it, besides those of the tokenizer and the checkpoint's files.
       speculative_decoding: see `generate.stream`.
+      replay: a trace of one text (`moejax routes`): tokens take its routes. The continuation ends with it,
+        or where it says something else.
 
     Attributes:
       run: the opened run, its parameters prepared for decoding.
       stats: measurements of everything written so far.
+      left: with `replay`, the position of the first token that is not the trace's, or None.
     """
 
     def __init__(
@@ -129,18 +133,25 @@ class Writer:
         stop_texts: Sequence[str] = (),
         stop_ids: tuple[int, ...] = (),
         speculative_decoding: bool = False,
+        replay: pathlib.Path | None = None,
     ):
         experiment = read_config(workdir)
         check_alone(interventions)
         check_all(interventions, experiment.model)
         self.files = prompt_files.read_prompt_files(workdir / folder.HF)
         layout = None if mesh is None else mesh_layout(experiment, mesh)
+        self._told, self.left = None, None
+        if replay is not None:
+            tokenizer = load_tokenizer(experiment.data, None, workdir / folder.TOKENIZER)
+            self._told = told(replay, experiment.model, tokenizer)
         run = changed_run(load_run(workdir, layout, step), interventions)
         self.tokenizer, self.cfg = run.tokenizer, run.cfg.model
         _check_ids(stop_ids, self.cfg.vocab_size)
         self.stats = Stats()
         params = prepare(run.params, run.cfg.compute.dtype, layout)
         self.run = run._replace(params=params)
+        if self._told is not None:
+            self.run = self.run._replace(router_state=self._told.with_state(run.router_state))
         published = self.files.generation
         self._max_new = max_new
         self._stop_texts = (*stop_texts, *prompt_files.several(published, "stop_strings"))
@@ -176,6 +187,8 @@ class Writer:
             prompt = prompt_files.encode_prompt(self.files, request, self.tokenizer)
         else:
             prompt = chat.encode_chat(self.files, request, self.tokenizer)
+        if self._told is not None:
+            self._told.check_prompt(prompt)
         check_prompt(self.cfg, prompt, self._limit(prompt))
         return prompt
 
@@ -219,16 +232,19 @@ class Writer:
 
     def _limit(self, prompt: list[int]) -> int:
         """How many tokens may continue a prompt. 1 if there is no room, so that the error says so."""
-        if self._max_new is not None:
-            return self._max_new
         usual = self.files.generation.get("max_new_tokens") or prompt_files.MAX_NEW
-        return max(min(usual, self.cfg.max_seq_len - len(prompt)), 1)
+        most = max(min(usual, self.cfg.max_seq_len - len(prompt)), 1)
+        most = most if self._max_new is None else self._max_new
+        if self._told is None:
+            return most
+        return min(most, max(len(self._told.token_N) - len(prompt), 1))
 
     def _pieces(
         self, prompts: list[list[int]], numbers: list[int], kept: list[list[int]] | None = None
     ) -> Iterator[list[str]]:
         """Pieces of each row's text; their ids are added to the lists of `kept`."""
         rows = [StoppingText(self.tokenizer, self._stop_texts) for _ in prompts]
+        at = [len(prompt) for prompt in prompts]
         for new in stream(
             self.run.params,
             self.run.router_state,
@@ -236,10 +252,24 @@ class Writer:
             prompts,
             [self._limit(prompt) for prompt in prompts],
             numbers=numbers,
-            stop=lambda row: rows[row].stopped,
+            stop=lambda row: rows[row].stopped or self.left is not None,
             **self._options,
         ):
+            if self._told is not None:
+                new = [self._of_trace(position, ids) for position, ids in zip(at, new)]
+            at = [position + len(ids) for position, ids in zip(at, new)]
             for ids, of_row in zip(kept or (), new):
                 ids += of_row
             yield [row.push(i for i in ids if i not in self._ends) for row, ids in zip(rows, new)]
         yield [row.flush() for row in rows]
+
+    def _of_trace(self, position: int, ids: list[int]) -> list[int]:
+        """The new tokens as far as the trace goes; see `Told.kept`."""
+        assert self._told is not None
+        if self.left is not None:
+            return []
+        kept = self._told.kept(position, ids)
+        last = position + len(kept) - 1
+        if kept and last < len(self._told.token_N) and kept[-1] != self._told.token_N[last]:
+            self.left = last
+        return kept

@@ -138,16 +138,19 @@ def block(
         with jax.named_scope("ffn"):
             y = ffn(p["ffn"], h, of_dense(cfg))
         return constrain(x_BSD + y, ctx.layout), carried_BSW, cache, None
+    state, forced_TK = dict(layer.state or {}), layer.forced_TK
+    if moe_layer.TOLD in state:
+        forced_TK = state.pop(moe_layer.TOLD)[ctx.where.positions_BS.reshape(-1)]
     y, aux = moe_layer.moe(
         p["moe"],
-        layer.state or {},
+        state,
         h,
         cfg,
         objective=ctx.objective,
         compute=ctx.compute,
         mask_BS=ctx.mask_BS,
         token_ids_BS=ctx.token_ids_BS,
-        forced_TK=layer.forced_TK,
+        forced_TK=forced_TK,
         totals=None if ctx.totals is None else ctx.totals._replace(stats=layer.stats),
         layout=ctx.layout,
         stack=stack,

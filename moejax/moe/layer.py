@@ -28,11 +28,13 @@ from moejax.routers.contract import (
 from moejax.sharding import Layout
 
 # Reserved names in a layer's router state, taken out before the router sees it. They are put there to look at a
-# model that has fewer experts (`moejax.evals.intervene`), not by routers; nothing trains or saves them.
+# model that has fewer experts (`moejax.evals.intervene`) or is told its routes (`moejax.evals.trace_replay`);
+# nothing trains or saves them.
 BARRED = "barred"  # bool, E: no token may choose these experts
 SKIPPED = (
     "skipped"  # int32: each token may not choose this many experts, those that it scores highest
 )
+TOLD = "told"  # int32, N by K: the experts of the token at each position; `block` reads it
 
 
 class MoEAux(NamedTuple):

@@ -3,16 +3,20 @@
 import json
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moejax.commands import evaluate, routes
+from moejax.commands import evaluate, generate, routes
 from moejax.config import ConfigError
 from moejax.evals import trace_files, trace_read
 from moejax.evals.evaluate import evaluate_run, open_text
 from moejax.evals.trace import Records
 from moejax.evals.trace_replay import replayed
+from moejax.evals.writer import Writer
+from moejax.models import transformer
 from moejax.models.loss import loss_fn
+from moejax.runs.open import load_run
 
 
 @pytest.fixture(scope="module")
@@ -131,3 +135,76 @@ def test_another_trace_is_refused_before_weights_are_read(
     monkeypatch.setattr("moejax.evals.evaluate.load_run", None)
     with pytest.raises(ConfigError, match=match):
         evaluate_run(trained, replay=tmp_path / "t.jsonl")
+
+
+# --------------------------------------------------------------------------------------------------
+# One text is written again.
+
+PROMPT = ["--prompt=abc ", "--max_new=12", "--greedy"]
+
+
+@pytest.fixture(scope="module")
+def written(trained, tmp_path_factory):
+    """The trace of a text that the run wrote, and what it wrote."""
+    out = tmp_path_factory.mktemp("written") / "own.jsonl"
+    flags = [f for f in PROMPT if f != "--greedy"]
+    assert routes.main([f"--workdir={trained}", f"--out={out}", *flags]) == 0
+    return out
+
+
+def test_a_text_is_written_again_with_its_routes(trained, written, capsys):
+    lines = [json.loads(line) for line in written.read_text().splitlines()[1:]]
+    text = "".join(line["text"] for line in lines)
+    flags = [f"--workdir={trained}", *PROMPT[:2], "--temperature=0.8"]
+    capsys.readouterr()
+    assert generate.main([*flags, f"--replay={written}"]) == 0
+    out, err = capsys.readouterr()
+    assert not err and len(lines) == 5 + 12
+    assert out.strip("\n") in text and generate.main(flags) == 0
+    assert capsys.readouterr().out == out
+
+
+def test_routes_of_a_trace_are_taken_in_prefill_and_decoding(trained, written, tmp_path):
+    """All tokens through experts 6 and 7: the next token is that of a forward pass that is told so. The text
+    ends where it is not the trace's."""
+    out = tmp_path / "other.jsonl"
+    changed(written, out, change=lambda rows: [(r, t, np.full_like(e, [6, 7])) for r, t, e in rows])
+    run = load_run(trained)
+    [row] = trace_read.rows(trace_read.open_trace(out), 32)
+    n = len(row.token_n)
+    told_LTK = jnp.broadcast_to(jnp.array([6, 7]), (2, n, 2))
+    hidden = transformer.forward(
+        run.params, run.router_state, row.token_n[None], run.cfg.model, forced_LTK=told_LTK
+    ).hidden_BSD
+    best = np.asarray(transformer.logits(run.params, hidden)[0].argmax(axis=-1))
+    writer = Writer(trained, temperature=0.0, max_new=12, replay=out)
+    prompt = row.token_n[:5].tolist()
+    ids = writer.write_ids(prompt)
+    same = 0
+    while same < 11 and best[4 + same] == row.token_n[5 + same]:
+        same += 1
+    assert ids == best[4 : 5 + same].tolist()
+    assert writer.left == (5 + same if ids[-1] != row.token_n[5 + same] else None)
+    free = Writer(trained, temperature=0.0, max_new=12).write_ids(prompt)
+    assert writer.left is not None or free != ids
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ([], "--replay needs the --prompt"),
+        (["--prompt=xyz"], "is of another text: its token 1 is"),
+        (["--prompt=" + 30 * "a"], "has 17 tokens, fewer than the 31 of the prompt"),
+        (["--prompt=abc ", "--speculative"], "--replay and --speculative cannot be used together"),
+    ],
+)
+def test_what_cannot_be_written_again_is_refused(trained, written, flags, message):
+    with pytest.raises(ConfigError, match=message):
+        generate.main([f"--workdir={trained}", f"--replay={written}", *flags])
+
+
+def test_a_trace_of_several_texts_is_refused_before_weights_are_read(trained, traces):
+    with pytest.raises(
+        ConfigError, match=r"own.npz is of several texts; .* moejax routes --prompt"
+    ):
+        Writer(trained, replay=traces / "own.npz")
