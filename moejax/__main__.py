@@ -13,6 +13,7 @@ usage: moejax COMMAND [flags]      (moejax COMMAND --help explains each)
 
   train     --config=experiments/quickstart.py --workdir=runs/quickstart   train or resume a run
   sweep     --config=experiments/quickstart.py --workdir=runs/sweep        variants and seeds, what is missing
+  ladder    --config=experiments/quickstart.py --workdir=.. --heads=2,3,4  baseline and variant at several sizes
   evaluate  --workdir=runs/quickstart                                      loss of held-out text, by domain
   generate  --workdir=runs/quickstart --prompt="def "                      text from a trained run
   report    --workdir=runs/quickstart                                      a page of pictures of a run
@@ -32,6 +33,7 @@ usage: moejax COMMAND [flags]      (moejax COMMAND --help explains each)
 COMMANDS = {
     "train": "moejax.commands.train",
     "sweep": "moejax.commands.sweep",
+    "ladder": "moejax.commands.ladder",
     "evaluate": "moejax.commands.evaluate",
     "generate": "moejax.commands.generate",
     "report": "moejax.commands.report",

@@ -42,26 +42,42 @@ def main(argv: list[str]) -> int:
     root = pathlib.Path(fv.workdir)
     plan = sweep_file.read(fv.config, argv)
     if fv.seeds:
-        plan = dataclasses.replace(plan, seeds=_seeds(fv.seeds))
+        plan = dataclasses.replace(plan, seeds=read_seeds(fv.seeds))
     variants = sweep_file.chosen(fv.only, plan.variants)
-    configs = _configs(plan, variants, root)
-    jobs = _element(
-        fv.element, [_job(plan, root, v, s, configs[v]) for s in plan.seeds for v in variants]
-    )
-    from moejax.train.fits import find
-
-    found = dict(zip(variants, find([configs[v] for v in variants], fv.jobs)))
-    _refuse({v: f.problem for v, f in found.items() if f.problem})
-    print(render([_plan_table(jobs, found, fv.jobs)]))
-    if fv.dry_run:
-        return 0
-    sweep.write(root, _record(plan, root))
-    ended = run_jobs(jobs, fv.jobs)
-    _compare(root)
+    ended = run_plan(plan, variants, root, fv.jobs, fv.element, fv.dry_run)
+    if not fv.dry_run:
+        _compare(root)
     return ended
 
 
-def _seeds(texts: list[str]) -> tuple[int, ...]:
+def run_plan(
+    plan: Sweep,
+    variants: list[str],
+    root: pathlib.Path,
+    at_once: int,
+    element: str | None,
+    dry: bool,
+) -> int:
+    """Check the runs, list them, and (unless `dry`) run what is missing. Returns the exit status.
+
+    Raises ConfigError, before anything is started, for runs that are wrong or do not fit.
+    """
+    configs = _configs(plan, variants, root)
+    jobs = _element(
+        element, [_job(plan, root, v, s, configs[v]) for s in plan.seeds for v in variants]
+    )
+    from moejax.train.fits import find
+
+    found = dict(zip(variants, find([configs[v] for v in variants], at_once)))
+    _refuse({v: f.problem for v, f in found.items() if f.problem})
+    print(render([_plan_table(jobs, found, at_once)]))
+    if dry:
+        return 0
+    sweep.write(root, _record(plan, root))
+    return run_jobs(jobs, at_once)
+
+
+def read_seeds(texts: list[str]) -> tuple[int, ...]:
     numbers = [int(t) if t.isascii() and t.isdigit() else t for t in texts]
     return sweep_file.seeds_of(numbers, "--seeds")
 

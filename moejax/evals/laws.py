@@ -7,16 +7,18 @@ starts, as Hoffmann et al. do (2203.15556, appendix D.2); intervals come from re
 import dataclasses
 import math
 import types
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import numpy as np
+from numpy.typing import ArrayLike
 from scipy.optimize import least_squares
 
 DELTA = 1e-3  # Huber's: errors of log loss above it count linearly
 STARTS, RESAMPLES = 60, 200
 CONFIDENCE = 0.95
 
-Inputs = Mapping[str, np.ndarray]
+Inputs = Mapping[str, Any]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,11 +115,11 @@ class Fit:
     error: float
     resampled: tuple[dict[str, float], ...]
 
-    def predict(self, **inputs: float | Sequence[float]) -> np.ndarray:
+    def predict(self, **inputs: ArrayLike) -> np.ndarray:
         """Losses, for inputs by name."""
         return self.law.predict(self.coefficients, _arrays(self.law, inputs))
 
-    def interval(self, **inputs: float | Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
+    def interval(self, **inputs: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
         """95% of the refits' predictions lie between these. They hold what the choice of runs changes, not
         whether the form is right beyond them."""
         x = _arrays(self.law, inputs)
@@ -131,24 +133,24 @@ class Fit:
 
 def fit(
     law: Law,
-    losses: Sequence[float],
+    losses: ArrayLike,
+    inputs: Mapping[str, ArrayLike],
     *,
     starts: int = STARTS,
     resamples: int = RESAMPLES,
     seed: int = 0,
     fixed: Mapping[str, float] | None = None,
-    **inputs: Sequence[float],
 ) -> Fit:
     """Fit a law to runs.
 
     Args:
       law: one of LAWS.
       losses: of the runs, nats per token.
+      inputs: of the runs, by name.
       starts: from which the fit is tried.
       resamples: refits on as many runs drawn with replacement.
       seed: of starts and draws: the same runs give the same fit.
       fixed: coefficients that are not fitted.
-      inputs: of the runs, by name.
 
     Raises ValueError for inputs that the law does not have, that are not positive and finite, or for fewer
     different runs than coefficients.
@@ -185,9 +187,13 @@ def fit(
         return found.cost, found.x
 
     def drawn():
-        ends = [law.ranges[n] for n in free]
-        ends = [tuple(map(math.log, e)) if n in law.positive else e for n, e in zip(free, ends)]
-        return np.array([rng.uniform(*e) for e in ends])
+        out = []
+        for name in free:
+            low, high = law.ranges[name]
+            if name in law.positive:
+                low, high = math.log(low), math.log(high)
+            out.append(rng.uniform(low, high))
+        return np.array(out)
 
     everything = np.arange(len(y))
     _, best = min((solve(drawn(), everything) for _ in range(starts)), key=lambda s: s[0])
@@ -251,7 +257,7 @@ def effective_speedup(
       baseline, variant: losses at the same compute.
       baseline_flops_per_second, variant_flops_per_second: useful FLOPs over wall time.
 
-    Returns infinity where the variant's loss is at the floor or below: no compute gives the baseline that. Raises
+    Returns infinity where the variant's loss is not above the floor: no compute gives the baseline that. Raises
     ValueError for a baseline below its own floor.
     """
     floor, alpha = power["floor"], power["alpha"]

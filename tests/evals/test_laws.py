@@ -42,7 +42,7 @@ def runs(name: str) -> dict[str, np.ndarray]:
 def test_known_coefficients_come_back(name):
     """Without noise the residuals are rounding; a sum of nearly parallel terms fixes its parts to a percent."""
     x, truth = runs(name), TRUTH[name]
-    found = fit(LAWS[name], LAWS[name].predict(truth, x), starts=30, resamples=0, **x)
+    found = fit(LAWS[name], LAWS[name].predict(truth, x), x, starts=30, resamples=0)
     assert found.error < 1e-6
     for key, value in truth.items():
         assert found.coefficients[key] == pytest.approx(value, rel=0.02), key
@@ -53,7 +53,7 @@ def test_the_joint_law_predicts_what_it_has_not_seen():
     twice the largest size, and 64 experts, within 0.2%; e_start and e_max as given."""
     x, fixed = runs("joint"), {k: JOINT[k] for k in ("e_start", "e_max")}
     found = fit(
-        LAWS["joint"], LAWS["joint"].predict(JOINT, x), starts=12, resamples=0, fixed=fixed, **x
+        LAWS["joint"], LAWS["joint"].predict(JOINT, x), x, starts=12, resamples=0, fixed=fixed
     )
     assert found.error < 1e-5 and {k: found.coefficients[k] for k in fixed} == fixed
     far = dict(active=2e9, tokens=2e11, experts=64.0)
@@ -68,14 +68,14 @@ def test_intervals_hold_the_truth_and_an_outlier_moves_little():
     losses = LAWS["power"].predict(POWER, {"compute": compute})
     losses = losses * np.exp(rng.normal(0, 0.002, len(losses)))
     losses[7] *= 1.1
-    found = fit(LAWS["power"], losses, starts=20, resamples=60, compute=compute)
+    found = fit(LAWS["power"], losses, {"compute": compute}, starts=20, resamples=60)
     want = LAWS["power"].predict(POWER, {"compute": np.float64(1e21)})
     low, high = found.interval(compute=1e21)
     assert low < want < high and high - low < 0.05
     assert found.predict(compute=1e21) == pytest.approx(want, abs=0.02)
     low, high = found.coefficient_interval("alpha")
     assert low < POWER["alpha"] < high
-    again = fit(LAWS["power"], losses, starts=20, resamples=60, compute=compute)
+    again = fit(LAWS["power"], losses, {"compute": compute}, starts=20, resamples=60)
     assert isinstance(again, Fit) and again.coefficients == found.coefficients
 
 
@@ -98,16 +98,16 @@ def test_a_speedup_by_hand():
 
 
 @pytest.mark.parametrize(
-    ("losses", "how", "message"),
+    ("losses", "inputs", "fixed", "message"),
     [
-        ([3.0, 2.0, 1.5], dict(compute=[1.0, 2.0, 2.0]), "2 different sizes cannot fix 3 coeff"),
-        ([3.0, 2.0, np.nan], dict(compute=[1.0, 2.0, 4.0]), "leave runs that diverged out"),
-        ([3.0, 2.0, 1.5], dict(compute=[1.0, 2.0, -4.0]), "compute must be positive"),
-        ([3.0, 2.0], dict(compute=[1.0, 2.0, 4.0]), "a number for each run"),
-        ([3.0, 2.0, 1.5], dict(tokens=[1.0, 2.0, 4.0]), "inputs are compute, not tokens"),
-        ([3.0], dict(compute=[1.0], fixed={"x": 1}), "no coefficient x; there are floor, A, alpha"),
+        ([3, 2, 1.5], {"compute": [1, 2, 2]}, {}, "2 different sizes cannot fix 3 coefficients"),
+        ([3, 2, np.nan], {"compute": [1, 2, 4]}, {}, "leave runs that diverged out"),
+        ([3, 2, 1.5], {"compute": [1, 2, -4]}, {}, "compute must be positive"),
+        ([3, 2], {"compute": [1, 2, 4]}, {}, "a number for each run"),
+        ([3, 2, 1.5], {"tokens": [1, 2, 4]}, {}, "inputs are compute, not tokens"),
+        ([3], {"compute": [1]}, {"x": 1}, "no coefficient x; there are floor, A, alpha"),
     ],
 )
-def test_what_cannot_be_fitted_is_named(losses, how, message):
+def test_what_cannot_be_fitted_is_named(losses, inputs, fixed, message):
     with pytest.raises(ValueError, match=message):
-        fit(LAWS["power"], losses, **how)
+        fit(LAWS["power"], losses, inputs, fixed=fixed)
