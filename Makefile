@@ -1,6 +1,6 @@
 # make train   from a bare machine: create .venv, install, train the quickstart
 # make test    from a bare machine: create .venv, install, the whole suite
-# make product the invariance of a step over the full product of meshes and back ends (minutes)
+# make product products of cases: meshes, back ends, routers, families; killed processes; notebooks (minutes)
 # make bench   the benchmarks as one table (benchmarks/README.md), against torch where .venv-parity is there
 # make parity  from a bare machine: create .venv-parity with torch and transformers, compare every model
 #              family with its original implementation

@@ -59,6 +59,7 @@ def losses(workdir):
 LIMITED = 'ulimit -f 8; exec "$@"'
 
 
+@pytest.mark.product
 def test_killed_run_resumes_to_the_same_losses(tmp_path):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     flags = ["--config.train.steps=60"]

@@ -85,6 +85,7 @@ def free_port():
         return s.getsockname()[1]
 
 
+@pytest.mark.product
 def test_two_processes_are_one_run(tmp_path):
     one, two = tmp_path / "one", tmp_path / "two"
     flags = [f"--coordinator=127.0.0.1:{free_port()}", "--num_processes=2", *MESH]
