@@ -26,7 +26,7 @@ test: $(VENV)/installed-dev
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 
 product: $(VENV)/installed-dev
-	$(BIN)/python -m pytest -n $(JOBS) -m product
+	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m product
 
 # The counts of docs/chaos.md, each at least 1. The kills last: they take longest.
 SHARE ?= 1
