@@ -7,8 +7,11 @@ import os
 import pathlib
 
 os.environ["JAX_PLATFORMS"] = "cpu"
+# Eight devices on two cores wait for each other; XLA aborts the process after 40 s, which a busy machine takes.
 os.environ["XLA_FLAGS"] = (
-    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+    os.environ.get("XLA_FLAGS", "")
+    + " --xla_force_host_platform_device_count=8"
+    + " --xla_cpu_collective_call_terminate_timeout_seconds=600"
 ).strip()
 os.environ["MOEJAX_CACHE"] = (
     "off"  # commands in processes of their own leave the user's cache alone
