@@ -193,7 +193,7 @@ def test_a_run_trained_here_is_the_same_there_and_after_another_import(tmp_path,
     np.testing.assert_array_equal(
         model.lm_head.weight.detach().numpy(), np.asarray(params["head"], np.float32).T
     )
-    assert again._model[0]["head"].dtype == jax.numpy.bfloat16
+    assert again.run.params["head"].dtype == jax.numpy.bfloat16
     for text in TEXTS:
         ids = here.encode(text)
         assert ids == again.encode(text) == there(text)["input_ids"]

@@ -72,8 +72,8 @@ def test_routes_weights_and_co_activation_are_those_of_hooks(case, tmp_path, rec
             for one in token:
                 for other in token:
                     pairs[layer, one, other] += 1
-    sizes = counts.Sizes(2, experts, 0, 101, 40)
-    bins = jnp.arange(101)
-    args = batch, jnp.zeros(2, jnp.int32), bins, batch["tokens"], jax.random.key(0), sizes
-    sums = counts.count(routes, *args)
+    real_T = (batch["segment_ids"] > 0).reshape(-1)
+    order_T = counts.shuffled(jax.random.key(0), real_T)
+    sizes = counts.Sizes(2, experts, 0, 40)
+    sums = counts.count(routes, batch, jnp.zeros(2, jnp.int32), order_T, sizes)
     np.testing.assert_array_equal(np.asarray(sums["pairs"]).sum(axis=1), pairs)
