@@ -4,7 +4,7 @@ import pathlib
 
 from absl import flags
 
-from moejax.commands.flags import parse_needed
+from moejax.commands.flags import define_step, define_text, parse_needed
 from moejax.config import ConfigError
 from moejax.runs import folder
 from moejax.text import render
@@ -20,22 +20,18 @@ usage: moejax analyze --workdir=RUN                                    on its ow
 def main(argv: list[str]) -> int:
     """`moejax analyze ...`; argv without the command's name. Raises ConfigError for bad input."""
     fv = flags.FlagValues()
-    whole = flags.DEFINE_integer
     flags.DEFINE_multi_string(
         "workdir",
         [],
         "Folder of a run, trained or imported; several times: side by side.",
         flag_values=fv,
     )
-    whole("step", None, "Of the checkpoint [the newest].", flag_values=fv, lower_bound=0)
+    define_step(fv)
     flags.DEFINE_enum("steps", None, ["all"], "all: every checkpoint.", flag_values=fv)
-    flags.DEFINE_list("sources", [], "Text: 'domain=FILES', several with commas.", flag_values=fv)
-    whole("batches", None, "At most this many batches; 0 = all.", flag_values=fv, lower_bound=0)
+    define_text(fv)
     flags.DEFINE_list(
         "layers", [], "MoE layers, from 0, to keep single experts of [all].", flag_values=fv
     )
-    whole("seq_len", None, "Tokens per sequence [as in the run].", flag_values=fv, lower_bound=1)
-    whole("batch_size", None, "Sequences at once [the run's].", flag_values=fv, lower_bound=1)
     flags.DEFINE_string("out", None, "Another folder to write to; of one run.", flag_values=fv)
     if not parse_needed("analyze", USAGE, fv, argv, ("workdir",)):
         return 0

@@ -5,7 +5,7 @@ import pathlib
 
 from absl import flags
 
-from moejax.commands.flags import define_intervene, define_step, parse_needed
+from moejax.commands.flags import define_intervene, define_step, define_text, parse_needed
 from moejax.config import ConfigError
 from moejax.evals.evaluate import evaluate_run, results_table
 from moejax.evals.intervene_run import as_json, changes_table, intervene_run
@@ -25,12 +25,9 @@ usage: moejax evaluate --workdir=RUN                              the text that 
 def main(argv: list[str]) -> int:
     """`moejax evaluate ...`; argv without the command's name. Raises ConfigError for bad input."""
     fv = flags.FlagValues()
-    text, whole = flags.DEFINE_string, flags.DEFINE_integer
+    text = flags.DEFINE_string
     text("workdir", None, "Folder of a run, trained or imported.", flag_values=fv)
-    flags.DEFINE_list("sources", [], "Text: 'domain=FILES', several with commas.", flag_values=fv)
-    whole("batches", None, "At most this many batches; 0 = all.", flag_values=fv, lower_bound=0)
-    whole("seq_len", None, "Tokens per sequence [as in the run].", flag_values=fv, lower_bound=1)
-    whole("batch_size", None, "Sequences at once [the run's].", flag_values=fv, lower_bound=1)
+    define_text(fv)
     text("mesh", None, "Devices per axis: data=2,tensor=4 [one device].", flag_values=fv)
     define_step(fv)
     text("replay", None, "A trace of this text, whose routes are taken.", flag_values=fv)

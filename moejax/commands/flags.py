@@ -4,6 +4,7 @@ says what would work.
 
 import dataclasses
 import difflib
+import functools
 import importlib.machinery
 import importlib.util
 import inspect
@@ -60,6 +61,16 @@ class Override(typing.NamedTuple):
 def define_config(fv: flags.FlagValues, text: str) -> None:
     """`--config=FILE.py`; its overrides, `--config.model.moe.num_experts=32`, are for `experiment_of`."""
     flags.DEFINE_string("config", None, text, flag_values=fv)
+
+
+def define_text(fv: flags.FlagValues) -> None:
+    """`--sources`, `--batches`, `--seq_len` and `--batch_size`, for commands that read text by
+    `moejax.evals.evaluate.open_text`."""
+    whole = functools.partial(flags.DEFINE_integer, default=None, flag_values=fv)
+    flags.DEFINE_list("sources", [], "Text: 'domain=FILES', several with commas.", flag_values=fv)
+    whole("batches", help="At most this many batches; 0 = all.", lower_bound=0)
+    whole("seq_len", help="Tokens per sequence [as in the run].", lower_bound=1)
+    whole("batch_size", help="Sequences at once [the run's].", lower_bound=1)
 
 
 def define_step(fv: flags.FlagValues) -> None:

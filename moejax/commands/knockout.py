@@ -6,7 +6,7 @@ import sys
 
 from absl import flags
 
-from moejax.commands.flags import define_step, parse_needed
+from moejax.commands.flags import define_step, define_text, parse_needed
 from moejax.config import ConfigError
 from moejax.runs import folder
 
@@ -28,10 +28,7 @@ def main(argv: list[str]) -> int:
     several("shares", [], "Such shares instead [0,1/16,2/16,3/16,4/16].", flag_values=fv)
     whole("seeds", 3, "Draws of the random order.", flag_values=fv, lower_bound=1)
     flags.DEFINE_boolean("silent", False, "Outputs are zero, no re-routing.", flag_values=fv)
-    several("sources", [], "Text: 'domain=FILES', several with commas.", flag_values=fv)
-    whole("batches", None, "At most this many batches; 0 = all.", flag_values=fv, lower_bound=0)
-    whole("seq_len", None, "Tokens per sequence [as in the run].", flag_values=fv, lower_bound=1)
-    whole("batch_size", None, "Sequences at once [the run's].", flag_values=fv, lower_bound=1)
+    define_text(fv)
     text("mesh", None, "Devices per axis: data=2,tensor=4 [one device].", flag_values=fv)
     define_step(fv)
     text("json", None, "File of the numbers.", flag_values=fv)

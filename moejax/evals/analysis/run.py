@@ -1,6 +1,5 @@
 """Analyses checkpoints of a run on a text and writes what it found: analysis.json and analysis.parquet."""
 
-import dataclasses
 import json
 import pathlib
 from typing import Any
@@ -10,14 +9,14 @@ import pyarrow.parquet as pq
 from tqdm import tqdm
 
 from moejax.config import ConfigError
-from moejax.data import validation_batches
 from moejax.evals.analysis import collect, figures, pairs
 from moejax.evals.analysis.table import Rows, summary
 from moejax.evals.analysis.units import look_through
-from moejax.evals.evaluate import held_out
+from moejax.evals.evaluate import open_text
 from moejax.evals.routes import check_routes
 from moejax.runs import folder
 from moejax.runs.open import load_run, read_config
+from moejax.runs.restore import check_step
 
 FORMAT = 1
 
@@ -54,22 +53,22 @@ def analyze_run(
     check_routes(cfg.model, f"--workdir={workdir}")
     steps = _steps(workdir, step, all_steps)
     chosen = _layers(layers, cfg.model.num_moe_layers)
-    data = dataclasses.replace(
-        cfg.data, seq_len=seq_len or cfg.data.seq_len, batch_size=batch_size or cfg.data.batch_size
-    )
-    if data.seq_len > cfg.model.max_seq_len:
-        raise ConfigError(
-            f"--seq_len={data.seq_len} exceeds the model's model.max_seq_len={cfg.model.max_seq_len}"
-        )
-    data, corpus = held_out(data, sources)
-    run = load_run(workdir, step=steps[-1])
-    num_rows = (num_batches or 0) * data.batch_size or None
+    num_rows = None
     if num_batches is None and not sources:
-        num_rows = 8 * cfg.train.eval_batches * data.batch_size
-    batches = validation_batches(corpus, run.tokenizer, data, num_rows)
+        num_rows = 8 * cfg.train.eval_batches * (batch_size or cfg.data.batch_size)
+    run, batches, domains, _ = open_text(
+        workdir,
+        sources,
+        num_batches=num_batches,
+        num_rows=num_rows,
+        seq_len=seq_len,
+        batch_size=batch_size,
+        step=steps[-1],
+    )
     per_token = cfg.model.num_moe_layers * cfg.model.moe.num_experts
-    units = look_through(batches, len(corpus.domains), run.cfg.model.vocab_size, per_token)
-    programs = collect.programs(run.cfg, collect.sizes_of(run.cfg, units, data.seq_len))
+    units = look_through(batches, len(domains), run.cfg.model.vocab_size, per_token)
+    sizes = collect.sizes_of(run.cfg, units, seq_len or cfg.data.seq_len)
+    programs = collect.programs(run.cfg, sizes)
 
     def bar(what: str):
         return tqdm(batches, desc=what, unit="batch", total=len(batches), leave=False)
@@ -81,7 +80,7 @@ def analyze_run(
         if at != steps[-1]:
             here = load_run(workdir, step=at)
             model = here.params, here.router_state
-        rows = Rows(at, chosen, corpus.domains)
+        rows = Rows(at, chosen, domains)
         seen = collect.collect(programs, *model, bar(f"step {at}"), units)
         scored = figures.add_figures(rows, seen, units)
         load_LE, tokens = seen.sums["load"].sum(axis=1), seen.sums["tokens"].sum()
@@ -93,7 +92,7 @@ def analyze_run(
                 "sources": list(sources) or "held-out documents",
                 "tokens": int(tokens),
                 "batches": len(batches),
-                "rows": dict(zip(corpus.domains, units.rows_d.tolist())),
+                "rows": dict(zip(domains, units.rows_d.tolist())),
             }
         else:
             sums = collect.saturation_sums(programs, model, last, bar(f"{at}, {steps[-1]}"), units)
@@ -107,7 +106,7 @@ def analyze_run(
         "layers": chosen,
         "experts": cfg.model.moe.num_experts,
         "routes_per_token": cfg.model.routes_per_token,
-        "domains": list(corpus.domains),
+        "domains": list(domains),
         **found,
         "figures": summary(table),
     }, table
@@ -145,10 +144,7 @@ def _steps(workdir: pathlib.Path, step: int | None, all_steps: bool) -> list[int
     there = sorted(int(p.name) for p in folder.steps(workdir))
     if not there:
         raise ConfigError(f"{workdir} has no checkpoint yet; moejax train writes one")
-    if step is not None and step not in there:
-        raise ConfigError(
-            f"{workdir} has no checkpoint of step {step}; it has {', '.join(map(str, there))}"
-        )
+    check_step(workdir, step)
     if step is not None:
         return [step]
     return there if all_steps else there[-1:]
