@@ -123,7 +123,11 @@ def test_few_sizes_need_a_floor_and_what_is_missing_is_left_out():
     d = results.paired(*[p for p in rungs[4] if p is not None])
     assert d is not None and d.resolved and d.error < 1e-9
     part = results.ladder(("dense", "moe"), {**two, 8: (None, rungs[8][1])}, floor=1.5)
-    assert " - " in render(results.tables(part))
+    [row] = [
+        line.split() for line in render(results.tables(part)).splitlines() if line[:5] == "    8"
+    ]
+    variant = rungs[8][1]
+    assert variant is not None and row[2:4] == ["-", f"{variant.mean:.4f}"] and len(row) == 6
 
 
 def test_finished_runs_are_shown_and_none_is_trained(tmp_path, capsys):

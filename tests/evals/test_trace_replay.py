@@ -1,6 +1,7 @@
 """evaluate --replay: a run that replays its own routes has its loss to the last bit; others are refused."""
 
 import json
+import pathlib
 
 import jax
 import jax.numpy as jnp
@@ -8,15 +9,15 @@ import numpy as np
 import pytest
 
 from moejax.commands import evaluate, generate, routes
-from moejax.config import ConfigError
+from moejax.config import AttentionConfig, ConfigError, ModelConfig, MoEConfig
 from moejax.evals import trace_files, trace_read
 from moejax.evals.evaluate import evaluate_run, open_text
+from moejax.evals.generate import generate as generate_ids
 from moejax.evals.trace import Records
-from moejax.evals.trace_replay import replayed
+from moejax.evals.trace_replay import Told, replayed
 from moejax.evals.writer import Writer
 from moejax.models import transformer
 from moejax.models.loss import loss_fn
-from moejax.runs.open import load_run
 
 
 @pytest.fixture(scope="module")
@@ -164,29 +165,57 @@ def test_a_text_is_written_again_with_its_routes(trained, written, capsys):
     assert capsys.readouterr().out == out
 
 
-def test_routes_of_a_trace_are_taken_in_prefill_and_decoding(trained, written, tmp_path):
-    """All tokens through experts 6 and 7: the next token is that of a forward pass that is told so. The text
-    ends where it is not the trace's."""
+def test_told_routes_are_taken_in_prefill_and_in_decoding():
+    """All tokens through experts 6 and 7 of a model whose experts matter: what it writes is what a forward pass
+    over the same text chooses that is told so, and not what free routes would choose."""
+    moe = MoEConfig(num_experts=8, experts_per_token=2, d_expert=16)
+    attention = AttentionConfig(num_heads=2, num_kv_heads=2, head_dim=8)
+    cfg = ModelConfig(
+        vocab_size=64, d_model=16, num_layers=3, d_ff=32, init_std=0.5, attention=attention, moe=moe
+    )
+    params, state = transformer.init_model(cfg, jax.random.key(0))
+    prompt, new = [3, 7, 1, 30, 2], 12
+    told_LNK = np.broadcast_to(np.int32([6, 7]), (2, len(prompt) + new, 2))
+    told = Told(pathlib.Path("x"), np.zeros(0, np.int32), told_LNK)
+    [ids] = generate_ids(params, told.with_state(state), cfg, [prompt], new)
+    text_BS = np.array([[*prompt, *ids]])
+
+    def best(**routes):
+        out = transformer.forward(params, state, text_BS, cfg, **routes)
+        logits_SV = transformer.logits(params, out.hidden_BSD)[0]
+        return np.asarray(logits_SV.argmax(axis=-1))[len(prompt) - 1 : -1]
+
+    want, free = best(forced_LTK=jnp.asarray(told_LNK)), best()
+    assert ids == want.tolist()
+    assert (want != free).sum() > new / 2 and (want != free)[0]  # the first is of the prefill
+
+
+def test_a_text_ends_where_it_is_not_the_traces():
+    told = Told(pathlib.Path("x"), np.array([5, 6, 7, 8, 9]), np.zeros((1, 5, 1), np.int32))
+    assert told.kept(2, [7, 8]) == [7, 8]
+    assert told.kept(2, [7, 1, 9]) == [
+        7,
+        1,
+    ]  # what follows 1 was written with routes of another text
+    assert told.kept(4, [9, 3]) == [9, 3]  # past its end nothing contradicts
+    assert told.kept(2, []) == []
+
+
+def test_a_run_says_where_it_leaves_a_trace(trained, written, tmp_path, capsys):
+    """The trace's third new token is made another: the text ends there, and says so."""
     out = tmp_path / "other.jsonl"
-    changed(written, out, change=lambda rows: [(r, t, np.full_like(e, [6, 7])) for r, t, e in rows])
-    run = load_run(trained)
-    [row] = trace_read.rows(trace_read.open_trace(out), 32)
-    n = len(row.token_n)
-    told_LTK = jnp.broadcast_to(jnp.array([6, 7]), (2, n, 2))
-    hidden = transformer.forward(
-        run.params, run.router_state, row.token_n[None], run.cfg.model, forced_LTK=told_LTK
-    ).hidden_BSD
-    best = np.asarray(transformer.logits(run.params, hidden)[0].argmax(axis=-1))
-    writer = Writer(trained, temperature=0.0, max_new=12, replay=out)
-    prompt = row.token_n[:5].tolist()
-    ids = writer.write_ids(prompt)
-    same = 0
-    while same < 11 and best[4 + same] == row.token_n[5 + same]:
-        same += 1
-    assert ids == best[4 : 5 + same].tolist()
-    assert writer.left == (5 + same if ids[-1] != row.token_n[5 + same] else None)
-    free = Writer(trained, temperature=0.0, max_new=12).write_ids(prompt)
-    assert writer.left is not None or free != ids
+    changed(
+        written,
+        out,
+        change=lambda rows: [
+            (r, (t + 1) % 256 if i == 7 else t, e) for i, (r, t, e) in enumerate(rows)
+        ],
+    )
+    flags = [f"--workdir={trained}", *PROMPT[:2], "--temperature=0.8", f"--replay={out}"]
+    assert generate.main(flags) == 0
+    said, err = capsys.readouterr()
+    assert "token 7 is not that of" in err
+    assert len(said.rstrip("\n")) <= len("abc ") + 3
 
 
 @pytest.mark.parametrize(
