@@ -39,7 +39,7 @@ class Ladder:
     names: baseline and variant.
     rungs: number of heads -> (baseline, variant); None: has no finished run.
     fits: of each, a power law with a floor common to both; None: too few sizes.
-    floor: it, and whether it was given.
+    floor: it, given or fitted; None: neither.
     """
 
     names: tuple[str, str]
@@ -94,7 +94,7 @@ def _losses(found: Ladder) -> Table:
                 row[4] = f"{d.mean:+.4f}"
                 low, high = d.student
                 row[5] = "one seed" if math.isnan(low) else f"{low:+.4f} to {high:+.4f}"
-            row[6], row[7] = _speedup(found, base, variant)
+                row[6], row[7] = _speedup(found, base, variant, d.mean)
         rows.append(row)
     header = ["heads", "FLOPs", *found.names, "difference", "95% interval"]
     header += ["speedup in compute", "in time"]
@@ -115,14 +115,15 @@ def _loss(point: Point | None) -> str:
     return f"{point.mean:.4f}" + ("" if math.isnan(error) else f" ± {error:.4f}")
 
 
-def _speedup(found: Ladder, base: Point, variant: Point) -> tuple[str, str]:
+def _speedup(found: Ladder, base: Point, variant: Point, difference: float) -> tuple[str, str]:
+    """`difference` is of the seeds that both have: a seed that one lacks says nothing of the variant."""
     law = found.fits[0]
     if law is None or base.mean <= law.coefficients["floor"]:
         return "", ""
     s = effective_speedup(
         law.coefficients,
         baseline=base.mean,
-        variant=variant.mean,
+        variant=base.mean + difference,
         baseline_flops_per_second=base.flops_per_second,
         variant_flops_per_second=variant.flops_per_second,
     )

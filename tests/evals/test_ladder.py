@@ -111,6 +111,18 @@ def test_a_variant_worth_twice_the_compute_at_half_the_speed():
     assert found.fits[0].predict(compute=1e17) == pytest.approx(float(want), abs=0.01)
 
 
+def test_a_seed_that_the_variant_lacks_changes_no_speedup():
+    """The variant is the baseline, trained with one seed; the baseline's other one came out worse."""
+    rungs = {}
+    for heads, (base, _) in made(seeds=1).items():
+        assert base is not None
+        losses = {0: base.losses[0], 1: base.losses[0] + 0.05}
+        rungs[heads] = dataclasses.replace(base, losses=losses), base
+    text = render(results.tables(results.ladder(("dense", "moe"), rungs, floor=1.5)))
+    found = [r.split()[-2:] for r in text.splitlines() if r[:5].strip() in ("2", "4", "8")]
+    assert found == [["1.00", "1.00"]] * 3
+
+
 def test_few_sizes_need_a_floor_and_what_is_missing_is_left_out():
     rungs = made()
     two = {h: rungs[h] for h in (2, 4)}
