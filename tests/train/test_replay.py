@@ -13,6 +13,7 @@ from moejax.data import synthetic_batch
 from moejax.evals.routes import routes_of
 from moejax.models import transformer
 from moejax.models.loss import loss_fn
+from moejax.models.mtp import mtp_targets
 from moejax.models.replay import field_of, with_routes
 from moejax.sharding import make_layout, place_whole
 from moejax.train.step import loss_and_grads
@@ -110,12 +111,14 @@ def test_other_routes_are_taken_and_train_the_router():
         @functools.partial(jax.jit, compiler_options=QUICK)
         def one(params):
             loss, parts, grads = loss_and_grads(params, state, batch, cfg)
-            return loss, grads, parts.aux["moe_blocks"].stats["load"]
+            return loss, grads, {name: aux.stats["load"] for name, aux in parts.aux.items()}
 
-        _, grads, load_LE = one(params)
-        asked = routes[batch["segment_ids"] > 0][:, :2]
-        want = [np.bincount(asked[:, i][asked[:, i] >= 0], minlength=4) for i in range(2)]
-        np.testing.assert_array_equal(load_LE, want)
+        _, grads, load = one(params)
+        # The depth of MTP routes the positions that have a target.
+        routed = [batch["segment_ids"] > 0] * 2 + [np.asarray(mtp_targets(batch, 1).real_BS) > 0]
+        asked = [routes[real_BS][:, i] for i, real_BS in enumerate(routed)]
+        want = [np.bincount(a[a >= 0], minlength=4) for a in asked]
+        np.testing.assert_array_equal(np.concatenate([load["moe_blocks"], load["mtp"]]), want)
         for where in (("moe_blocks", "moe"), ("mtp", "block", "moe")):
             at = lambda tree, w=where: functools.reduce(lambda t, k: t[k], w, tree)["router"]  # noqa: E731
             direction = np.random.default_rng(2).normal(size=at(params)["kernel"].shape)
