@@ -329,7 +329,7 @@ def collected():
             vio += [vio_L, vio_L**2]
         ones = np.ones((L, FOLDS, E))
         words |= {n.replace("token", "predicted"): a for n, a in words.items()}
-        sums |= words | {"gate_norm": ones, "norm": ones, "most": rng.random((L, E))}
+        sums |= words | {"gate_norm": ones, "most": rng.random((L, E))}
         names = ("weights", "outputs", "cka")
         alike = {f"{n}{end}": rng.normal(size=(L, E, E)) for n in names for end in ("", "_chance")}
         out.append(Collected(sums, vio, len(batches), alike))

@@ -58,7 +58,6 @@ def output_sums(
     """Sums over the routes of a batch, float32, here with f = `route_outputs` and g its weight:
 
     gate_norm [L, F, E]  sum of g |f|_2, as REAP weighs (2510.13999); |f| where weights multiply the input.
-    norm [L, F, E]       sum of |f|_2.
     most [L, E]          the greatest |f_d| over all tokens and d, which finds super experts (2507.23279).
     """
     experts = cfg.moe.num_experts
@@ -84,17 +83,14 @@ def output_sums(
         gate_TK = jnp.ones_like(norm_TK) if unweighed else weights_TK.astype(jnp.float32)
         where_TK = jnp.where(good_TK, (unit_T % FOLDS)[:, None] * experts + expert_TK, 0)
 
-        def sums(a_TK):
-            flat = jnp.where(good_TK, a_TK, 0).reshape(-1)
-            total = jax.ops.segment_sum(flat, where_TK.reshape(-1), FOLDS * experts)
-            return total.reshape(FOLDS, experts)
-
+        weighed_R = jnp.where(good_TK, gate_TK * norm_TK, 0).reshape(-1)
+        gate_norm = jax.ops.segment_sum(weighed_R, where_TK.reshape(-1), FOLDS * experts)
         most_E = (
             jnp.zeros(experts)
             .at[jnp.where(good_TK, expert_TK, 0)]
             .max(jnp.where(good_TK, most_TK, 0))
         )
-        return None, {"gate_norm": sums(gate_TK * norm_TK), "norm": sums(norm_TK), "most": most_E}
+        return None, {"gate_norm": gate_norm.reshape(FOLDS, experts), "most": most_E}
 
     layers = params["moe_blocks"]["moe"], routes.inputs_LTD, routes.expert_LTK, routes.weights_LTK
     return jax.lax.scan(one_layer, None, layers)[1]
