@@ -3,6 +3,8 @@
 Must run before JAX initialises its backend, hence at import.
 """
 
+import gc
+import itertools
 import os
 import pathlib
 
@@ -35,3 +37,22 @@ jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
 @pytest.fixture
 def key():
     return jax.random.key(0)
+
+
+_tests = itertools.count(1)
+_MAPPINGS = pathlib.Path("/proc/self/maps")  # Linux has it
+
+
+def pytest_runtest_teardown():
+    """Lets compiled programs go before they fill the process's table of memory mappings.
+
+    Linux allows a process 65,530 of them (vm.max_map_count); at that limit LLVM crashes. A test of a mesh
+    adds over a thousand.
+    """
+    if next(_tests) % 10 or not _MAPPINGS.exists():
+        return
+    with _MAPPINGS.open("rb") as f:
+        mappings = sum(1 for _ in f)
+    if mappings > 20_000:
+        jax.clear_caches()
+        gc.collect()

@@ -1,4 +1,4 @@
-"""Programs of this folder are compiled once, so none is kept on disk. Writing one down has crashed XLA:CPU."""
+"""Programs of this folder are compiled once, so none is kept on disk: writing them down takes time."""
 
 import jax
 import pytest
