@@ -26,6 +26,8 @@ class RopeConfig:
     theta: float = number(10_000.0, above=1)
     # True: rotate adjacent pairs (x0,x1),(x2,x3) (DeepSeek MLA); False: split halves (LLaMA).
     interleaved: bool = False
+    # Channels of a head that are rotated, its first ones; 0: all (GLM-4.5 64 of 128).
+    width: int = number(0, least=0)
     # Context extension factor; 1 = plain RoPE.
     yarn_factor: float = number(1.0, least=1)
     yarn_original_len: int = number(4096, least=1)
@@ -37,6 +39,9 @@ class RopeConfig:
     yarn_mscale_all_dim: float = number(0.0, least=0)
     # Round the correction range to whole dimensions (gpt-oss does not).
     yarn_truncate: bool = True
+    # The ramp from slowed to kept frequencies rises with the dimension (YaRN's code), or with the turns within
+    # the original length. The latter, with mscale 0, is LLaMA 3's scaling (2407.21783 section 3.4).
+    yarn_ramp: str = choice("dimension", "turns")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,12 +55,18 @@ class AttentionConfig:
     head_dim: int = 32
     qkv_bias: bool = False
     out_bias: bool = False
-    # RMSNorm on queries and keys: of each head (Qwen3), or before the split (OLMoE).
-    qk_norm: str = choice("none", "head", "full")
+    # RMSNorm on queries and keys: of each head (Qwen3), before the split (OLMoE), or of each head after the
+    # rotation (Hunyuan).
+    qk_norm: str = choice("none", "head", "full", "head_rotated")
+    scale: float = number(
+        0.0, least=0
+    )  # of q k before the softmax (Granite); 0: 1 / sqrt(head width)
     # A learned logit per head in the softmax denominator (gpt-oss).
     sinks: bool = False
     # Sliding windows, repeated over the layers; 0 = full attention. gpt-oss: (128, 0).
     windows: tuple[int, ...] = ()
+    # The layers with rotary positions: 'windowed': those with a window, the others have none (EXAONE).
+    rope_layers: str = choice("all", "windowed")
     # MLA (2405.04434 section 2.1): widths of the latents and of the per-head parts.
     q_lora_rank: int = number(0, least=0)  # 0: full-rank queries (V2-Lite, Moonlight)
     kv_lora_rank: int = 0
@@ -70,6 +81,11 @@ class AttentionConfig:
         if self.kind == "mla":
             return self.qk_nope_head_dim + self.qk_rope_head_dim
         return self.head_dim
+
+    @property
+    def rope_width(self) -> int:
+        """Channels of a head that are rotated."""
+        return self.qk_rope_head_dim if self.kind == "mla" else self.rope.width or self.head_dim
 
     @property
     def value_head_dim(self) -> int:
@@ -132,6 +148,10 @@ class ModelConfig:
     init_std: float = number(0.006, above=0)
     attention: AttentionConfig = AttentionConfig()
     moe: MoEConfig = MoEConfig()
+    # Granite: factors of the embedded tokens and of what each sub-layer adds, and what logits are divided by.
+    embedding_multiplier: float = number(1.0, above=0)
+    residual_multiplier: float = number(1.0, above=0)
+    logits_divisor: float = number(1.0, above=0)
     mtp_depth: int = number(0, least=0)  # depths of multi-token prediction (2412.19437 section 2.2)
 
     @property

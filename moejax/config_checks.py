@@ -74,7 +74,12 @@ def _attention_problems(cfg: ModelConfig, p: str) -> list[str]:
             f"{p}attention.num_kv_heads={a.num_kv_heads}; {divisors_text(a.num_heads)} would work",
         )
         out.need(
-            a.head_dim > 0 and (a.head_dim % 2 == 0 or cfg.positions != "rope"),
+            a.rope.width % 2 == 0 and a.rope.width <= a.head_dim,
+            f"{p}attention.rope.width={a.rope.width} must be even and at most "
+            f"{p}attention.head_dim={a.head_dim}",
+        )
+        out.need(
+            a.head_dim > 0 and (a.rope_width % 2 == 0 or cfg.positions != "rope"),
             f"{p}attention.head_dim={a.head_dim} must be positive, and even for rotary positions",
         )
     elif a.kind == "mla":
@@ -91,6 +96,15 @@ def _attention_problems(cfg: ModelConfig, p: str) -> list[str]:
         out.need(not a.sinks, f"{p}attention.sinks is not available with 'mla'")
     windows = a.windows
     out.need(all(w >= 0 for w in windows), f"{p}attention.windows={windows} must not be negative")
+    out.need(
+        a.rope_layers != "windowed" or any(windows),
+        f"{p}attention.rope_layers={a.rope_layers!r} needs {p}attention.windows",
+    )
+    out.need(
+        a.rope.yarn_ramp != "turns" or a.rope.yarn_beta_slow < a.rope.yarn_beta_fast,
+        f"{p}attention.rope.yarn_ramp='turns' needs {p}attention.rope.yarn_beta_slow="
+        f"{a.rope.yarn_beta_slow} below {p}attention.rope.yarn_beta_fast={a.rope.yarn_beta_fast}",
+    )
     out.need(
         a.rope.yarn_beta_slow <= a.rope.yarn_beta_fast,
         f"{p}attention.rope.yarn_beta_slow={a.rope.yarn_beta_slow} must be at most "

@@ -72,7 +72,7 @@ RANGES = {
         "data.seq_len data.batch_size train.steps train.accumulation train.log_every train.eval_every "
         "train.eval_batches train.checkpoint_every train.keep_last train.max_bad_steps",
     "at least 0":
-        "vocab_size mtp_depth attention.q_lora_rank attention.rope.yarn_mscale "
+        "vocab_size mtp_depth attention.q_lora_rank attention.scale attention.rope.width attention.rope.yarn_mscale "
         "attention.rope.yarn_mscale_all_dim moe.num_experts moe.shared_experts moe.d_shared moe.latent_dim "
         "moe.activation_limit objective.mtp_loss_weight objective.bias_rate objective.expert_loss "
         "objective.sequence_loss objective.device_loss objective.communication_loss objective.z_loss "
@@ -80,7 +80,7 @@ RANGES = {
         "optimizer.warmup_steps optimizer.weight_decay optimizer.clip_norm optimizer.consistent_rms "
         "train.keep_every train.seed",
     "above 0":
-        "norm_eps init_std attention.rope.yarn_beta_slow attention.rope.yarn_beta_fast "
+        "norm_eps init_std embedding_multiplier residual_multiplier logits_divisor attention.rope.yarn_beta_slow attention.rope.yarn_beta_fast "
         "optimizer.learning_rate optimizer.eps "
         "optimizer.decay_factor",
     "above 1": "attention.rope.theta",
@@ -160,7 +160,9 @@ CHOICES = {
     "norm": "rmsnorm layernorm",
     "positions": "rope learned",
     "attention.kind": "mha mla",
-    "attention.qk_norm": "none head full",
+    "attention.qk_norm": "none head full head_rotated",
+    "attention.rope_layers": "all windowed",
+    "attention.rope.yarn_ramp": "dimension turns",
     "moe.activation": "swiglu swiglu_clamped swiglu_oai gelu_tanh",
     "moe.router.score": "softmax sigmoid sqrt_softplus",
     "moe.router.group_score": "max top2_sum",
@@ -179,6 +181,7 @@ CHOICES = {
 # What a choice needs beside itself.
 NEEDS = {
     ("attention.kind", "mla"): MLA,
+    ("attention.rope_layers", "windowed"): {"attention.windows": (8,)},
     **{
         (key, value): {**MOE, "moe.activation_limit": 7}
         for key in ("activation", "moe.activation")

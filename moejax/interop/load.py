@@ -52,7 +52,7 @@ def read_model(
     cfg = config_from_hf(opened.hf)
     model_type = opened.hf["model_type"]
     cfg = mapping.as_saved(cfg, model_type, opened.tensors)
-    wanted = mapping.targets(cfg, model_type)
+    wanted = mapping.targets(cfg, model_type, opened.tensors)
     table = FAMILIES[model_type].NAMES
     account = mapping.account(cfg, table, wanted, opened.tensors, str(opened.folder))
     for tensor, original in account.repeated:

@@ -3,7 +3,7 @@
 import dataclasses
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -62,29 +62,33 @@ class Target:
 
 
 def file_shape(block: tuple[int, ...], transform: Transform) -> tuple[int, ...]:
+    block = (*block[:-1], block[-1] * transform.parts)
     if transform.transpose:
         block = (*block[:-2], block[-1], block[-2])
-    return (*block[:-1], block[-1] * transform.parts)
+    return (1,) * transform.lead + block
 
 
 def file_index(bounds: Bounds, block: tuple[int, ...], transform: Transform) -> Index:
     """Where the part `bounds` of a block stands in its tensor in the file (before any transposition)."""
-    if transform.transpose:
-        bounds = (*bounds[:-2], bounds[-1], bounds[-2])
-        block = (*block[:-2], block[-1], block[-2])
     *others, (start, stop) = bounds
     part, parts = transform.part, transform.parts
     if transform.interleaved:
         last = slice(start * parts + part, (stop - 1) * parts + part + 1, parts)
     else:
         last = slice(part * block[-1] + start, part * block[-1] + stop)
-    return (*(slice(*b) for b in others), last)
+    index = [*(slice(*b) for b in others), last]
+    if transform.transpose:
+        index[-2:] = index[-1], index[-2]
+    return (*[slice(0, 1)] * transform.lead, *index)
 
 
-def targets(cfg: ModelConfig, model_type: str) -> dict[str, Target]:
-    """Every array of the model by path; InteropError if the family has no name for one."""
+def targets(cfg: ModelConfig, model_type: str, found: Container[str] = ()) -> dict[str, Target]:
+    """Every array of the model by path; InteropError if the family has no name for one. `found`: the names in
+    the file, where a family has several for one array."""
     table: Table = FAMILIES[model_type].NAMES
-    rows = {row.path: row for row in table.rows}
+    rows: dict[str, list[Row]] = {}
+    for row in table.rows:
+        rows.setdefault(row.path, []).append(row)
     first_moe = cfg.num_layers - cfg.num_moe_layers
     first_layer = {"moe_blocks": first_moe, "mtp": cfg.num_layers}
     out = {}
@@ -92,9 +96,11 @@ def targets(cfg: ModelConfig, model_type: str) -> dict[str, Target]:
         if path not in rows:
             raise InteropError(f"{model_type} checkpoints have no tensor for {path}")
         group = path.removeprefix(ROUTER_STATE + "/").split("/")[0]
-        row = rows[path]
-        leading = ("{layer}" in row.hf) + ("{expert}" in row.hf)
-        out[path] = Target(spec, row, first_layer.get(group, 0), leading)
+        every = [
+            Target(spec, r, first_layer.get(group, 0), ("{layer}" in r.hf) + ("{expert}" in r.hf))
+            for r in rows[path]
+        ]
+        out[path] = next((t for t in every if t.name((0, 0)) in found), every[0])
     return out
 
 

@@ -193,6 +193,8 @@ def _project_mha(params, x_BSD, cfg: ModelConfig, where: Where):
     if where.cos_sin is not None:
         q = rotate(q, where.cos_sin, a.rope.interleaved)
         k = rotate(k, where.cos_sin, a.rope.interleaved)
+    if a.qk_norm == "head_rotated":
+        q, k = norm(params["q_norm"], q, cfg.norm_eps), norm(params["k_norm"], k, cfg.norm_eps)
     return q, {"k": k.transpose(0, 2, 1, 3), "v": v.transpose(0, 2, 1, 3)}
 
 

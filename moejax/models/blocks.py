@@ -89,8 +89,7 @@ def locate(tokens_BS, cfg: ModelConfig, positions_BS=None, segment_ids_BS=None) 
     if positions_BS is None:
         positions_BS = jnp.broadcast_to(jnp.arange(tokens_BS.shape[1])[None], tokens_BS.shape)
     a = cfg.attention
-    width = a.qk_rope_head_dim if a.kind == "mla" else a.head_dim
-    cos_sin = rotation(positions_BS, a.rope, width) if cfg.positions == "rope" else None
+    cos_sin = rotation(positions_BS, a.rope, a.rope_width) if cfg.positions == "rope" else None
     return attn.Where(positions_BS, segment_ids_BS, cos_sin)
 
 
@@ -126,18 +125,18 @@ def block(
         p["attn"],
         h,
         cfg,
-        ctx.where,
+        _where(ctx, layer.window),
         window=layer.window,
         cache=cache,
         layer=layer.slot,
         prefill=ctx.prefill,
     )
-    x_BSD = constrain(x_BSD + y, ctx.layout)
+    x_BSD = constrain(_add(x_BSD, y, cfg), ctx.layout)
     h = norm(p["ffn_norm"], x_BSD, cfg.norm_eps)
     if "moe" not in p:
         with jax.named_scope("ffn"):
             y = ffn(p["ffn"], h, of_dense(cfg))
-        return constrain(x_BSD + y, ctx.layout), carried_BSW, cache, None
+        return constrain(_add(x_BSD, y, cfg), ctx.layout), carried_BSW, cache, None
     state, forced_TK = dict(layer.state or {}), layer.forced_TK
     if moe_layer.TOLD in state:
         forced_TK = state.pop(moe_layer.TOLD)[ctx.where.positions_BS.reshape(-1)]
@@ -160,7 +159,23 @@ def block(
     if aux.carry_BSW is not None:
         carried_BSW = constrain(aux.carry_BSW, ctx.layout, None)
     aux = aux._replace(carry_BSW=None, inputs_BSD=h if ctx.keep_inputs else None)
-    return constrain(x_BSD + y, ctx.layout), carried_BSW, cache, aux
+    return constrain(_add(x_BSD, y, cfg), ctx.layout), carried_BSW, cache, aux
+
+
+def _add(x_BSD, y_BSD, cfg: ModelConfig):
+    """What a sub-layer gives, added to the hidden state."""
+    return x_BSD + (y_BSD if cfg.residual_multiplier == 1 else y_BSD * cfg.residual_multiplier)
+
+
+def _where(ctx: Context, window) -> attn.Where:
+    """Where the tokens stand for this layer: without rotation (cos 1, sin 0) if its kind has none."""
+    if ctx.cfg.attention.rope_layers == "all":
+        return ctx.where
+    if window is None or ctx.where.cos_sin is None:
+        return ctx.where._replace(cos_sin=None)
+    cos, sin = ctx.where.cos_sin
+    turned = (jnp.where(window > 0, cos, 1.0), jnp.where(window > 0, sin, 0.0))
+    return ctx.where._replace(cos_sin=turned)
 
 
 REMAT_POLICIES = {

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 
 from moejax import axes
 from moejax.config import ModelConfig
+from moejax.models.norm import norm
 from moejax.params import ParamSpec
 
 
@@ -24,9 +25,17 @@ def param_specs(cfg: ModelConfig) -> dict:
 def embed(params: dict, tokens_BS, positions_BS, cfg: ModelConfig, dtype) -> jax.Array:
     """x_BSD in `dtype`."""
     x_BSD = params["embed"]["tokens"][tokens_BS].astype(dtype)
+    if cfg.embedding_multiplier != 1:
+        x_BSD = x_BSD * cfg.embedding_multiplier
     if cfg.positions == "learned":
         x_BSD = x_BSD + params["embed"]["positions"][positions_BS].astype(dtype)
     return x_BSD
+
+
+def last_norm(params: dict, x_BSD: jax.Array, cfg: ModelConfig) -> jax.Array:
+    """What the head reads: normed, and divided as logits are to be. `params`: of the norm."""
+    x_BSD = norm(params, x_BSD, cfg.norm_eps)
+    return x_BSD if cfg.logits_divisor == 1 else x_BSD / cfg.logits_divisor
 
 
 def head_weights(params: dict) -> jax.Array:

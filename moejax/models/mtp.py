@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from moejax import axes
 from moejax.config import ModelConfig
 from moejax.models.blocks import Context, LayerInput, block, block_specs, rematerialised
-from moejax.models.embedding import embed
+from moejax.models.embedding import embed, last_norm
 from moejax.models.norm import norm, norm_specs
 from moejax.moe.layer import nothing_carried
 from moejax.params import ParamSpec
@@ -79,7 +79,7 @@ def mtp_step(
     layer = LayerInput(depth_params["block"], index, depth, state, stats=stats, forced_TK=forced_TK)
     carried = nothing_carried(x_BSD, cfg) if cfg.num_moe_layers else None
     x_BSD, _, cache, aux = block(x_BSD, layer, ctx, carried_BSW=carried, cache=cache)
-    return x_BSD, norm(depth_params["norm"], x_BSD, cfg.norm_eps), cache, aux
+    return x_BSD, last_norm(depth_params["norm"], x_BSD, cfg), cache, aux
 
 
 class Targets(NamedTuple):

@@ -19,7 +19,7 @@ def inverse_frequencies(cfg: RopeConfig, width: int) -> np.ndarray:
 
     YaRN (2309.00071 section 3.2): dimensions that turn more than beta_fast times within the original
     context are kept, those that turn less than beta_slow times are slowed by the factor, with a
-    linear ramp between.
+    linear ramp between, by dimension or by turns.
     """
     base = cfg.theta ** -(np.arange(0, width, 2, dtype=np.float64) / width)
     if cfg.yarn_factor <= 1:
@@ -32,6 +32,12 @@ def inverse_frequencies(cfg: RopeConfig, width: int) -> np.ndarray:
             / (2 * math.log(cfg.theta))
         )
 
+    if cfg.yarn_ramp == "turns":
+        turns = base * cfg.yarn_original_len / (2 * math.pi)
+        kept = np.clip(
+            (turns - cfg.yarn_beta_slow) / (cfg.yarn_beta_fast - cfg.yarn_beta_slow), 0, 1
+        )
+        return base / cfg.yarn_factor * (1 - kept) + base * kept
     low, high = dimension(cfg.yarn_beta_fast), dimension(cfg.yarn_beta_slow)
     if cfg.yarn_truncate:
         low, high = math.floor(low), math.ceil(high)
@@ -53,20 +59,26 @@ def rotation(positions_BS: jax.Array, cfg: RopeConfig, width: int) -> tuple[jax.
 
 
 def rotate(x_BSNH: jax.Array, cos_sin, interleaved: bool) -> jax.Array:
-    """Rotate pairs of the last axis: (x0,x1),(x2,x3).. if interleaved, else (x_i, x_{i+H/2}).
+    """Rotate pairs of the last axis: (x0,x1),(x2,x3).. if interleaved, else (x_i, x_{i+H/2}). Channels past
+    the width of the rotation stay as they are.
 
     Interleaved input comes out with its pairs split in halves. The order of the output does not matter
     to attention as long as queries and keys agree, and splitting is cheaper than weaving.
     """
     cos, sin = (a[:, :, None, :].astype(x_BSNH.dtype) for a in cos_sin)
+    x, rest = x_BSNH, []
+    if x.shape[-1] > 2 * cos.shape[-1]:
+        x, *rest = jnp.split(x, [2 * cos.shape[-1]], axis=-1)
     if interleaved:
-        a, b = x_BSNH[..., 0::2], x_BSNH[..., 1::2]
+        a, b = x[..., 0::2], x[..., 1::2]
     else:
-        a, b = jnp.split(x_BSNH, 2, axis=-1)
-    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
+        a, b = jnp.split(x, 2, axis=-1)
+    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin, *rest], axis=-1)
 
 
 def softmax_scale(cfg: AttentionConfig) -> float:
-    """1/sqrt(head width), times m(mscale_all_dim)^2 under YaRN."""
+    """1/sqrt(head width), times m(mscale_all_dim)^2 under YaRN; or what the config says."""
+    if cfg.scale:
+        return cfg.scale
     m = yarn_mscale(cfg.rope.yarn_factor, cfg.rope.yarn_mscale_all_dim)
     return cfg.qk_head_dim**-0.5 * m * m

@@ -18,7 +18,7 @@ from moejax.models import blocks, embedding
 from moejax.models.blocks import Context, LayerInput, constrain, locate
 from moejax.models.embedding import logits as logits  # the other half of a forward pass
 from moejax.models.mtp import mtp_specs
-from moejax.models.norm import norm, norm_specs
+from moejax.models.norm import norm_specs
 from moejax.moe.layer import MoEAux
 from moejax.params import init_params, stack
 from moejax.routers.contract import BatchTotals
@@ -26,7 +26,7 @@ from moejax.routers.contract import BatchTotals
 
 class Output(NamedTuple):
     """Attributes:
-    hidden_BSD: after the final norm.
+    hidden_BSD: after the final norm, as the head reads it.
     aux: `{"moe_blocks": MoEAux stacked over layers}`, empty for a dense model.
     cache: the cache, or None.
     """
@@ -199,4 +199,4 @@ def forward(
             cache = here
         if is_moe:
             aux[name] = layer_aux
-    return Output(norm(params["final_norm"], x_BSD, cfg.norm_eps), aux, cache)
+    return Output(embedding.last_norm(params["final_norm"], x_BSD, cfg), aux, cache)

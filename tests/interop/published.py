@@ -171,6 +171,16 @@ def gpt_oss(c):
     return _model(c, lambda i: _norms(c) | _attention(c, "qkvo") | rest)
 
 
+def granitemoe(c):
+    d, f, e = c["hidden_size"], c["intermediate_size"], c["num_local_experts"]
+    moe = {
+        "block_sparse_moe.router.layer.weight": (e, d),
+        "block_sparse_moe.input_linear.weight": (e, 2 * f, d),
+        "block_sparse_moe.output_linear.weight": (e, d, f),
+    }
+    return _model(c, lambda i: _norms(c) | _attention(c) | moe)
+
+
 def gpt2(c):
     d = c["n_embd"]
     out = {"wte.weight": (c["vocab_size"], d), "wpe.weight": (c["n_positions"], d)}
@@ -192,7 +202,7 @@ FAMILIES = {
     f.__name__: f
     for f in (
         *(llama, deepseek, deepseek_v2, deepseek_v3, mixtral),
-        *(qwen2_moe, qwen3_moe, olmoe, gpt_oss, gpt2),
+        *(qwen2_moe, qwen3_moe, olmoe, gpt_oss, gpt2, granitemoe),
     )
 }
 
@@ -233,6 +243,11 @@ CONFIGS = {
     "gpt_oss": {
         **_BASE, "head_dim": 6, "num_local_experts": 3, "num_experts_per_tok": 2, "sliding_window": 8,
     },
+    "granitemoe": {
+        **_BASE, "num_local_experts": 4, "num_experts_per_tok": 2, "tie_word_embeddings": True,
+        "embedding_multiplier": 12.0, "attention_multiplier": 0.3, "residual_multiplier": 0.22,
+        "logits_scaling": 6.0, "head_dim": 6,
+    },
     "gpt2": {"vocab_size": 41, "n_embd": 12, "n_head": 4, "n_layer": 2, "n_positions": 16},
 }  # fmt: skip
 
@@ -250,6 +265,24 @@ def random_tensors(config, seed=0, dtype=BF16):
             out[name] = out["model.embed_tokens.weight"]
         if name.endswith(".shared_head.head.weight"):
             out[name] = out["lm_head.weight"]
+    return out
+
+
+def fused(tensors):
+    """The experts of every layer in two tensors, [E, 2F, D] and [E, D, F], as transformers 5 holds them."""
+    out, experts = {}, {}
+    for name, value in tensors.items():
+        layer, is_expert, rest = name.partition(".mlp.experts.")
+        if not is_expert:
+            out[name] = value
+            continue
+        expert, part, _ = rest.split(".")
+        experts.setdefault(layer + is_expert[:-1], {})[int(expert), part] = value
+    for name, of in experts.items():
+        count = 1 + max(e for e, _ in of)
+        both = [np.concatenate([of[e, "gate_proj"], of[e, "up_proj"]]) for e in range(count)]
+        out[name + ".gate_up_proj"] = np.stack(both)
+        out[name + ".down_proj"] = np.stack([of[e, "down_proj"] for e in range(count)])
     return out
 
 

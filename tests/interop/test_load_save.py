@@ -46,7 +46,7 @@ def by_path(tree):
     "preset",
     ["deepseek-moe-16b", "deepseek-v2", "deepseek-v2-lite", "deepseek-v3", "moonlight-16b-a3b",
      "kimi-k2", "llama-2-70b", "gpt-2", "mixtral-8x7b", "qwen1.5-moe-a2.7b", "qwen3-30b-a3b",
-     "olmoe-1b-7b", "gpt-oss-20b"],
+     "olmoe-1b-7b", "gpt-oss-20b", "granite-3.0-3b-a800m"],
 )  # fmt: skip
 def test_names_and_shapes_of_published_models(preset):
     hf = zoo.load_hf(preset)
@@ -67,6 +67,23 @@ def test_number_of_tensors():
 
 
 # Values.
+
+
+@pytest.mark.parametrize("family", ["deepseek_v3", "qwen3_moe"])
+def test_experts_in_one_tensor_are_those_of_many(tmp_path, family):
+    config = {**published.config(family), "num_nextn_predict_layers": 0}
+    if family == "qwen3_moe":
+        config.pop("num_nextn_predict_layers")
+    tensors = published.random_tensors(config)
+    one = published.fused(tensors)
+    assert len(one) < len(tensors) - 10
+    published.write(tmp_path / "many", config, tensors)
+    published.write(tmp_path / "one", config, one)
+    many, few = load_model(tmp_path / "many"), load_model(tmp_path / "one")
+    jax.tree.map(lambda a, b: np.testing.assert_array_equal(bits(a), bits(b)), many[1:], few[1:])
+    # Written, they are many again.
+    write_folder(tmp_path / "out", *few, family)
+    assert set(read_back(tmp_path / "out")) == set(tensors)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

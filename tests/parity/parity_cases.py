@@ -3,68 +3,8 @@
 Sizes are odd on purpose: a transposed, fused or mis-split tensor then cannot fit by accident.
 """
 
-import dataclasses
-
-
-@dataclasses.dataclass(frozen=True, eq=False)  # hashed by identity
-class Case:
-    """One model.
-
-    Attributes:
-      family: the `model_type`.
-      name: what is special about it.
-      config: keys of config.json besides those of the family's base.
-      shard: largest file of the checkpoint, None for a single file.
-      gradient: compare the gradient of the loss as well.
-    """
-
-    family: str
-    name: str
-    config: dict
-    shard: str | None = None
-    gradient: bool = False
-
-    @property
-    def id(self) -> str:
-        return f"{self.family}-{self.name}"
-
-
-def yarn(factor: float, original: int = 16, **keys) -> dict:
-    scaling = {"rope_type": "yarn", "factor": factor, "original_max_position_embeddings": original}
-    return {"rope_parameters": {"rope_theta": 10_000.0, **scaling, **keys}}
-
-
-DECODER = {
-    "vocab_size": 101,
-    "hidden_size": 36,
-    "num_hidden_layers": 2,
-    "max_position_embeddings": 64,
-    "bos_token_id": None,
-    "eos_token_id": None,
-    "pad_token_id": None,
-}
-MHA = {"num_attention_heads": 3, "num_key_value_heads": 3}
-GQA = {"num_attention_heads": 6, "num_key_value_heads": 2}
-MLA = {
-    "num_attention_heads": 3,
-    "num_key_value_heads": 3,
-    "kv_lora_rank": 10,
-    "qk_nope_head_dim": 8,
-    "qk_rope_head_dim": 6,
-    "v_head_dim": 7,
-}
-FINE = {
-    "intermediate_size": 44,
-    "n_routed_experts": 8,
-    "num_experts_per_tok": 3,
-    "moe_intermediate_size": 10,
-    "n_shared_experts": 2,
-    "first_k_dense_replace": 1,
-}
-GROUPS = {"n_group": 4, "topk_group": 2}
-EXPERTS = {"num_experts": 7, "num_experts_per_tok": 3, "moe_intermediate_size": 10}
-# Their own balance losses are no part of the comparison of logits and of the language-model gradient.
-NO_AUX = {"router_aux_loss_coef": 0.0}
+import parity_newer
+from parity_shapes import DECODER, EXPERTS, FINE, GQA, GROUPS, MHA, MLA, NO_AUX, Case, yarn
 
 # What every case of a family shares.
 BASE: dict[str, dict] = {
@@ -112,6 +52,7 @@ BASE: dict[str, dict] = {
     "deepseek_v3": {**DECODER, **MLA, **FINE, "num_hidden_layers": 3, "num_nextn_predict_layers": 0},
 }  # fmt: skip
 BASE["kimi_k2"] = BASE["deepseek_v3"]
+BASE |= parity_newer.BASE
 
 CASES = [
     Case("llama", "mha-tied", {**MHA, "tie_word_embeddings": True}, gradient=True),
@@ -122,6 +63,7 @@ CASES = [
         shard="20KB",
     ),
     Case("llama", "yarn", {**GQA, **yarn(4.0)}),
+    Case("llama", "llama3", {**GQA, **parity_newer.LLAMA3}),
     Case("gpt2", "3-heads", {"n_head": 3}, gradient=True),
     Case("gpt2", "inner-shards", {"n_head": 4, "n_inner": 50, "n_layer": 3}, shard="20KB"),
     Case(
@@ -244,4 +186,5 @@ CASES = [
         {"q_lora_rank": 14, "n_group": 1, "topk_group": 1, "n_shared_experts": 1,
          **yarn(32.0, beta_fast=1.0, beta_slow=1.0, mscale=1.0, mscale_all_dim=1.0)},
     ),
+    *parity_newer.CASES,
 ]  # fmt: skip

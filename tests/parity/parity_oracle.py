@@ -7,7 +7,8 @@ import zlib
 
 import torch
 import transformers
-from parity_cases import BASE, Case
+from parity_cases import BASE
+from parity_shapes import Case
 from safetensors.torch import load_file, save_file
 from transformers.models.deepseek_v2.modeling_deepseek_v2 import DeepseekV2Moe
 
@@ -172,7 +173,7 @@ def watch_routes(model):
     """Collects each MoE layer's chosen experts [T, K], in order of layers."""
     seen, hooks = [], []
     for _, module in model.named_modules():
-        if type(module).__name__.lower().endswith("topkrouter"):
+        if type(module).__name__.lower().endswith(("topkrouter", "gate")):
             hooks.append(module.register_forward_hook(lambda m, i, out: seen.append(out[2])))
     try:
         yield seen

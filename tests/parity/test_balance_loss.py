@@ -10,7 +10,7 @@ import numpy as np
 import parity_oracle as oracle
 import pytest
 import torch
-from parity_cases import GQA, Case
+from parity_shapes import GQA, Case
 
 from moejax.interop.hf_folder import open_folder
 from moejax.interop.load import load_model

@@ -7,7 +7,8 @@ import numpy as np
 import parity_oracle as oracle
 import pytest
 import transformers
-from parity_cases import BASE, GQA, MHA
+from parity_cases import BASE
+from parity_shapes import GQA, MHA
 
 from moejax.models import zoo
 from moejax.models.rope import inverse_frequencies, softmax_scale, yarn_mscale
@@ -31,6 +32,12 @@ ROPES = {
     "mscale one": {"rope_scaling": {**YARN, "factor": 4.0, "mscale": 1.0, "mscale_all_dim": 0.0}},
     "betas null": {"rope_scaling": {**YARN, "factor": 4.0, "beta_fast": None, "beta_slow": None}},
     "no truncation": {"rope_scaling": {**YARN, "factor": 4.0, "truncate": False}},
+    "llama3": {
+        "rope_scaling": {
+            "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 16, "rope_theta": 50.0,
+        }
+    },
     "nothing": {},
     "default": {"rope_parameters": DEFAULT},
 }  # fmt: skip

@@ -9,7 +9,7 @@ import numpy as np
 import parity_oracle as oracle
 import pytest
 import torch
-from parity_cases import GROUPS, Case, yarn
+from parity_shapes import GROUPS, Case, yarn
 from safetensors.torch import load_file, save_file
 from transformers.modeling_layers import MtpModel
 

@@ -9,7 +9,8 @@ import pytest
 import tokenizers
 import torch
 import transformers
-from parity_cases import BASE, GQA, Case
+from parity_cases import BASE
+from parity_shapes import GQA, Case
 from tokenizers import decoders, models, pre_tokenizers, processors
 
 from moejax.config import DataConfig, ExperimentConfig, ModelConfig, MoEConfig

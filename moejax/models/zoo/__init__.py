@@ -20,17 +20,21 @@ from moejax.models.zoo import (
     deepseek_v3,
     gpt2,
     gpt_oss,
+    granitemoe,
     keys,
     llama,
+    mistral,
     mixtral,
     olmoe,
     qwen2_moe,
+    qwen3,
     qwen3_moe,
 )
 from moejax.models.zoo.architecture import architecture
 from moejax.text import plain, shown
 
-# Hugging Face model_type -> the module that reads and writes it.
+# Hugging Face model_type -> the module that reads and writes it. Of several that can express a model, `moejax
+# export` takes the first.
 FAMILIES: dict[str, ModuleType] = {
     "deepseek": deepseek,
     "deepseek_v2": deepseek_v2,
@@ -43,6 +47,9 @@ FAMILIES: dict[str, ModuleType] = {
     "olmoe": olmoe,
     "qwen2_moe": qwen2_moe,
     "qwen3_moe": qwen3_moe,
+    "mistral": mistral,
+    "qwen3": qwen3,
+    "granitemoe": granitemoe,
 }
 
 # Architectures that moejax counts (`moejax.cost`) and does not run.
@@ -70,6 +77,15 @@ PRESETS: dict[str, str] = {
     "llama-2-7b": "llama-2-7b",
     "llama-2-13b": "llama-2-13b",
     "llama-2-70b": "llama-2-70b",
+    "llama-3-8b": "llama-3-8b",
+    "llama-3-70b": "llama-3-70b",
+    "llama-3.1-8b": "llama-3.1-8b",
+    "llama-3.1-70b": "llama-3.1-70b",
+    "llama-3.3-70b": "llama-3.1-70b",
+    "llama-3.1-405b": "llama-3.1-405b",
+    "llama-3.2-1b": "llama-3.2-1b",
+    "llama-3.2-3b": "llama-3.2-3b",
+    "mistral-7b": "mistral-7b",
     "gpt-2": "gpt2",
     "gpt-2-medium": "gpt2-medium",
     "gpt-2-large": "gpt2-large",
@@ -78,7 +94,12 @@ PRESETS: dict[str, str] = {
     "gpt-oss-120b": "gpt-oss-120b",
     "mixtral-8x7b": "mixtral-8x7b",
     "qwen1.5-moe-a2.7b": "qwen1.5-moe-a2.7b",
+    "qwen3-0.6b": "qwen3-0.6b",
+    "qwen3-8b": "qwen3-8b",
+    "qwen3-32b": "qwen3-32b",
     "qwen3-30b-a3b": "qwen3-30b-a3b",
+    "granite-3.0-1b-a400m": "granite-3.0-1b-a400m",
+    "granite-3.0-3b-a800m": "granite-3.0-3b-a800m",
     "olmoe-1b-7b": "olmoe-1b-7b",
 }
 

@@ -28,6 +28,10 @@ def architecture(cfg: ModelConfig) -> dict:
         unused.add("max_seq_len")  # only learned positions have a parameter for each
     else:
         unused |= {k for k in flat if k.startswith("attention.rope.")}
+    if a.kind == "mla":
+        unused.add("attention.rope.width")
+    else:
+        flat["attention.rope.width"] = a.rope_width
     if a.rope.yarn_factor == 1.0:
         unused |= {k for k in flat if k.startswith("attention.rope.yarn_")}
     if not m.num_experts:
@@ -38,6 +42,7 @@ def architecture(cfg: ModelConfig) -> dict:
         unused |= {"moe.router.topk_groups", "moe.router.group_score"}
     if not m.shared_width:
         unused.add("moe.shared_gate")
+    flat["attention.scale"] = a.scale or a.qk_head_dim**-0.5
     if not any(a.windows):
         flat["attention.windows"] = ()
     return {k: ("unused" if k in unused else v) for k, v in flat.items()}

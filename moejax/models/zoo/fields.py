@@ -1,5 +1,6 @@
 """Reading the fields of a Hugging Face `config.json`: present, sane, supported."""
 
+import dataclasses
 from typing import Any
 
 from moejax.config import ConfigError, ModelConfig, ObjectiveConfig, RopeConfig
@@ -8,19 +9,19 @@ from moejax.text import shown
 
 # No published model comes near; a larger value is a typing error or a hostile file.
 MAX_SIZE = 2**24
-# What `decoder_from_hf` and `rope_from_hf` read, and the parts of rope_scaling.
+# What `decoder_from_hf` and `rope_from_hf` read, and the parts of rope_scaling by its kind.
 DECODER = words(
     """
     vocab_size hidden_size num_hidden_layers num_attention_heads max_position_embeddings rms_norm_eps
     hidden_act initializer_range tie_word_embeddings rope_theta rope_scaling rope_parameters
     """
 )
-ROPE = words(
-    """
-    rope_type type rope_theta factor original_max_position_embeddings beta_fast beta_slow mscale
-    mscale_all_dim truncate attention_factor
-    """
-)
+_ROPE = words("rope_type type rope_theta factor original_max_position_embeddings")
+ROPE = {
+    "yarn": _ROPE | words("beta_fast beta_slow mscale mscale_all_dim truncate attention_factor"),
+    "llama3": _ROPE | words("low_freq_factor high_freq_factor"),
+}
+ROPE["default"] = ROPE["yarn"]
 
 
 def sizes(hf: dict, family: str, *names: str) -> dict[str, int]:
@@ -128,11 +129,12 @@ def rope_from_hf(
     mla: bool = False,
     default_theta: float | None = 10_000.0,
     default_scaling: dict | None = None,
+    default_part: float | None = None,
 ) -> RopeConfig:
-    """RoPE and YaRN from `rope_theta` + `rope_scaling`, or from the newer `rope_parameters`.
+    """RoPE, YaRN and LLaMA 3's scaling from `rope_theta` + `rope_scaling`, or from the newer `rope_parameters`.
 
     `rope_scaling` wins where a file has both: it was added by hand to a newer file. Without a
-    `default_theta` the base must be given.
+    `default_theta` the base must be given. With a `default_part` a part of each head may be rotated.
     """
     scaling = hf.get("rope_scaling") or hf.get("rope_parameters")
     scaling = (default_scaling or {}) if scaling is None else scaling
@@ -146,25 +148,37 @@ def rope_from_hf(
         given(hf | scaling, family, "rope_theta")
     theta = number(hf | scaling, family, "rope_theta", default_theta or 10_000.0, least=1.0)
     kind = scaling.get("rope_type", scaling.get("type", "default"))
-    if kind not in ("default", "yarn"):
+    if kind not in (*ROPE,):
         raise ConfigError(
-            f"{family} config: rope_scaling type {shown(kind)} is not supported; 'yarn' or null would"
+            f"{family} config: rope_scaling type {shown(kind)} is not supported; "
+            "'yarn', 'llama3' or null would"
         )
-    neutral = {"attention_factor": None, "partial_rotary_factor": 1.0}
-    odd = [k for k, v in scaling.items() if k not in ROPE and v not in (None, neutral.get(k))]
+    part = {"partial_rotary_factor"} if default_part else set()
+    known, neutral = ROPE[kind] | part, {"partial_rotary_factor": 1.0}
+    odd = [k for k, v in scaling.items() if k not in known and v not in (None, neutral.get(k))]
     if odd:
         raise ConfigError(
             f"{family} config: rope_scaling has {odd[0]}={shown(scaling[odd[0]])}, which is not known; "
-            f"{', '.join(sorted(ROPE))} are"
+            f"{', '.join(sorted(known))} are"
         )
+    width = 0
+    if default_part:
+        d = head_dim(hf, family)
+        share = number(hf | scaling, family, "partial_rotary_factor", default_part, least=2 / d)
+        width = int(d * share) if share != 1 else 0
+    plain = RopeConfig(theta=theta, interleaved=interleaved, width=width)
     if kind == "default":
-        return RopeConfig(theta=theta, interleaved=interleaved)
+        return plain
     if scaling.get("attention_factor") is not None:
         raise ConfigError(
             f"{family} config: rope_scaling.attention_factor is not supported; "
             "leave it out (it follows from factor and mscale)"
         )
     mscale, mscale_all_dim = _mscale(scaling, family, mla)
+    slow, fast = "beta_slow", "beta_fast"
+    if kind == "llama3":
+        mscale, slow, fast = 0.0, "low_freq_factor", "high_freq_factor"
+        given(scaling, family + " rope_scaling", slow, fast, "original_max_position_embeddings")
     longest = hf["max_position_embeddings"]
     original = longest
     if "original_max_position_embeddings" in scaling:
@@ -174,16 +188,16 @@ def rope_from_hf(
             f"{family} config: rope_scaling.factor is required; null means max_position_embeddings / "
             "original_max_position_embeddings"
         )
-    return RopeConfig(
-        theta=theta,
-        interleaved=interleaved,
+    return dataclasses.replace(
+        plain,
         yarn_factor=number(scaling, family, "factor", longest / original, least=1.0),
         yarn_original_len=original,
-        yarn_beta_fast=number(scaling, family, "beta_fast", 32.0),
-        yarn_beta_slow=number(scaling, family, "beta_slow", 1.0),
+        yarn_beta_fast=number(scaling, family, fast, 32.0),
+        yarn_beta_slow=number(scaling, family, slow, 1.0),
         yarn_mscale=mscale,
         yarn_mscale_all_dim=mscale_all_dim,
         yarn_truncate=flag(scaling, family, "truncate", True),
+        yarn_ramp="turns" if kind == "llama3" else "dimension",
     )
 
 
@@ -207,10 +221,40 @@ def _mscale(scaling: dict, family: str, mla: bool) -> tuple[float, float]:
     return 1.0, 0.0
 
 
+def layers_of(hf: dict, family: str, name: str, *kinds: Any) -> list:
+    """A list with one of `kinds` for each layer; an absent or null field is an empty one."""
+    values, layers = items(hf, family, name), hf["num_hidden_layers"]
+    if values and (len(values) != layers or not all(v in kinds for v in values)):
+        raise ConfigError(
+            f"{family} config: {name} must hold {layers} times "
+            f"{' or '.join(repr(k) for k in kinds)}, not {shown(values)}"
+        )
+    return values
+
+
+def first_layers(hf: dict, family: str, name: str, dense: list[bool]) -> int:
+    """How many layers are dense, of a flag for each; ConfigError names the field unless they are the first."""
+    if sorted(dense, reverse=True) != dense:
+        raise ConfigError(
+            f"{family} config: {name}={shown(hf.get(name))} is not supported; dense layers before the "
+            "others would work"
+        )
+    return sum(dense)
+
+
 def rope_to_hf(rope: RopeConfig, *, mla: bool = False) -> dict:
     """The keys `rope_theta` and `rope_scaling`."""
     if rope.yarn_factor == 1.0:
         return {"rope_theta": rope.theta, "rope_scaling": None}
+    if rope.yarn_ramp == "turns":
+        scaling = {
+            "rope_type": "llama3",
+            "factor": rope.yarn_factor,
+            "original_max_position_embeddings": rope.yarn_original_len,
+            "low_freq_factor": rope.yarn_beta_slow,
+            "high_freq_factor": rope.yarn_beta_fast,
+        }
+        return {"rope_theta": rope.theta, "rope_scaling": scaling}
     scaling = {
         "rope_type": "yarn",
         "type": "yarn",

@@ -1,10 +1,9 @@
 """gpt-oss (2508.10925): attention sinks, alternating windows, clamped SwiGLU, biases everywhere."""
 
-from moejax.config import ConfigError, ModelConfig, MoEConfig, ObjectiveConfig
-from moejax.models.zoo import fields, names
+from moejax.config import ModelConfig, MoEConfig, ObjectiveConfig
+from moejax.models.zoo import fields, names, windows
 from moejax.models.zoo.mixtral import GROUPED, grouped_attention
 from moejax.routers import router_options
-from moejax.text import shown
 
 MODEL_TYPE = "gpt_oss"
 READ = GROUPED | {
@@ -44,28 +43,6 @@ NAMES = names.Table(
     duplicates=(names.TIED_HEAD,),
     ignorable=(names.ROTARY_BUFFER,),
 )
-SLIDING, FULL = "sliding_attention", "full_attention"
-
-
-def windows_from_hf(hf: dict) -> tuple[int, ...]:
-    """The shortest repeating tuple of windows; 0 = full attention."""
-    num_layers = hf["num_hidden_layers"]
-    kinds = fields.items(hf, MODEL_TYPE, "layer_types")
-    kinds = kinds or [(SLIDING, FULL)[i % 2] for i in range(num_layers)]
-    if len(kinds) != num_layers or not all(k in (SLIDING, FULL) for k in kinds):
-        raise ConfigError(
-            f"gpt_oss config: layer_types must hold {num_layers} times {SLIDING!r} or {FULL!r}, "
-            f"not {shown(kinds)}"
-        )
-    window = fields.size(hf, MODEL_TYPE, "sliding_window") if SLIDING in kinds else 0
-    every = tuple(window if k == SLIDING else 0 for k in kinds)
-    if not any(every):
-        return ()
-    return next(
-        every[:p]
-        for p in range(1, num_layers + 1)
-        if all(every[i] == every[i % p] for i in range(num_layers))
-    )
 
 
 def config_from_hf(hf: dict) -> ModelConfig:
@@ -82,11 +59,13 @@ def config_from_hf(hf: dict) -> ModelConfig:
         attention=grouped_attention(
             hf,
             MODEL_TYPE,
-            SCALING,
+            {"default_scaling": SCALING},
             qkv_bias=bias,
             out_bias=bias,
             sinks=True,
-            windows=windows_from_hf(hf),
+            windows=windows.from_hf(
+                hf, MODEL_TYPE, [i % 2 == 0 for i in range(common["num_layers"])]
+            ),
         ),
         moe=MoEConfig(
             num_experts=n["num_local_experts"],
@@ -119,8 +98,7 @@ def config_to_hf(cfg: ModelConfig, objective: ObjectiveConfig) -> dict:
         num_key_value_heads=a.num_kv_heads,
         head_dim=a.head_dim,
         attention_bias=a.qkv_bias,
-        sliding_window=max(a.windows, default=0) or None,
-        layer_types=[SLIDING if a.window(i) else FULL for i in range(cfg.num_layers)],
+        **windows.to_hf(cfg),
         num_local_experts=m.num_experts,
         num_experts_per_tok=m.experts_per_token,
         experts_per_token=m.experts_per_token,

@@ -1,4 +1,4 @@
-"""LLaMA 1 and 2, DeepSeek LLM: dense, RMSNorm, SwiGLU, half-split RoPE (2302.13971, 2307.09288)."""
+"""LLaMA 1 to 3, DeepSeek LLM: dense, RMSNorm, SwiGLU, half-split RoPE (2302.13971, 2307.09288, 2407.21783)."""
 
 from moejax.config import AttentionConfig, ModelConfig, ObjectiveConfig
 from moejax.models.zoo import fields, names

@@ -28,6 +28,8 @@ NAMES = names.Table(
                     "moe/experts/w_down", _MOE + "experts.{expert}.w2.weight", names.TRANSPOSE
                 ),
                 names.Row("moe/experts/w_up", _MOE + "experts.{expert}.w3.weight", names.TRANSPOSE),
+                *names.ROUTER,
+                *names.FUSED_EXPERTS,
             )
         ),
     ),
@@ -36,19 +38,25 @@ NAMES = names.Table(
 )
 
 
-def grouped_attention(
-    hf: dict, family: str, default_scaling: dict | None = None, **kwargs
-) -> AttentionConfig:
-    """Grouped-query attention with half-split RoPE."""
+def grouped_attention(hf: dict, family: str, rope: dict | None = None, **kwargs) -> AttentionConfig:
+    """Grouped-query attention with RoPE, half-split unless `rope`, options of `rope_from_hf`, say else."""
     fields.given(hf, family, "num_key_value_heads")
     heads = fields.size(hf, family, "num_attention_heads")
     return AttentionConfig(
         num_heads=heads,
         num_kv_heads=fields.size(hf, family, "num_key_value_heads", heads),
         head_dim=fields.head_dim(hf, family),
-        rope=fields.rope_from_hf(hf, family, default_theta=None, default_scaling=default_scaling),
+        rope=fields.rope_from_hf(hf, family, default_theta=None, **(rope or {})),
         **kwargs,
     )
+
+
+def grouped_to_hf(cfg: ModelConfig) -> dict:
+    """What `grouped_attention` reads."""
+    a = cfg.attention
+    part = {"partial_rotary_factor": a.rope.width / a.head_dim} if a.rope.width else {}
+    heads = {"num_key_value_heads": a.num_kv_heads, "head_dim": a.head_dim}
+    return heads | part | fields.rope_to_hf(a.rope)
 
 
 def config_from_hf(hf: dict) -> ModelConfig:
@@ -83,12 +91,10 @@ def config_to_hf(cfg: ModelConfig, objective: ObjectiveConfig) -> dict:
         cfg,
         architectures=["MixtralForCausalLM"],
         model_type=MODEL_TYPE,
-        num_key_value_heads=a.num_kv_heads,
-        head_dim=a.head_dim,
         sliding_window=a.windows[0] if a.windows else None,
         num_local_experts=cfg.moe.num_experts,
         num_experts_per_tok=cfg.moe.experts_per_token,
         intermediate_size=cfg.moe.d_expert,
         **fields.switch_objective_to_hf(cfg, objective),
-        **fields.rope_to_hf(a.rope),
+        **grouped_to_hf(cfg),
     )

@@ -14,7 +14,8 @@ class Transform(NamedTuple):
 
     Attributes:
       transpose: the file has [out, in], as torch's Linear, and the parameter [in, out].
-      part, parts: the parameter is part number `part` of `parts` equal parts of the file's last axis.
+      part, parts: the parameter is part number `part` of `parts` equal parts of the file's output axis.
+      lead: the file has a leading axis of 1 besides.
       interleaved: the parts alternate along that axis (0, 1, 0, 1, ..) instead of following another.
     """
 
@@ -22,12 +23,15 @@ class Transform(NamedTuple):
     part: int = 0
     parts: int = 1
     interleaved: bool = False
+    lead: bool = False
 
 
 COPY = Transform()
 TRANSPOSE = Transform(transpose=True)
 # GPT-2's c_attn: queries, keys and values side by side on the output axis, which is last there.
 THIRDS = tuple(Transform(part=i, parts=3) for i in range(3))
+# Gate and up projections of experts in one tensor, [E, 2F, D].
+HALVES = tuple(Transform(transpose=True, part=i, parts=2) for i in range(2))
 # gpt-oss's gate_up_proj: even columns are the gate, odd ones the up projection.
 EVEN, ODD = (Transform(part=i, parts=2, interleaved=True) for i in range(2))
 
@@ -60,7 +64,8 @@ class Duplicate(NamedTuple):
 
 class Table(NamedTuple):
     """Attributes:
-    rows: every parameter the family can have.
+    rows: every parameter the family can have. Of several rows for one, the first is written, and the first
+      of which a file has a tensor is read.
     duplicates: tensors that repeat others.
     ignorable: regular expressions of whole names that carry nothing learned (buffers).
     prefix: what some files leave out at the start of every name.
@@ -133,7 +138,21 @@ def swiglu(path: str, hf: str) -> tuple[Row, ...]:
 DENSE_FFN = swiglu("ffn", "mlp")
 ROUTER = (Row("moe/router/kernel", "mlp.gate.weight", TRANSPOSE),)
 EXPERTS = swiglu("moe/experts", "mlp.experts.{expert}")
+# The experts of a layer as transformers 5 holds them in memory, and writes them if asked to.
+FUSED_EXPERTS = (
+    Row("moe/experts/w_gate", "mlp.experts.gate_up_proj", HALVES[0]),
+    Row("moe/experts/w_up", "mlp.experts.gate_up_proj", HALVES[1]),
+    Row("moe/experts/w_down", "mlp.experts.down_proj", TRANSPOSE),
+)
+EXPERTS += FUSED_EXPERTS
 SHARED_EXPERTS = swiglu("moe/shared", "mlp.shared_experts")
+
+
+def decoder(*rows: Row, blocks=("dense_blocks", "moe_blocks"), ignorable: str = ""):
+    """The table of a decoder with these rows in its blocks, and norms before the sub-layers. `ignorable`: a
+    regular expression of names besides those of buffers."""
+    ignored = (ROTARY_BUFFER, *([ignorable] if ignorable else []))
+    return Table((*DECODER, *in_blocks((*NORMS, *rows), blocks)), (TIED_HEAD,), ignored)
 
 
 def in_blocks(rows: tuple[Row, ...], blocks: tuple[str, ...] = ("dense_blocks", "moe_blocks")):

@@ -1,20 +1,20 @@
 """Qwen1.5-MoE and Qwen2-MoE: unnormalised softmax, a gated shared expert, biases on q, k, v."""
 
 from moejax.config import ConfigError, ModelConfig, MoEConfig, ObjectiveConfig
-from moejax.models.zoo import fields, names
+from moejax.models.zoo import fields, names, windows
 from moejax.models.zoo.mixtral import GROUPED, grouped_attention
 from moejax.routers import router_options
 from moejax.text import shown
 
 MODEL_TYPE = "qwen2_moe"
-# What versions 2 and 3 read. The windows count only with use_sliding_window, which must be false.
+# What versions 2 and 3 read.
 MOE = GROUPED | {
-    *("intermediate_size", "mlp_only_layers", "decoder_sparse_step", "use_sliding_window"),
-    *("layer_types", "num_experts", "num_local_experts", "num_experts_per_tok"),
+    *("intermediate_size", "mlp_only_layers", "decoder_sparse_step"),
+    *("num_experts", "num_local_experts", "num_experts_per_tok"),
     *("moe_intermediate_size", "norm_topk_prob", "router_aux_loss_coef"),
 }
-READ = MOE | {"qkv_bias", "shared_expert_intermediate_size"}
-HARMLESS = frozenset({"sliding_window", "max_window_layers"})
+READ = MOE | windows.QWEN | {"qkv_bias", "shared_expert_intermediate_size"}
+HARMLESS = frozenset()
 # The dense layers and the experts of Qwen's MoE models, versions 2 and 3.
 FFNS = names.DENSE_FFN + names.ROUTER + names.EXPERTS
 NAMES = names.Table(
@@ -38,12 +38,6 @@ NAMES = names.Table(
 def leading_dense_layers(hf: dict, family: str) -> int:
     """Number of dense layers, which must be the first ones (`mlp_only_layers`)."""
     fields.only(hf, family, "decoder_sparse_step", 1)
-    fields.only(hf, family, "use_sliding_window", False)
-    if any(kind != "full_attention" for kind in fields.items(hf, family, "layer_types")):
-        raise ConfigError(
-            f"{family} config: layer_types={shown(hf['layer_types'])} is not supported; "
-            "'full_attention' in every layer would work"
-        )
     layers = fields.items(hf, family, "mlp_only_layers")
     if layers != list(range(len(layers))):
         raise ConfigError(
@@ -58,7 +52,7 @@ def moe_to_hf(cfg: ModelConfig, objective: ObjectiveConfig) -> dict:
         "intermediate_size": cfg.d_ff,
         "mlp_only_layers": list(range(cfg.num_dense_layers)),
         "decoder_sparse_step": 1,
-        "use_sliding_window": False,
+        **windows.to_qwen(cfg),
         "num_key_value_heads": cfg.attention.num_kv_heads,
         "head_dim": cfg.attention.head_dim,
         "num_experts": cfg.moe.num_experts,
@@ -90,7 +84,11 @@ def config_from_hf(hf: dict) -> ModelConfig:
         num_dense_layers=leading_dense_layers(hf, MODEL_TYPE),
         d_ff=fields.size(hf, MODEL_TYPE, "intermediate_size"),
         attention=grouped_attention(
-            hf, MODEL_TYPE, qkv_bias=fields.flag(hf, MODEL_TYPE, "qkv_bias", True)
+            hf,
+            MODEL_TYPE,
+            qkv_bias=fields.flag(hf, MODEL_TYPE, "qkv_bias", True),
+            # Where there are no layer_types, every other one of the first layers has a window.
+            windows=windows.from_qwen(hf, MODEL_TYPE, lambda i, last: i % 2 == 0 and i < last),
         ),
         moe=moe_from_hf(
             hf,

@@ -6,13 +6,20 @@ from moejax.models.zoo.mixtral import grouped_attention
 from moejax.models.zoo.qwen2_moe import FFNS, MOE, leading_dense_layers, moe_from_hf, moe_to_hf
 
 MODEL_TYPE = "qwen3_moe"
-READ = MOE | {"attention_bias"}
-HARMLESS = frozenset({"sliding_window", "max_window_layers"})
+READ = MOE | {"attention_bias", "use_sliding_window", "sliding_window"}
+HARMLESS = frozenset({"max_window_layers", "layer_types"})
 NAMES = names.Table(
     rows=(*names.DECODER, *names.in_blocks(names.NORMS + names.ATTENTION + FFNS)),
     duplicates=(names.TIED_HEAD,),
     ignorable=(names.ROTARY_BUFFER,),
 )
+
+
+def _windows(hf: dict) -> tuple[int, ...]:
+    """The same window in every layer, whatever `layer_types` says: so does the model class."""
+    window = fields.size(hf, MODEL_TYPE, "sliding_window", 0, least=0)
+    used = fields.flag(hf, MODEL_TYPE, "use_sliding_window") and window
+    return (window,) if used else ()
 
 
 def config_from_hf(hf: dict) -> ModelConfig:
@@ -22,7 +29,9 @@ def config_from_hf(hf: dict) -> ModelConfig:
         **fields.decoder_from_hf(hf, MODEL_TYPE),
         num_dense_layers=leading_dense_layers(hf, MODEL_TYPE),
         d_ff=fields.size(hf, MODEL_TYPE, "intermediate_size"),
-        attention=grouped_attention(hf, MODEL_TYPE, qk_norm="head", qkv_bias=bias, out_bias=bias),
+        attention=grouped_attention(
+            hf, MODEL_TYPE, qk_norm="head", qkv_bias=bias, out_bias=bias, windows=_windows(hf)
+        ),
         moe=moe_from_hf(hf, MODEL_TYPE),
     )
 
