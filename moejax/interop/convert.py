@@ -209,7 +209,10 @@ def export_run(workdir: pathlib.Path, hf_dir: pathlib.Path, model_type: str | No
     kept_folder = workdir / run_folder.HF
     kept = {n: read_bytes(kept_folder, n) for n in KEPT if exists(kept_folder, n)}
     own = parse_json(kept[CONFIG], str(kept_folder / CONFIG)) if CONFIG in kept else {}
-    model_type = model_type or own.get("model_type") or _only_family(run.cfg.model)
+    model_type = model_type or own.get("model_type") or ""
+    also: list[str] = []
+    if not model_type:
+        model_type, *also = _families(run.cfg.model)
     config = own if own.get("model_type") == model_type else {}
     if not config or not _describes(config, run.cfg.model):
         tokens = {k: own[k] for k in token_ids(run.tokenizer) if k in own} or token_ids(
@@ -235,18 +238,16 @@ def export_run(workdir: pathlib.Path, hf_dir: pathlib.Path, model_type: str | No
     )
     stored = config.get("dtype") or config["torch_dtype"]
     print(f"{hf_dir}: {model_type}, step {run.step}, {count(run.params):,} parameters in {stored}")
+    if also:
+        print(f"other families that can express it: --model_type={'|'.join(also)}")
 
 
-def _only_family(cfg: ModelConfig) -> str:
-    """The one family that can express the model; with several, or none, InteropError says so."""
+def _families(cfg: ModelConfig) -> list[str]:
+    """The families that can express the model, the oldest first; InteropError says why there is none."""
     lost = {m.MODEL_TYPE: lost_fields(cfg, m.MODEL_TYPE) for m in FAMILIES.values()}
     able = [family for family in lost if not lost[family]]
-    if len(able) == 1:
-        return able[0]
     if able:
-        raise InteropError(
-            f"several families can express this model: --model_type={'|'.join(able)}"
-        )
+        return able
     reasons = [f"  - {family}: {'; '.join(what[:2])}" for family, what in lost.items()]
     raise InteropError(
         "no Hugging Face family that moejax writes can express this model:\n" + "\n".join(reasons)

@@ -148,8 +148,8 @@ def test_quantised_import_exports_what_it_is(tmp_path):
     np.testing.assert_array_equal(back[name], want)
 
 
-def test_export_of_a_run_that_was_trained_here(tmp_path, key):
-    """A family is asked for where several fit; ids of the tokenizer go into config.json."""
+def test_export_of_a_run_that_was_trained_here(tmp_path, key, capsys):
+    """The first family that fits, and the others are named; ids of the tokenizer go into config.json."""
     cfg = ModelConfig(vocab_size=258, d_model=8, num_layers=1, num_dense_layers=1, d_ff=8)
     experiment = ExperimentConfig(model=cfg, data=DataConfig(tokenizer="byte"))
     params = init_params(transformer.param_specs(cfg), key)
@@ -157,17 +157,17 @@ def test_export_of_a_run_that_was_trained_here(tmp_path, key):
     checkpoints.save_model(params, {})
     checkpoints.close()
     (tmp_path / "run/config.json").write_text(to_json(experiment))
-    convert.export_run(tmp_path / "run", tmp_path / "out")  # LLaMA alone can express it
+    convert.export_run(tmp_path / "run", tmp_path / "out")
+    assert "--model_type=mistral" in capsys.readouterr().out
     config = json.loads((tmp_path / "out/config.json").read_text())
     assert (config["model_type"], config["eos_token_id"]) == ("llama", 256)
     assert config["torch_dtype"] == "float32"
     sigmoid = MoEConfig(num_experts=4, d_expert=8, router=router_options(score="sigmoid"))
     with pytest.raises(ConfigError, match=r"- deepseek: .*moe\.router\.score='sigmoid'"):
-        convert._only_family(dataclasses.replace(cfg, num_dense_layers=0, moe=sigmoid))
+        convert._families(dataclasses.replace(cfg, num_dense_layers=0, moe=sigmoid))
     softmax = dataclasses.replace(sigmoid, router=router_options(normalize_weights=True))
-    with pytest.raises(ConfigError, match=r"--model_type=deepseek\|mixtral"):
-        wide = dataclasses.replace(cfg, d_model=128, num_dense_layers=0, moe=softmax)
-        convert._only_family(wide)
+    wide = dataclasses.replace(cfg, d_model=128, num_dense_layers=0, moe=softmax)
+    assert convert._families(wide)[:2] == ["deepseek", "mixtral"]
     with pytest.raises(ConfigError, match=r"mixtral config\.json cannot express this model"):
         convert.export_run(tmp_path / "run", tmp_path / "other", "mixtral")
     assert not (tmp_path / "other").exists()

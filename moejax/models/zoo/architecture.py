@@ -42,7 +42,8 @@ def architecture(cfg: ModelConfig) -> dict:
         unused |= {"moe.router.topk_groups", "moe.router.group_score"}
     if not m.shared_width:
         unused.add("moe.shared_gate")
-    flat["attention.scale"] = a.scale or a.qk_head_dim**-0.5
+    if a.scale == a.qk_head_dim**-0.5:
+        flat["attention.scale"] = 0.0  # the default, spelled out
     if not any(a.windows):
         flat["attention.windows"] = ()
     return {k: ("unused" if k in unused else v) for k, v in flat.items()}
