@@ -72,7 +72,8 @@ RANGES = {
         "data.seq_len data.batch_size train.steps train.accumulation train.log_every train.eval_every "
         "train.eval_batches train.checkpoint_every train.keep_last train.max_bad_steps",
     "at least 0":
-        "vocab_size mtp_depth attention.q_lora_rank attention.scale attention.rope.width attention.rope.yarn_mscale "
+        "vocab_size mtp_depth attention.q_lora_rank attention.scale attention.rope.width "
+        "attention.rope.yarn_mscale "
         "attention.rope.yarn_mscale_all_dim moe.num_experts moe.shared_experts moe.d_shared moe.latent_dim "
         "moe.activation_limit objective.mtp_loss_weight objective.bias_rate objective.expert_loss "
         "objective.sequence_loss objective.device_loss objective.communication_loss objective.z_loss "
@@ -80,7 +81,8 @@ RANGES = {
         "optimizer.warmup_steps optimizer.weight_decay optimizer.clip_norm optimizer.consistent_rms "
         "train.keep_every train.seed",
     "above 0":
-        "norm_eps init_std embedding_multiplier residual_multiplier logits_divisor attention.rope.yarn_beta_slow attention.rope.yarn_beta_fast "
+        "norm_eps init_std embedding_multiplier residual_multiplier logits_divisor "
+        "attention.rope.yarn_beta_slow attention.rope.yarn_beta_fast "
         "optimizer.learning_rate optimizer.eps "
         "optimizer.decay_factor",
     "above 1": "attention.rope.theta",

@@ -30,8 +30,8 @@ def architecture(cfg: ModelConfig) -> dict:
         unused |= {k for k in flat if k.startswith("attention.rope.")}
     if a.kind == "mla":
         unused.add("attention.rope.width")
-    else:
-        flat["attention.rope.width"] = a.rope_width
+    elif a.rope.width == a.head_dim:
+        flat["attention.rope.width"] = 0  # the default, spelled out
     if a.rope.yarn_factor == 1.0:
         unused |= {k for k in flat if k.startswith("attention.rope.yarn_")}
     if not m.num_experts:
