@@ -15,6 +15,7 @@ import contextlib
 import json
 import pathlib
 import sys
+import warnings
 from typing import Any
 
 import jax
@@ -31,6 +32,7 @@ from moejax.sharding import Layout
 
 # Pieces of an array that is not packed.
 PIECE_BYTES = 64 * 2**20
+NOTE = "_CHECKPOINT_METADATA"  # orbax's own; all that moejax needs is in meta
 
 
 class Checkpoints:
@@ -53,7 +55,30 @@ class Checkpoints:
             "training": ocp.StandardCheckpointHandler(),
             "meta": ocp.JsonCheckpointHandler(),
         }
-        self.manager = ocp.CheckpointManager(self.folder, options=options, item_handlers=handlers)
+        how: dict[str, Any] = {"options": options, "item_handlers": handlers}
+        try:
+            self.manager = ocp.CheckpointManager(self.folder, **how)
+        except Exception as e:
+            # Of a note that is damaged orbax says only that something in it has another type.
+            if isinstance(e, OSError) or not self._set_notes_aside():
+                raise
+            self.manager = ocp.CheckpointManager(self.folder, **how)
+
+    def _set_notes_aside(self) -> bool:
+        """Move orbax's notes on when it saved each step to damaged/: without them it asks the file system.
+        Whether there was one."""
+        notes = [p / NOTE for p in folder.steps(self.workdir) if (p / NOTE).exists()]
+        for note in notes:
+            aside = self.workdir / folder.DAMAGED
+            aside.mkdir(exist_ok=True)
+            note.replace(aside / f"{note.parent.name}{NOTE}")
+        if notes:
+            warnings.warn(
+                f"orbax cannot read the {NOTE} of a step in {self.folder}; those of all steps were moved to "
+                f"{folder.DAMAGED}/, and the checkpoints are read without",
+                stacklevel=3,
+            )
+        return bool(notes)
 
     def save(
         self, step: int, model: dict, training: dict, data_state: dict, bad_in_a_row: int = 0

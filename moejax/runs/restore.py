@@ -9,6 +9,7 @@ import json
 import logging
 import os
 import pathlib
+import sys
 import time
 import traceback
 import warnings
@@ -318,11 +319,24 @@ def _read(path: pathlib.Path, shapes: dict) -> dict:
     try:
         return handler.restore(path, args=ocp.args.StandardRestore(shapes))
     except Exception:
-        # Of files that cannot be read orbax leaves readers behind, whose errors asyncio prints when they end.
-        logging.getLogger("asyncio").disabled = True
+        _hush_readers()
         raise
     finally:
         handler.close()
+
+
+def _hush_readers() -> None:
+    """Of files that cannot be read orbax leaves readers behind. When they end, asyncio prints their errors, and
+    Python that the loop they would report to is closed."""
+    logging.getLogger("asyncio").disabled = True
+    print_others = sys.unraisablehook
+
+    def hook(unraisable, /):
+        if str(unraisable.exc_value) != "Event loop is closed":
+            print_others(unraisable)
+
+    if getattr(print_others, "__qualname__", "") != hook.__qualname__:
+        sys.unraisablehook = hook
 
 
 def _fit(ours: dict, path: pathlib.Path, meta: dict, stored_dtype: bool) -> dict:

@@ -2,6 +2,7 @@
 
 import pathlib
 
+import jax
 import pytest
 
 from moejax.config import (
@@ -58,3 +59,16 @@ def trained(tmp_path_factory) -> pathlib.Path:
     )
     train(cfg, folder / "run")
     return folder / "run"
+
+
+@pytest.fixture
+def parameters_are_arguments():
+    """A program that holds a matrix of the model as a constant gives a warning, which is an error here.
+
+    Such a program is as large as the model, compiles for as long, and belongs to one checkpoint. The model of
+    `trained` has 33 kB in its embedding alone.
+    """
+    before = jax.config.jax_captured_constants_warn_bytes
+    jax.config.update("jax_captured_constants_warn_bytes", 3000)
+    yield
+    jax.config.update("jax_captured_constants_warn_bytes", before)

@@ -53,6 +53,7 @@ def test_loss_is_that_of_the_definition(trained):
     )
 
 
+@pytest.mark.usefixtures("parameters_are_arguments")
 def test_evaluate_says_what_training_said(trained, capsys):
     """The same text for both commands, whatever the batch; the seed of the order of training is none of it."""
     logged = list(read_metrics(trained)["validation"].values())[-1]

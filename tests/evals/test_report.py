@@ -6,6 +6,7 @@ import re
 import shutil
 
 import numpy as np
+import pytest
 
 from moejax.commands import report as report_command
 from moejax.config import MoEConfig, ObjectiveConfig
@@ -18,6 +19,7 @@ from moejax.runs.open import load_run, read_config
 from moejax.train.loop import train
 
 
+@pytest.mark.usefixtures("parameters_are_arguments")
 def test_page_is_whole_and_alone(trained, capsys):
     assert report_command.main([f"--workdir={trained}", "--step=10"]) == 0
     assert "report.html" in capsys.readouterr().out
