@@ -66,7 +66,7 @@ def parameters_are_arguments():
     """A program that holds a matrix of the model as a constant gives a warning, which is an error here.
 
     Such a program is as large as the model, compiles for as long, and belongs to one checkpoint. The model of
-    `trained` has 33 kB in its embedding alone.
+    `trained` has 16 kB in its embedding alone.
     """
     before = jax.config.jax_captured_constants_warn_bytes
     jax.config.update("jax_captured_constants_warn_bytes", 3000)
