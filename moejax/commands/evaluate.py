@@ -5,7 +5,13 @@ import pathlib
 
 from absl import flags
 
-from moejax.commands.flags import define_intervene, define_step, define_text, parse_needed
+from moejax.commands.flags import (
+    define_dtype,
+    define_intervene,
+    define_step,
+    define_text,
+    parse_needed,
+)
 from moejax.config import ConfigError
 from moejax.evals.evaluate import evaluate_run, results_table
 from moejax.evals.intervene_run import as_json, changes_table, intervene_run
@@ -30,6 +36,7 @@ def main(argv: list[str]) -> int:
     define_text(fv)
     text("mesh", None, "Devices per axis: data=2,tensor=4 [one device].", flag_values=fv)
     define_step(fv)
+    define_dtype(fv)
     text("replay", None, "A trace of this text, whose routes are taken.", flag_values=fv)
     define_intervene(fv)
     text("json", None, "Also write the results to this file.", flag_values=fv)
@@ -43,6 +50,7 @@ def main(argv: list[str]) -> int:
         batch_size=fv.batch_size,
         mesh=fv.mesh,
         step=fv.step,
+        dtype=fv.dtype,
     )
     run, sources = pathlib.Path(fv.workdir), tuple(fv.sources)
     at = "" if fv.step is None else f" at step {fv.step}"

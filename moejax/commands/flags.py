@@ -80,6 +80,17 @@ def define_step(fv: flags.FlagValues) -> None:
     )
 
 
+def define_dtype(fv: flags.FlagValues) -> None:
+    """`--dtype=`, for commands that compute with a model."""
+    flags.DEFINE_enum(
+        "dtype",
+        None,
+        ["float32", "bfloat16"],
+        "Compute in [the run's compute.dtype].",
+        flag_values=fv,
+    )
+
+
 def define_intervene(fv: flags.FlagValues) -> None:
     """`--intervene=`, for commands that look at a model; `moejax.evals.intervene_text` reads it."""
     text = "Change the model: top=4, k=6, no_shared, .. (docs/interventions.md); may be repeated."

@@ -6,7 +6,7 @@ import sys
 
 from absl import flags
 
-from moejax.commands.flags import define_intervene, define_step, parse_needed
+from moejax.commands.flags import define_dtype, define_intervene, define_step, parse_needed
 from moejax.config import ConfigError
 from moejax.data import DataError, sources
 from moejax.evals import chat
@@ -48,6 +48,7 @@ def _generate_flags() -> flags.FlagValues:
     )
     text("mesh", None, "Devices per axis: tensor=2,expert=4 [one device].", flag_values=fv)
     define_step(fv)
+    define_dtype(fv)
     define_intervene(fv)
     switch("stats", False, "Print speeds and the cache's size at the end.", flag_values=fv)
     switch("jsonl", False, "Print a JSON object per prompt.", flag_values=fv)
@@ -73,6 +74,7 @@ def main(argv: list[str]) -> int:
         pathlib.Path(fv.workdir),
         mesh=fv.mesh,
         step=fv.step,
+        dtype=fv.dtype,
         max_new=fv.max_new,
         temperature=0.0 if fv.greedy or (fv.speculative and not fv.temperature) else fv.temperature,
         top_k=fv.top_k,

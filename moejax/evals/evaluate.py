@@ -58,6 +58,7 @@ def open_text(
     batch_size: int | None = None,
     mesh: str | None = None,
     step: int | None = None,
+    dtype: str | None = None,
     check: Callable[[Tokenizer, Iterable[dict]], None] | None = None,
 ) -> OpenText:
     """Opens a run and text for it, weights last. See `evaluate_run`; `num_rows` replaces `num_batches`, and
@@ -91,7 +92,7 @@ def open_text(
     batches = validation_batches(corpus, tokenizer, data, num_rows)
     if check is not None:
         check(tokenizer, batches)
-    return OpenText(load_run(workdir, layout, step), batches, tuple(corpus.domains), layout)
+    return OpenText(load_run(workdir, layout, step, dtype), batches, tuple(corpus.domains), layout)
 
 
 def evaluate_run(
@@ -103,6 +104,7 @@ def evaluate_run(
     batch_size: int | None = None,
     mesh: str | None = None,
     step: int | None = None,
+    dtype: str | None = None,
     replay: pathlib.Path | None = None,
 ) -> dict[str, float]:
     """Evaluates a checkpoint of a run, trained or imported.
@@ -117,6 +119,7 @@ def evaluate_run(
         each other, so a longer seq_len gives a lower loss.
       mesh: such as 'data=2,tensor=4'; None for one device.
       step: of the checkpoint; None: the newest.
+      dtype: to compute in; None: the run's `compute.dtype`.
       replay: a trace of this text (`moejax routes`): tokens take its routes, and weigh them themselves.
 
     Returns:
@@ -141,6 +144,7 @@ def evaluate_run(
         batch_size=batch_size,
         mesh=mesh,
         step=step,
+        dtype=dtype,
         check=check,
     )
     eval_fn = compile_eval(run.cfg, num_domains=len(domains), layout=layout)

@@ -102,6 +102,7 @@ class Writer:
       workdir: of the run, trained or imported.
       mesh: 'tensor=2,expert=4', or None for one device.
       step: of the checkpoint; None: the newest.
+      dtype: to compute in; None: the run's `compute.dtype`.
       interventions: what is changed about the model; those that look at a text cannot be.
       max_new: tokens per prompt. None: the value in generation_config.json, or 200, but no more than fit.
       temperature, top_k, top_p: None: the value in generation_config.json, or in `prompt_files.DEFAULTS`.
@@ -124,6 +125,7 @@ class Writer:
         *,
         mesh: str | None = None,
         step: int | None = None,
+        dtype: str | None = None,
         interventions: Sequence[Intervention] = (),
         max_new: int | None = None,
         temperature: float | None = None,
@@ -144,7 +146,7 @@ class Writer:
         if replay is not None:
             tokenizer = load_tokenizer(experiment.data, None, workdir / folder.TOKENIZER)
             self._told = told(replay, experiment.model, tokenizer)
-        run = changed_run(load_run(workdir, layout, step), interventions)
+        run = changed_run(load_run(workdir, layout, step, dtype), interventions)
         self.tokenizer, self.cfg = run.tokenizer, run.cfg.model
         _check_ids(stop_ids, self.cfg.vocab_size)
         self.stats = Stats()

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from moejax.config import (
+    ComputeConfig,
     DataConfig,
     ExperimentConfig,
     MeshConfig,
@@ -120,7 +121,14 @@ def config_of(opened: HfFolder) -> ExperimentConfig:
             vocab_size=model.vocab_size,
             seq_len=min(DataConfig.seq_len, model.max_seq_len),
         ),
+        compute=ComputeConfig(dtype=_compute_dtype(opened.hf)),
     )
+
+
+def _compute_dtype(hf: dict) -> str:
+    """What config.json names; float32 where it names nothing, or what moejax does not compute in (float16)."""
+    named = hf.get("dtype") or hf.get("torch_dtype")
+    return named if named in ("float32", "bfloat16") else "float32"
 
 
 def tokenizer_of_run(
@@ -173,8 +181,8 @@ def import_run(
     if source.prompts.unused():
         print(f"{GENERATION_CONFIG}: not used here: {', '.join(source.prompts.unused())}")
     print(
-        f"{account.table()}\n{workdir}: {hf['model_type']}, {count(params):,} parameters. "
-        f'Try moejax generate --workdir={workdir} --prompt="..."'
+        f"{account.table()}\n{workdir}: {hf['model_type']}, {count(params):,} parameters, computed in "
+        f'{experiment.compute.dtype}. Try moejax generate --workdir={workdir} --prompt="..."'
     )
 
 

@@ -1,5 +1,6 @@
 """A trained (or imported) run, opened for use: its config, model and tokenizer, without the optimiser."""
 
+import dataclasses
 import pathlib
 from typing import NamedTuple
 
@@ -36,15 +37,21 @@ def read_config(workdir: pathlib.Path) -> ExperimentConfig:
 
 
 def load_run(
-    workdir: pathlib.Path, layout: Layout | None = None, step: int | None = None
+    workdir: pathlib.Path,
+    layout: Layout | None = None,
+    step: int | None = None,
+    dtype: str | None = None,
 ) -> OpenRun:
     """Open the run in `workdir`, its arrays on the devices of `layout` (None: one device).
 
-    `step`: of the checkpoint to read; None: the newest that can be read.
+    `step`: of the checkpoint to read; None: the newest that can be read. `dtype`: to compute in, instead of the
+    run's.
 
     Raises ConfigError if there is no run, no checkpoint of that step, or none that can be read.
     """
     cfg = read_config(workdir)
+    if dtype is not None:
+        cfg = dataclasses.replace(cfg, compute=dataclasses.replace(cfg.compute, dtype=dtype))
     folder.check_path(workdir)
     if step is None:
         restored = newest_model(workdir, cfg, layout)

@@ -129,6 +129,31 @@ def test_commands_in_sequence(tmp_path, capsys, family):
     assert a.cfg.model == b.cfg.model
 
 
+def test_an_import_computes_in_the_dtype_that_its_config_names(tmp_path, capsys):
+    run = tmp_path / "run"
+    convert.import_run(checkpoint(tmp_path / "hf", "gpt2"), run)
+    assert "computed in bfloat16" in capsys.readouterr().out
+    text = tmp_path / "text.txt"
+    text.write_text("hello world, hello")
+
+    def loss(*how):
+        out = tmp_path / "e.json"
+        flags = [f"--sources=text={text}", "--seq_len=16", "--batch_size=1", f"--json={out}", *how]
+        assert main(["evaluate", f"--workdir={run}", *flags]) == 0
+        return json.loads(out.read_text())["loss"]
+
+    exact, rounded = loss("--dtype=float32"), loss()
+    assert rounded == loss("--dtype=bfloat16") != exact
+    np.testing.assert_allclose(rounded, exact, rtol=0.05)  # 8 bits of mantissa, two layers
+    # What moejax does not compute in, and what is not said, is float32.
+    for number, named in enumerate(("float16", None)):
+        convert.import_run(
+            checkpoint(tmp_path / f"hf{number}", "gpt2", torch_dtype=named),
+            tmp_path / f"run{number}",
+        )
+        assert load_run(tmp_path / f"run{number}").cfg.compute.dtype == "float32"
+
+
 def test_quantised_import_exports_what_it_is(tmp_path):
     """FP8 comes back in bfloat16, and config.json no longer claims otherwise."""
     config = published.config("llama") | {"vocab_size": VOCAB}
