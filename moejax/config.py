@@ -210,6 +210,8 @@ class ComputeConfig:
     dtype: str = choice("float32", "bfloat16", "float64")
     scan_layers: bool = True  # False: unrolled
     remat: str = choice("none", "full", "dots")  # 'full' saves layer inputs, 'dots' matmul results
+    # Attention works on blocks of so many queries and keys; 0: on blocks of 256 from 513 queries on.
+    attention_block: int = number(0, least=0)
     loss_chunk: int = number(0, least=0)  # tokens of logits at a time; 0: 2^25 / vocabulary
     # 'auto': by the form of the router; 'dense': every expert computes every token (the oracle).
     dispatcher: str = choice("auto", "dense")

@@ -77,7 +77,8 @@ RANGES = {
         "attention.rope.yarn_mscale_all_dim moe.num_experts moe.shared_experts moe.d_shared moe.latent_dim "
         "moe.activation_limit objective.mtp_loss_weight objective.bias_rate objective.expert_loss "
         "objective.sequence_loss objective.device_loss objective.communication_loss objective.z_loss "
-        "objective.capacity_factor compute.loss_chunk compute.buffer_factor data.max_bytes data.seed "
+        "objective.capacity_factor compute.attention_block compute.loss_chunk compute.buffer_factor "
+        "data.max_bytes data.seed "
         "optimizer.warmup_steps optimizer.weight_decay optimizer.clip_norm optimizer.consistent_rms "
         "train.keep_every train.seed",
     "above 0":
@@ -274,7 +275,7 @@ def test_ranges_of_groups_in_groups():
          "it is objective.capacity_factor or model.moe.router.capacity_factor"),
         ({"compute": {"FOR_ROUTES": ()}},
          "unknown key compute.FOR_ROUTES; known keys: dtype, scan_layers, remat, "
-         "loss_chunk, dispatcher, grouped_matmul, expert_parallel, buffer_factor"),
+         "attention_block, loss_chunk, dispatcher, grouped_matmul, expert_parallel, buffer_factor"),
         ({"model": {"moe": 8}}, "model.moe must be a group of options, not 8"),
         ({"train": {"steps": "300"}}, "train.steps must be an int, not '300'"),
         ({"compute": {"scan_layers": 1}}, "compute.scan_layers must be a bool, not 1"),

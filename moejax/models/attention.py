@@ -9,6 +9,7 @@ Here: T key positions, G query heads that share a key head (N = M G), Q queries 
 the latent.
 """
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -18,6 +19,7 @@ from moejax import axes
 from moejax.config import AttentionConfig, ModelConfig
 from moejax.linear import linear
 from moejax.models import cache as kv_cache
+from moejax.models.block_attention import Sight, attend_in_blocks, block_size
 from moejax.models.norm import norm, norm_specs
 from moejax.models.rope import rotate, softmax_scale
 from moejax.params import ParamSpec
@@ -82,23 +84,14 @@ def param_specs(cfg: ModelConfig) -> dict:
     return specs
 
 
-def visible(q_pos_BS, k_pos_BT, q_segment=None, k_segment=None, window=None) -> jax.Array:
-    """Mask [B,S,T]: same document, not in the future, inside the window (None or 0 = no window)."""
-    distance = q_pos_BS[:, :, None] - k_pos_BT[:, None, :]
-    ok = distance >= 0
-    if q_segment is not None and k_segment is not None:
-        ok &= q_segment[:, :, None] == k_segment[:, None, :]
-    if window is not None:
-        ok &= (window == 0) | (distance < window)
-    return ok
-
-
-def attend(q_BSNH, k_BMTH, v_BMTH, mask_BST, scale: float, sinks_N=None) -> jax.Array:
+def attend(q_BSNH, k_BMTH, v_BMTH, sight: Sight, scale: float, sinks_N=None, block=0) -> jax.Array:
     """softmax(q k^T scale) v with grouped heads, softmax in float32. Returns [B,S,N,H of v].
 
-    `sinks_N` adds exp(sink) to each head's denominator (gpt-oss, 2508.10925).
+    `sinks_N` adds exp(sink) to each head's denominator (gpt-oss, 2508.10925). `block` as in `attention`.
     """
     b, s, n, h = q_BSNH.shape
+    if size := block_size(s, block):
+        return attend_in_blocks(q_BSNH, k_BMTH, v_BMTH, sight, scale, sinks_N, size)
     m, t = k_BMTH.shape[1:3]
     # Heads first: then every product, of the backward pass too, is a batch of matrices as they lie in
     # memory, which XLA:CPU runs faster. The queries of one key head are the rows of one matrix.
@@ -110,7 +103,8 @@ def attend(q_BSNH, k_BMTH, v_BMTH, mask_BST, scale: float, sinks_N=None) -> jax.
         k_BMTH,
         preferred_element_type=jnp.promote_types(q_BMQH.dtype, jnp.float32),
     )
-    p = _softmax(logits_BMQT.reshape(b, m, n // m, s, t), mask_BST, sinks_N).astype(v_BMTH.dtype)
+    logits_BMGST = logits_BMQT.reshape(b, m, n // m, s, t)
+    p = _softmax(logits_BMGST, sight.mask_BST(), sinks_N).astype(v_BMTH.dtype)
     out_BMQH = jnp.einsum("BMQT,BMTH->BMQH", p.reshape(b, m, -1, t), v_BMTH)
     out_BSMGH = out_BMQH.reshape(b, m, n // m, s, -1).transpose(0, 3, 1, 2, 4)
     return out_BSMGH.reshape(b, s, n, -1)
@@ -138,6 +132,7 @@ def attention(
     cache=None,
     layer=0,
     prefill: bool = False,
+    block: int = 0,
 ):
     """One attention sub-layer.
 
@@ -150,6 +145,7 @@ def attention(
       cache: the model's cache (all layers), or None.
       layer: index of this layer in the cache.
       prefill: static; the cache is empty and the positions are 0, 1, 2, ..: attend among the new tokens.
+      block: static; queries and keys of a block of attention, 0: by the number of queries, see `block_size`.
 
     Returns:
       y_BSD and the cache.
@@ -161,19 +157,15 @@ def attention(
         cache = kv_cache.write(cache, layer, where.positions_BS, new, prefill=prefill)
     if cache is None or prefill:
         keys = new
-        mask = visible(
-            where.positions_BS,
-            where.positions_BS,
-            where.segment_ids_BS,
-            where.segment_ids_BS,
-            window,
-        )
+        at_BS, document_BS = where.positions_BS, where.segment_ids_BS
+        sight = Sight(at_BS, at_BS, document_BS, document_BS, window)
     else:
         keys = kv_cache.read(cache, layer)
         slots = jnp.arange(next(iter(keys.values())).shape[-2])[None]
-        mask = visible(where.positions_BS, slots, window=window)
+        sight = Sight(where.positions_BS, slots, window=window)
     absorbed = cache is not None and not prefill
-    out_BSNH = core(params, q, keys, mask, cfg.attention, absorbed)
+    among = functools.partial(attend, sight=sight, scale=softmax_scale(cfg.attention), block=block)
+    out_BSNH = core(params, q, keys, among, cfg.attention, absorbed)
     return _linear(params, out_BSNH.reshape(*x_BSD.shape[:2], -1), "o"), cache
 
 
@@ -198,10 +190,10 @@ def _project_mha(params, x_BSD, cfg: ModelConfig, where: Where):
     return q, {"k": k.transpose(0, 2, 1, 3), "v": v.transpose(0, 2, 1, 3)}
 
 
-def _core_mha(params, q, keys, mask, a: AttentionConfig, absorbed):
-    del absorbed
+def _core_mha(params, q, keys, among, a: AttentionConfig, absorbed):
+    del a, absorbed
     k, v = keys["k"].astype(q.dtype), keys["v"].astype(q.dtype)
-    return attend(q, k, v, mask, softmax_scale(a), params.get("sinks"))
+    return among(q, k, v, sinks_N=params.get("sinks"))
 
 
 def _project_mla(params, x_BSD, cfg: ModelConfig, where: Where):
@@ -222,22 +214,21 @@ def _project_mla(params, x_BSD, cfg: ModelConfig, where: Where):
     return (q_nope, q_rope), {"latent": latent, "rope_key": rope_key}
 
 
-def _core_mla(params, q, keys, mask, a: AttentionConfig, absorbed):
+def _core_mla(params, q, keys, among, a: AttentionConfig, absorbed):
     q_nope, q_rope = q
     latent, rope_key = keys["latent"].astype(q_nope.dtype), keys["rope_key"].astype(q_nope.dtype)
     w_kv_b = params["w_kv_b"].astype(q_nope.dtype)
     w = w_kv_b.reshape(a.kv_lora_rank, a.num_heads, a.qk_nope_head_dim + a.v_head_dim)
     w_k, w_v = w[..., : a.qk_nope_head_dim], w[..., a.qk_nope_head_dim :]
-    scale = softmax_scale(a)
     if absorbed:
         # q^T (W_k c) = (W_k^T q)^T c: attend in the latent space, one key "head" for all queries.
         query = jnp.concatenate([jnp.einsum("BSNH,CNH->BSNC", q_nope, w_k), q_rope], axis=-1)
         key = jnp.concatenate([latent, rope_key], axis=-1)[:, None]
-        out = attend(query, key, latent[:, None], mask, scale)
+        out = among(query, key, latent[:, None])
         return jnp.einsum("BSNC,CNH->BSNH", out, w_v)
     k_nope = jnp.einsum("BTC,CNH->BNTH", latent, w_k)
     v = jnp.einsum("BTC,CNH->BNTH", latent, w_v)
     rope_key = jnp.broadcast_to(rope_key[:, None], (*k_nope.shape[:3], a.qk_rope_head_dim))
     query = jnp.concatenate([q_nope, q_rope], axis=-1)
     key = jnp.concatenate([k_nope, rope_key], axis=-1)
-    return attend(query, key, v, mask, scale)
+    return among(query, key, v)

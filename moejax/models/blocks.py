@@ -130,6 +130,7 @@ def block(
         cache=cache,
         layer=layer.slot,
         prefill=ctx.prefill,
+        block=ctx.compute.attention_block,
     )
     x_BSD = constrain(_add(x_BSD, y, cfg), ctx.layout)
     h = norm(p["ffn_norm"], x_BSD, cfg.norm_eps)

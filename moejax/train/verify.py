@@ -61,7 +61,9 @@ def countable(cfg: ExperimentConfig) -> ExperimentConfig:
     return dataclasses.replace(
         cfg,
         objective=objective,
-        compute=ComputeConfig(scan_layers=False, loss_chunk=tokens),
+        compute=ComputeConfig(
+            scan_layers=False, loss_chunk=tokens, attention_block=cfg.data.seq_len
+        ),
         train=dataclasses.replace(cfg.train, accumulation=1),
     )
 

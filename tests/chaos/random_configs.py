@@ -43,6 +43,7 @@ SIZES = {
     "model.attention.qk_nope_head_dim": (0, 4),
     "model.attention.qk_rope_head_dim": (0, 4),
     "model.attention.v_head_dim": (0, 4),
+    "compute.attention_block": (0, 0, 3),
     "compute.loss_chunk": (0, 4, 100),
     "compute.dtype": ("float32",),
     "train.accumulation": (1, 1, 2, 4),
@@ -144,7 +145,9 @@ def campaign(count: int, seed: int, names: list[str]) -> int:
             tied = router is not None and (
                 router.form == "slot" or cfg.objective.capacity_factor > 0
             )
-            same = dict(dispatcher="dense", remat="none", scan_layers=False, loss_chunk=0)
+            same = dict(
+                dispatcher="dense", remat="none", scan_layers=False, loss_chunk=0, attention_block=0
+            )
             if not tied:
                 same["accumulation"] = 1  # slots are filled within a micro-batch
             want = step(change(cfg, **same))
