@@ -16,6 +16,7 @@ from moejax.config import ComputeConfig, ExperimentConfig, ModelConfig, Optimize
 from moejax.cost.architecture import Architecture, Part, of_model
 from moejax.mesh import MeshSizes
 from moejax.models import transformer
+from moejax.models.block_attention import block_size
 from moejax.moe.experts import ACTIVATIONS
 from moejax.params import ParamSpec, by_path, roles
 
@@ -220,7 +221,12 @@ def layer_bytes(cfg: ExperimentConfig, seq_len: int, mesh: MeshSizes) -> float:
         attention = b * (2 * n * a.head_dim + kv + 3 * d)
         if a.qk_norm != "none":
             attention += 3 * wide * (n + a.num_kv_heads / tensor) * a.head_dim
-    attention += n * seq_len * (wide + b)  # scores, and probabilities
+    if block_size(seq_len, cfg.compute.attention_block):
+        attention += n * (
+            b * a.value_head_dim + wide
+        )  # outputs in blocks, and sums of exponentials
+    else:
+        attention += n * seq_len * (wide + b)  # scores, and probabilities
     into = 1 + ACTIVATIONS[model.activation].gated
     dense = b * (6 * model.d_ff / tensor + into * d)
     moe = 0.0
@@ -236,6 +242,17 @@ def layer_bytes(cfg: ExperimentConfig, seq_len: int, mesh: MeshSizes) -> float:
         moe += wide * (d + m.num_experts * (model.routes_per_token + 1))
     share = model.num_moe_layers / model.num_layers
     return 2 * 3 * wide * d + attention + share * moe + (1 - share) * dense
+
+
+def _gradient_bytes(cfg: ExperimentConfig, seq_len: int, mesh: MeshSizes) -> float:
+    """Bytes per token of the gradients inside attention: of its scores, or in blocks of queries, outputs, keys
+    and values."""
+    a = cfg.model.attention
+    n = a.num_heads / mesh.tensor
+    if not block_size(seq_len, cfg.compute.attention_block):
+        return 4 * n * seq_len
+    kv = n if a.kind == "mla" else a.num_kv_heads / mesh.tensor
+    return 4 * (n + kv) * (a.qk_head_dim + a.value_head_dim)
 
 
 def _activations(cfg: ExperimentConfig, tokens: float, seq_len: int, mesh: MeshSizes) -> float:
@@ -263,11 +280,10 @@ def _in_flight(
 ) -> float:
     """The fullest of three moments, beside weights, gradients and activations.
 
-    In a layer's backward pass: what that layer keeps, the gradient of its rows, and the gradients of its
-    experts (several times: they are summed up, and copied into their stack). In the loss: one chunk's logits,
-    probabilities and gradient, in float32. In the optimiser: new weights and moments beside the
-    old of the `trained` parameters, while the `passing` bytes (activations and what else it has no use for)
-    are gone.
+    In a layer's backward pass: what that layer keeps, the gradients of its rows and of its attention, and those
+    of its experts (several times: they are summed up, and copied into their stack). In the loss: one chunk's
+    logits, probabilities and gradient, in float32. In the optimiser: new weights and moments beside the old of
+    the `trained` parameters, while the `passing` bytes (activations and what else it has no use for) are gone.
     """
     model = cfg.model
     arch = of_model(model)
@@ -277,6 +293,8 @@ def _in_flight(
     wide = BYTES[cfg.compute.dtype] * model.moe.expert_input(model.d_model)
     rows = tokens * rows_per_token(cfg, mesh) * wide if experts else 0.0
     layer = tokens * layer_bytes(cfg, seq_len, mesh) + rows + 3 * one + 0.4 * experts
+    if cfg.compute.remat != "none":  # else they take the place of what later layers kept
+        layer += tokens * _gradient_bytes(cfg, seq_len, mesh)
     chunk = cfg.compute.tokens_of_logits(model.vocab_size)
     at_once = min(tokens, max(1.0, chunk / mesh.size(BATCH)))
     logits = 3 * 4 * at_once * model.vocab_size / mesh.tensor

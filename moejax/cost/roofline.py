@@ -16,6 +16,7 @@ from moejax.cost.flops import flops_per_token
 from moejax.cost.hardware import Device
 from moejax.cost.memory import BYTES
 from moejax.mesh import MeshSizes, layout_problems
+from moejax.models.block_attention import block_size
 
 # DeepSeek-V3's pre-training reached 39% of the H800's dense BF16 peak: 250.4 GFLOPs per token,
 # 14.8T tokens, 2.664M H800 hours (2412.19437 Table 1).
@@ -84,10 +85,13 @@ def training_step(
     """One optimiser step of `batch` sequences over all devices, in `accumulation` micro-batches."""
     arch, compute, router = of_model(cfg.model), cfg.compute, cfg.model.router
     tokens = batch * seq_len
-    # Attention computes every score and masks half.
-    model = flops_per_token(arch, "train", seq_len, causal=False, mtp=bool(arch.mtp))
-    assert model.total is not None
-    again = memory.recomputed(compute, model.total, model.attention or 0)
+    # Attention computes every score and masks half; in blocks it leaves them out, and computes a score again
+    # where its gradient is needed: one product more than six.
+    blocks = block_size(seq_len, compute.attention_block) > 0
+    model = flops_per_token(arch, "train", seq_len, causal=blocks, mtp=bool(arch.mtp))
+    assert model.total is not None and model.attention is not None
+    again = memory.recomputed(compute, model.total, model.attention)
+    again += model.attention / 6 if blocks else 0.0
     static = cfg.model.router_config(cfg.objective)
     if accumulation > 1 and router is not None and not router.linear_losses(static):
         again += model.total / 3  # a forward pass first counts the stats of the whole batch

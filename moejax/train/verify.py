@@ -50,9 +50,9 @@ def verify(cfg: ExperimentConfig, *, steps: int = 3) -> list[Table]:
 def countable(cfg: ExperimentConfig) -> ExperimentConfig:
     """The same mathematics in a form whose FLOPs XLA can count.
 
-    XLA counts the body of a loop once, so layers are unrolled and the loss is one chunk. Grouped matmuls
-    differ by platform, so they are replaced by batched ones with a capacity of exactly T K rows. Nothing is
-    recomputed, because the plan's model FLOPs do not count that.
+    XLA counts the body of a loop once, so layers are unrolled, the loss is one chunk and attention one block.
+    Grouped matmuls differ by platform, so they are replaced by batched ones with a capacity of exactly T K
+    rows. Nothing is recomputed, because the plan's model FLOPs do not count that.
     """
     tokens = cfg.data.batch_size * cfg.data.seq_len
     router, objective = cfg.model.router, cfg.objective
@@ -93,7 +93,7 @@ def compare_flops(cfg: ExperimentConfig) -> list[list[str]]:
 
 
 def predicted_flops(cfg: ExperimentConfig, phase: str = "train") -> float:
-    """The plan's count for one batch. Like the code, it computes every attention score."""
+    """The plan's count for one batch. As in `countable`, every attention score counts."""
     model, seq_len = cfg.model, cfg.data.seq_len
     f = flops_per_token(of_model(model), phase, seq_len, causal=False, mtp=model.mtp_depth > 0)
     assert f.total is not None
