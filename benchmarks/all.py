@@ -29,6 +29,7 @@ BENCHMARKS = {
     "layer": (("cpu", "gpu"), (PLATFORM,)),
     "step": (("cpu", "gpu"), (PLATFORM, TORCH)),
     "generate": (("cpu",), (TORCH,)),
+    "attention": (("cpu",), ()),
     "compile": (("cpu", "gpu"), (PLATFORM,)),
 }
 
