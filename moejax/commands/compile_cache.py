@@ -10,31 +10,27 @@ import os
 import pathlib
 import platform
 
-OFF, DIRECTORY = "MOEJAX_CACHE", "JAX_COMPILATION_CACHE_DIR"
+from moejax import user_cache
+
+OFF, DIRECTORY = user_cache.SWITCH, "JAX_COMPILATION_CACHE_DIR"
 MOST_BYTES = 4 * 2**30  # JAX itself deletes nothing
 
 
 def turn_on() -> None:
     """Name the folder to JAX, unless the environment names one, or says 'off'."""
-    if os.environ.get(OFF, "").lower() in ("off", "0", "false") or DIRECTORY in os.environ:
-        return
-    path = folder()
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError:  # no home, or one that cannot be written
+    if DIRECTORY in os.environ or (path := folder()) is None:
         return
     prune(path, MOST_BYTES)
     os.environ[DIRECTORY] = str(path)
 
 
-def folder() -> pathlib.Path:
-    """~/.cache/moejax/compiled/KIND (or in XDG_CACHE_HOME), KIND of processor: programs for one may not run on
-    another that shares the home folder."""
-    home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+def folder() -> pathlib.Path | None:
+    """~/.cache/moejax/compiled/KIND, KIND of processor: programs for one may not run on another that shares the
+    home folder. None if nothing is to be kept."""
     kind = platform.machine()
     with contextlib.suppress(OSError), open("/proc/cpuinfo") as file:
         kind += next((line for line in file if line.startswith(("flags", "Features"))), "")
-    return pathlib.Path(home) / "moejax/compiled" / hashlib.sha256(kind.encode()).hexdigest()[:8]
+    return user_cache.place(f"compiled/{hashlib.sha256(kind.encode()).hexdigest()[:8]}")
 
 
 def prune(path: pathlib.Path, most: int) -> None:

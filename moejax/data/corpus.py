@@ -7,22 +7,25 @@ every domain and in any order of the files: no held-out document is trained on.
 import dataclasses
 import hashlib
 import json
+import os
+import pathlib
 import sys
-import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
+
+import numpy as np
 
 from moejax.config import DataConfig
-from moejax.data import builtin
+from moejax.data import builtin, files, texts
 from moejax.data.sources import DataError, Document, parse_source, read_documents
+from moejax.data.texts import Documents, Skipped
 
-Documents = tuple[Document, ...]
 # With `data.max_bytes`, give up after this many records without text.
 _MOST_EMPTY = 1_000_000
 
 
 @dataclasses.dataclass(frozen=True)
 class Corpus:
-    """Text held in memory.
+    """Text in memory, or in a folder of the user's cache.
 
     Attributes:
       train, validation: the documents of each domain, by its name. Both have the same keys in the same order;
@@ -30,19 +33,23 @@ class Corpus:
       weights: sampling weight of each domain, in that order; they sum to 1.
       manifest: a JSON-serialisable record of what was read: the Python version; a sha256 and the size of all
         content and of each domain; every file with its number of documents and bytes.
+      cache: the folder that keeps text and tokens; None: they are in memory.
     """
 
-    train: dict[str, Documents]
-    validation: dict[str, Documents]
+    train: Mapping[str, Documents]
+    validation: Mapping[str, Documents]
     weights: tuple[float, ...]
     manifest: dict
+    cache: pathlib.Path | None = None
 
     @property
     def domains(self) -> tuple[str, ...]:
         return tuple(self.train)
 
 
-def load_corpus(cfg: DataConfig, *, only_validation: bool = False) -> Corpus:
+def load_corpus(
+    cfg: DataConfig, *, only_validation: bool = False, cache: pathlib.Path | None = None
+) -> Corpus:
     """Reads every source of `cfg` and splits it; see `moejax.data.sources` for their syntax.
 
     `only_validation` splits nothing: all documents are held out, to evaluate a model on them.
@@ -50,25 +57,37 @@ def load_corpus(cfg: DataConfig, *, only_validation: bool = False) -> Corpus:
     (one long text file) is cut at a line end, its tail held out. Bad records (not JSON, without text,
     not UTF-8) are errors; with `cfg.skip_bad_records` they are skipped, and a warning counts them.
 
+    With `cache`, a folder, text is read piece by piece and kept there. It is not read again while its files
+    have the same names, sizes and times.
+
     Raises:
-      DataError: bad syntax, two domains with the same name, missing or broken files, nothing to hold out.
+      DataError: bad syntax, two domains with the same name, missing or broken files, nothing to hold out, a
+        full disk.
     """
     groups = [_source_domains(source, cfg) for source in cfg.sources]
     domains: dict[str, Documents] = {}
-    skipped: dict[str, int] | None = {} if cfg.skip_bad_records else None
+    counts: dict[str, int] = {}
     for source, group in zip(cfg.sources, groups):
         for name, documents in group.items():
             if name in domains:
                 raise DataError(
                     f"data.sources: {source!r}: there is a domain {name!r} already; give this one another name"
                 )
-            domains[name] = _take(documents, cfg.max_bytes, name, skip=skipped)
+            skipped = Skipped() if cfg.skip_bad_records else None
+            kept = _kept(documents, cfg.max_bytes, name, skip=skipped)
+            if cache is None:
+                domains[name] = tuple(document for document, _ in kept)
+            else:
+                domains[name] = _stored(kept, cache, source, cfg, name, skipped or Skipped())
+            if skipped is not None and skipped.count:
+                skipped.warn(name)
+                counts[name] = skipped.count
     if only_validation:
-        train, validation = {name: () for name in domains}, domains
+        train, validation = dict.fromkeys(domains, ()), domains
     else:
         train, validation = _split(domains, cfg.validation_fraction)
     used = validation if only_validation else train
-    bytes_of = {name: _num_bytes(documents) for name, documents in used.items()}
+    bytes_of = {name: texts.num_bytes(documents) for name, documents in used.items()}
     if cfg.weights and len(cfg.weights) != len(cfg.sources):
         raise DataError(
             f"data.weights has {len(cfg.weights)} entries for {len(cfg.sources)} data.sources"
@@ -82,7 +101,7 @@ def load_corpus(cfg: DataConfig, *, only_validation: bool = False) -> Corpus:
         for name in group
     )
     return Corpus(
-        train, validation, weights, _manifest(cfg, train, validation, weights, skipped or {})
+        train, validation, weights, _manifest(cfg, train, validation, weights, counts), cache
     )
 
 
@@ -93,30 +112,62 @@ def _source_domains(
     if source == "builtin":
         limit = min(cfg.max_bytes or builtin.MAX_BYTES, builtin.MAX_BYTES)
         return {
-            name: _take(stream(), limit, name, distinct=True)
+            name: (document for document, _ in _kept(stream(), limit, name, distinct=True))
             for name, stream in builtin.domains().items()
         }
     name, target = parse_source(source)
     return {name: read_documents(target, cfg.text_field, cfg.max_bytes)}
 
 
-def _take(
+def _stored(
+    kept: Iterator[tuple[Document, bytes]],
+    cache: pathlib.Path,
+    source: str,
+    cfg: DataConfig,
+    name: str,
+    skipped: Skipped,
+) -> Documents:
+    described = _describe(source, cfg)
+
+    def unchanged():
+        yield from kept
+        if _describe(source, cfg) != described:
+            raise DataError(f"data.sources: {source!r}: its files changed while they were read")
+
+    return texts.keep(unchanged(), cache, described, name, skipped)
+
+
+def _describe(source: str, cfg: DataConfig) -> dict | None:
+    """What the documents of a source depend on, without reading it; None if only reading it can tell."""
+    target = "hf:" if source == "builtin" else parse_source(source)[1]
+    if target.startswith("hf:"):
+        return None
+    stats = [(file, os.path.realpath(file), os.stat(file)) for file in files.find(target)]
+    return {
+        "files": [[f, real, s.st_size, s.st_mtime_ns, s.st_ctime_ns] for f, real, s in stats],
+        "text_field": cfg.text_field,
+        "max_bytes": cfg.max_bytes,
+        "skip_bad_records": cfg.skip_bad_records,
+    }
+
+
+def _kept(
     documents: Iterable[Document | DataError],
     max_bytes: int,
     domain: str,
     *,
     distinct: bool = False,
-    skip: dict[str, int] | None = None,
-) -> Documents:
-    """The first `max_bytes` bytes (0: all) of a domain; the document at the limit is cut.
+    skip: Skipped | None = None,
+) -> Iterator[tuple[Document, bytes]]:
+    """The documents of the first `max_bytes` bytes (0: all) of a domain, each with its bytes; the one at the
+    limit is cut.
 
-    A bad record raises its error. If `skip` is given, it is counted there under the domain's name instead, and
-    a warning says so.
+    A bad record raises its error, or is counted in `skip`. So does a domain without text.
     """
-    taken, total, seen, bad, number = [], 0, set(), [], 0
+    taken, total, seen, number = 0, 0, set(), 0
     for item in _encoded(documents):
         number += 1
-        if max_bytes and number - len(taken) > _MOST_EMPTY:
+        if max_bytes and number - taken > _MOST_EMPTY:
             raise DataError(
                 f"data.sources: {_MOST_EMPTY:,} records of domain {domain!r} have no text; "
                 "leave their file out"
@@ -124,8 +175,7 @@ def _take(
         if isinstance(item, DataError):
             if skip is None:
                 raise item
-            bad = bad or [item]
-            skip[domain] = skip.get(domain, 0) + 1
+            skip.add(item)
             continue
         document, data = item
         if not document.text.strip() or (distinct and document.text in seen):
@@ -135,20 +185,16 @@ def _take(
             # 'ignore' drops a character that the limit cuts in half.
             text = data[: max_bytes - total].decode("utf-8", "ignore")
             if text.strip():
-                taken.append(dataclasses.replace(document, text=text))
+                taken += 1
+                yield dataclasses.replace(document, text=text), text.encode()
             break
         total += len(data)
-        taken.append(document)
-    if bad:
-        assert skip is not None
-        warnings.warn(
-            f"data.sources: {skip[domain]} bad records of domain {domain!r} were skipped "
-            f"(data.skip_bad_records); the first: {bad[0]}",
-            stacklevel=2,
-        )
+        taken += 1
+        yield document, data
     if not taken:
+        if skip is not None:
+            skip.warn(domain)
         raise DataError(f"data.sources: domain {domain!r} has no text: every document is empty")
-    return tuple(taken)
 
 
 def _encoded(
@@ -167,33 +213,30 @@ def _encoded(
             )
 
 
-def digest(document: Document) -> bytes:
-    """The hash of a document's content. It decides whether the document is held out, and its order there."""
-    return hashlib.sha256(document.text.encode()).digest()
-
-
 def _split(
     domains: dict[str, Documents], fraction: float
 ) -> tuple[dict[str, Documents], dict[str, Documents]]:
     """Split into (train, validation). A document is held out if its hash, read as a number in [0, 1), is below
     `fraction`. A domain without such a document holds out the one with the smallest hash."""
     pairs = {name: _cut(d[0], fraction) for name, d in domains.items() if len(d) == 1}
-    digests = {
-        name: [digest(document) for document in documents]
+    words = {  # a hash is four numbers of 64 bits, the first one counts most
+        name: texts.digests(documents).view(">u8")
         for name, documents in domains.items()
         if name not in pairs
     }
-    limit = int(fraction * 2**64)
-    held_out = {d for ds in digests.values() for d in ds if int.from_bytes(d[:8]) < limit}
-    held_out |= {min(ds) for ds in digests.values() if held_out.isdisjoint(ds)}
+    sides = {name: ws[:, 0] < np.uint64(int(fraction * 2**64)) for name, ws in words.items()}
+    smallest = [_smallest(words[name]) for name, side in sides.items() if not side.any()]
+    for name, side in sides.items():
+        for hash_ in smallest:
+            side |= (words[name] == hash_).all(axis=1)
     train, validation = {}, {}
     for name, documents in domains.items():
         if name in pairs:
             train[name], validation[name] = pairs[name]
             continue
-        sides = [digest in held_out for digest in digests[name]]
-        train[name] = tuple(d for d, out in zip(documents, sides) if not out)
-        validation[name] = tuple(d for d, out in zip(documents, sides) if out)
+        side = sides[name]
+        train[name] = texts.select(documents, ~side)
+        validation[name] = texts.select(documents, side)
         if not train[name]:
             raise DataError(
                 f"data.sources: all {len(documents)} documents of domain {name!r} are held out "
@@ -201,6 +244,12 @@ def _split(
                 "the same; give it more different documents"
             )
     return train, validation
+
+
+def _smallest(words: np.ndarray) -> np.ndarray:
+    """The smallest of some hashes."""
+    least = words[words[:, 0] == words[:, 0].min()]
+    return min(least, key=lambda hash_: hash_.tobytes())
 
 
 def _cut(document: Document, fraction: float) -> tuple[Documents, Documents]:
@@ -220,44 +269,36 @@ def _cut(document: Document, fraction: float) -> tuple[Documents, Documents]:
     )
 
 
-def _num_bytes(documents: Iterable[Document]) -> int:
-    return sum(len(d.text.encode()) for d in documents)
-
-
 def _manifest(cfg, train, validation, weights, skipped) -> dict:
-    content = {name: hashlib.sha256() for name in train}
-    files: dict[tuple[str, str], dict] = {}
-    for domain, document in _all_documents(train, validation):
-        content[domain].update(digest(document))
-        entry = files.setdefault(
-            (domain, document.file),
-            {"domain": domain, "file": document.file, "documents": 0, "bytes": 0},
-        )
-        entry["documents"] += 1
-        entry["bytes"] += len(document.text.encode())
-    sums = {name: h.hexdigest() for name, h in content.items()}
+    sums: dict[str, str] = {}
+    entries: dict[tuple[str, str], dict] = {}
+    for domain in train:
+        content = hashlib.sha256()
+        for documents in (train[domain], validation[domain]):
+            content.update(texts.digests(documents).data)
+            for file, count, size in texts.by_file(documents):
+                entry = entries.setdefault(
+                    (domain, file), {"domain": domain, "file": file, "documents": 0, "bytes": 0}
+                )
+                entry["documents"] += count
+                entry["bytes"] += size
+        sums[domain] = content.hexdigest()
     return {
         "python": sys.version.split()[0],
         "sources": list(cfg.sources),
         "sha256": hashlib.sha256(json.dumps(sums).encode()).hexdigest(),
-        "bytes": sum(f["bytes"] for f in files.values()),
+        "bytes": sum(entry["bytes"] for entry in entries.values()),
         "domains": {
             name: {
                 "sha256": sums[name],
                 "weight": weight,
                 "train_documents": len(train[name]),
-                "train_bytes": _num_bytes(train[name]),
+                "train_bytes": texts.num_bytes(train[name]),
                 "validation_documents": len(validation[name]),
-                "validation_bytes": _num_bytes(validation[name]),
+                "validation_bytes": texts.num_bytes(validation[name]),
             }
             for name, weight in zip(train, weights)
         },
-        "files": list(files.values()),
+        "files": list(entries.values()),
         **({"skipped_records": skipped} if skipped else {}),
     }
-
-
-def _all_documents(train, validation) -> Iterator[tuple[str, Document]]:
-    for name in train:
-        for document in (*train[name], *validation[name]):
-            yield name, document

@@ -18,60 +18,66 @@ document is cut, by the end of a row or of the evaluated text, bytes count up to
 so loss and bytes always belong to the same text.
 """
 
-import warnings
+import time
 import zlib
-from collections.abc import Iterable
+from collections.abc import Callable
 
 import grain
 import numpy as np
-from tqdm import tqdm
 
 from moejax.config import DataConfig
-from moejax.data.corpus import Corpus, Documents, digest
+from moejax.data import texts
+from moejax.data.corpus import Corpus
 from moejax.data.sources import DataError
 from moejax.data.tokenizer import Tokenizer
+from moejax.data.tokens import Tokens, tokenize
+from moejax.text import seconds_text
 
 Batch = dict[str, np.ndarray]
-
-# Tokenise this many characters at a time, to bound the tokenizer's memory.
-_CHUNK_CHARS = 4_000_000
 
 
 class PackedRows:
     """Rows of one domain, as a random-access source of grain: `rows[i]` is a dict of int32 arrays
-    of shape (seq_len,), see `DESIGN.md`.
+    of shape (seq_len,), see `DESIGN.md`. Reads no more of the tokens than a row needs.
 
     Args:
-      token_lists: the ids of each document, without separators, in the order of packing.
+      tokens: of all documents. If the bytes of its tokens are known, rows have `num_bytes`.
       domain: number of the domain.
       tokenizer: gives the separators, padding and size of the vocabulary.
       seq_len: row length S.
-      byte_lists: the bytes of each token of a document and of its end; rows then have `num_bytes`.
+      order: the documents in the order of packing; None: as they are. Not with bytes.
     """
 
     def __init__(
         self,
-        token_lists: list[np.ndarray],
+        tokens: Tokens,
         domain: int,
         tokenizer: Tokenizer,
         seq_len: int,
-        byte_lists: list[np.ndarray] | None = None,
+        order: np.ndarray | None = None,
     ):
+        assert order is None or tokens.num_bytes is None
         self._seq_len, self._domain = seq_len, domain
-        self._eos_id, self._pad_id = tokenizer.eos_id, tokenizer.pad_id
-        lengths = np.array([len(ids) + 1 for ids in token_lists])
-        self._ends = np.cumsum(lengths)
-        self._starts = self._ends - lengths
-        bos = np.array([tokenizer.bos_id], token_lists[0].dtype)
-        self._tokens = np.concatenate([part for ids in token_lists for part in (bos, ids)])
-        self._bytes = None if byte_lists is None else np.concatenate(byte_lists)
+        self._bos_id, self._eos_id, self._pad_id = (
+            tokenizer.bos_id,
+            tokenizer.eos_id,
+            tokenizer.pad_id,
+        )
+        self._ids, self._bytes = tokens.ids, tokens.num_bytes
+        lengths, self._first_ids = np.diff(tokens.ends, prepend=0), tokens.ends
+        if order is not None:
+            lengths, self._first_ids = lengths[order], tokens.ends[order]
+        self._first_ids = self._first_ids - lengths  # of each document, in ids
+        # Where documents begin and end among the packed tokens, each with its separator.
+        self._ends = np.cumsum(lengths + 1)
+        self._starts = self._ends - lengths - 1
 
     def __len__(self) -> int:
-        return -(-len(self._tokens) // self._seq_len)
+        return -(-int(self._ends[-1]) // self._seq_len)
 
     def __getitem__(self, row: int) -> Batch:
         begin = row * self._seq_len
-        end = min(begin + self._seq_len, len(self._tokens))
+        end = min(begin + self._seq_len, int(self._ends[-1]))
         n = end - begin
         first = np.searchsorted(self._ends, begin, side="right")  # the document of the first token
         last = np.searchsorted(self._starts, end)  # one past that of the last
@@ -80,9 +86,9 @@ class PackedRows:
         document_ends = document_ends[document_ends <= end] - begin - 1
 
         out = _empty_rows((self._seq_len,), self._pad_id, self._domain)
-        out["tokens"][:n] = self._tokens[begin:end]
-        following = self._tokens[begin + 1 : end + 1]
-        out["targets"][: len(following)] = following
+        packed = self._packed(begin, min(end + 1, int(self._ends[-1])), int(first))
+        out["tokens"][:n] = packed[:n]
+        out["targets"][: len(packed) - 1] = packed[1:]
         out["targets"][document_ends] = self._eos_id
         out["targets"][n:] = self._pad_id
         is_start = np.zeros(n, np.int32)
@@ -95,6 +101,19 @@ class PackedRows:
             out["num_bytes"][:n] = self._bytes[begin:end]
         return out
 
+    def _packed(self, begin: int, end: int, document: int) -> np.ndarray:
+        """The packed tokens from `begin`, which is in `document`, to `end`."""
+        out = np.full(end - begin, self._bos_id, np.int32)
+        at = begin
+        while at < end:
+            start, stop = int(self._starts[document]) + 1, min(int(self._ends[document]), end)
+            at = max(at, start)  # behind the separator
+            shift = int(self._first_ids[document]) - start
+            if at < stop:
+                out[at - begin : stop - begin] = self._ids[at + shift : stop + shift]
+            at, document = stop, document + 1
+        return out
+
 
 def _empty_rows(shape: tuple[int, ...], pad_id: int, domain: int) -> Batch:
     """Rows that are all padding."""
@@ -104,52 +123,6 @@ def _empty_rows(shape: tuple[int, ...], pad_id: int, domain: int) -> Batch:
     }
 
 
-def tokenize(
-    documents: Documents, tokenizer: Tokenizer, name: str = "", *, count_bytes: bool = False
-) -> tuple[list[np.ndarray], list[np.ndarray]]:
-    """Ids of every document, as uint16 or uint32, and if asked the bytes of each (`Counted.num_bytes`).
-
-    Shows a progress bar after 2 s. Warns about bytes that the vocabulary cannot express.
-    """
-    dtype = np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32
-    ids: list[np.ndarray] = []
-    num_bytes: list[np.ndarray] = []
-    unknown = 0
-    total = sum(len(d.text) for d in documents)
-    with tqdm(total=total, unit="char", unit_scale=True, desc=f"tokenise {name}", delay=2) as bar:
-        for chunk in _chunked(documents):
-            if count_bytes or not tokenizer.lossless:
-                for counted in tokenizer.encode_counted(chunk):
-                    ids.append(np.array(counted.ids, dtype))
-                    unknown += counted.unknown
-                    if count_bytes:
-                        num_bytes.append(counted.num_bytes)
-            else:
-                ids += [np.array(i, dtype) for i in tokenizer.encode_batch(chunk)]
-            bar.update(sum(map(len, chunk)))
-    if unknown:
-        size = sum(len(d.text.encode()) for d in documents)
-        warnings.warn(
-            f"the tokenizer has no tokens for {unknown:,} of the {size:,} bytes ({unknown / size:.2%}) of "
-            f"{'the held-out' if count_bytes else 'the training'} documents of domain {name!r}: they are "
-            "its unknown token, or dropped; data.tokenizer='bpe' or 'byte' knows every byte",
-            stacklevel=3,
-        )
-    return ids, num_bytes
-
-
-def _chunked(documents: Documents) -> Iterable[list[str]]:
-    chunk, size = [], 0
-    for document in documents:
-        chunk.append(document.text)
-        size += len(document.text)
-        if size >= _CHUNK_CHARS:
-            yield chunk
-            chunk, size = [], 0
-    if chunk:
-        yield chunk
-
-
 def train_iterator(
     corpus: Corpus,
     tokenizer: Tokenizer,
@@ -157,6 +130,7 @@ def train_iterator(
     *,
     process_index: int = 0,
     process_count: int = 1,
+    say: Callable[[str], object] = lambda line: None,
 ) -> grain.DatasetIterator:
     """Endless training batches: dicts of int32 arrays of shape (batch_size / process_count,
     seq_len).
@@ -165,20 +139,27 @@ def train_iterator(
     Domains are mixed row by row in fixed proportions (`corpus.weights`, within 1%). A domain of weight 0 is
     left out.
 
+    Tokens are kept in `corpus.cache`, if there is one; a line to `say` tells of those that were there.
+
     The iterator's `get_state()` is JSON-serialisable. Give it to `set_state` of an iterator made from the same
     corpus, tokenizer and config, and the same batches follow.
     """
     local = _local_batch_size(cfg, process_count)
-    datasets, weights = [], []
+    datasets, weights, found = [], [], {}
     for index, (name, weight) in enumerate(zip(corpus.domains, corpus.weights)):
         if not weight:
             continue
-        token_lists, _ = tokenize(corpus.train[name], tokenizer, name)
+        tokens = tokenize(corpus.train[name], tokenizer, name, corpus.cache)
+        if tokens.made is not None:
+            found[name] = tokens.made
         seed = zlib.crc32(f"{cfg.seed}/{name}".encode())
-        order = np.random.default_rng(seed).permutation(len(token_lists))
-        rows = PackedRows([token_lists[i] for i in order], index, tokenizer, cfg.seq_len)
+        order = np.random.default_rng(seed).permutation(len(tokens.ends))
+        rows = PackedRows(tokens, index, tokenizer, cfg.seq_len, order)
         datasets.append(grain.MapDataset.source(rows).shuffle(seed=seed).repeat())
         weights.append(weight)
+    if found:
+        age = seconds_text(max(time.time() - min(found.values()), 0))
+        say(f"tokens of {', '.join(found)}: read from {corpus.cache}, prepared {age} ago")
     mixed = grain.MapDataset.mix(datasets, weights)
     # Local batch number j of the whole stream belongs to process j mod process_count.
     mine = mixed.batch(local, drop_remainder=True)[process_index::process_count]
@@ -207,8 +188,13 @@ class _ValidationRows:
     def __init__(
         self, domains: list[PackedRows], num_rows: int | None, batch_size: int, padding: Batch
     ):
-        where = [(r / len(rows), d, r) for d, rows in enumerate(domains) for r in range(len(rows))]
-        self._index = [(d, r) for _, d, r in sorted(where)][:num_rows]
+        sizes = [len(rows) for rows in domains]
+        # No domain has more among the first `num_rows` than that many.
+        parts = [n if num_rows is None else min(n, num_rows) for n in sizes]
+        where = np.concatenate([np.arange(part) / n for part, n in zip(parts, sizes)])
+        # Equal fractions: in the order of the domains.
+        self._index = np.argsort(where, kind="stable")[:num_rows]
+        self._ends = np.cumsum(parts)
         self._domains, self._padding = domains, padding
         self._length = -(-len(self._index) // batch_size) * batch_size
 
@@ -218,8 +204,9 @@ class _ValidationRows:
     def __getitem__(self, i: int) -> Batch:
         if i >= len(self._index):
             return self._padding
-        domain, row = self._index[i]
-        return self._domains[domain][row]
+        domain = np.searchsorted(self._ends, self._index[i], side="right")
+        row = self._index[i] - (self._ends[domain - 1] if domain else 0)
+        return self._domains[domain][int(row)]
 
 
 def validation_batches(
@@ -241,9 +228,9 @@ def validation_batches(
     local = _local_batch_size(cfg, process_count)
     domains = []
     for index, name in enumerate(corpus.domains):
-        documents = tuple(sorted(corpus.validation[name], key=digest))
-        ids, num_bytes = tokenize(documents, tokenizer, name, count_bytes=True)
-        domains.append(PackedRows(ids, index, tokenizer, cfg.seq_len, num_bytes))
+        documents = texts.by_digest(corpus.validation[name])
+        tokens = tokenize(documents, tokenizer, name, corpus.cache, count_bytes=True)
+        domains.append(PackedRows(tokens, index, tokenizer, cfg.seq_len))
     padding = _empty_rows((cfg.seq_len,), tokenizer.pad_id, 0)
     padding["num_bytes"] = np.zeros(cfg.seq_len, np.int32)
     rows = _ValidationRows(domains, num_rows, cfg.batch_size, padding)

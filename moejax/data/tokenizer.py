@@ -5,6 +5,7 @@ token (`eos_id`). `encode` never returns them, even if a text spells the name of
 """
 
 import collections
+import hashlib
 import json
 import pathlib
 from collections.abc import Callable, Iterable, Iterator
@@ -54,6 +55,7 @@ class Tokenizer(Protocol):
         byte-level BPE; of other tokenizers, whose text depends on what stands beside, to look at.
       decoding: how `StreamDecoder` turns ids into text piece by piece.
       lossless: every text can be expressed in tokens, so that nothing is unknown.
+      fingerprint: what the ids of a text depend on; tokenizers with the same one encode alike.
     """
 
     vocab_size: int
@@ -63,6 +65,7 @@ class Tokenizer(Protocol):
     pieces: list[bytes]
     decoding: Decoding
     lossless: bool
+    fingerprint: str
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text, without separators."""
@@ -87,6 +90,7 @@ class ByteTokenizer:
     vocab_size, bos_id, eos_id, pad_id = 258, 256, 256, 257
     decoding = Decoding("bytes", frozenset((256, 257)))
     lossless = True
+    fingerprint = "byte"
 
     def __init__(self):
         self.pieces = [bytes([b]) for b in range(256)] + [b"", b""]
@@ -99,7 +103,7 @@ class ByteTokenizer:
 
     def encode_counted(self, texts: list[str]) -> list[Counted]:
         ids = self.encode_batch(texts)
-        return [Counted(i, np.array([1] * len(i) + [0], np.int32), 0) for i in ids]
+        return [Counted(i, (np.arange(len(i) + 1) < len(i)).astype(np.int32), 0) for i in ids]
 
     def decode(self, ids: Iterable[int]) -> str:
         return join_bytes(self.pieces, ids).decode("utf-8", "replace")
@@ -126,6 +130,8 @@ class JsonTokenizer:
         self._tokenizer = self._safe(tokenizers.Tokenizer.from_str, text)
         described = self._safe(json.loads, text)
         self.text = text
+        digest = hashlib.sha256(text.encode()).hexdigest()
+        self.fingerprint = f"tokenizers {tokenizers.__version__} {digest}"
         # Text that spells a special token is still text.
         self._tokenizer.encode_special_tokens = True
         self._tokenizer.no_truncation()

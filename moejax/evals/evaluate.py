@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
-from moejax import axes
+from moejax import axes, user_cache
 from moejax.config import ConfigError, DataConfig
 from moejax.data import Corpus, Tokenizer, load_corpus, load_tokenizer, validation_batches
 from moejax.evals.trace_read import open_trace
@@ -26,10 +26,11 @@ from moejax.text import Table
 def held_out(data: DataConfig, sources: tuple[str, ...]) -> tuple[DataConfig, Corpus]:
     """The data config and corpus to evaluate on: the run's own held-out documents, or every document
     of `sources`."""
+    cache = user_cache.place("text")
     if not sources:
-        return data, load_corpus(data)
+        return data, load_corpus(data, cache=cache)
     data = dataclasses.replace(data, sources=sources, weights=(), max_bytes=0)
-    return data, load_corpus(data, only_validation=True)
+    return data, load_corpus(data, only_validation=True, cache=cache)
 
 
 class OpenText(NamedTuple):

@@ -9,6 +9,7 @@ import jinja2
 import markupsafe
 import numpy as np
 
+from moejax import user_cache
 from moejax.config import ConfigError, ExperimentConfig
 from moejax.config_io import to_json
 from moejax.cost.architecture import active, of_model, total
@@ -70,7 +71,7 @@ def write_report(
         return _written(workdir, page(read_config(workdir), None, analysis_sections)), ()
     rows = read_metrics(workdir)
     run = load_run(workdir, step=step)
-    corpus = load_corpus(run.cfg.data)
+    corpus = load_corpus(run.cfg.data, cache=user_cache.place("text"))
     sections = [loss_section(rows), validation_table(rows)]
     if run.cfg.model.num_moe_layers and "routing" in rows:
         sections += [

@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 
+from moejax import user_cache
 from moejax.config import ConfigError, ExperimentConfig
 from moejax.cost.receipt import RunPlan, model_flops_per_token, plan_run
 from moejax.data import (
@@ -96,7 +97,7 @@ def train(
             check_apart(cfg, workdir)
             if not folder.steps(workdir):  # else it goes on, and the base may be gone
                 cfg, base = open_base(cfg, workdir)
-    corpus = load_corpus(cfg.data)
+    corpus = load_corpus(cfg.data, cache=user_cache.place("text"))
     with contextlib.ExitStack() as held:
         with processes.first_goes_first():
             # Check everything before writing anything, so that a refused command does not damage another run.
@@ -118,7 +119,12 @@ def train(
             layout=layout,
             domains=corpus.domains,
             data=train_iterator(
-                corpus, tokenizer, cfg.data, process_index=index, process_count=parts
+                corpus,
+                tokenizer,
+                cfg.data,
+                process_index=index,
+                process_count=parts,
+                say=processes.say,
             ),
             held_out=list(validation_batches(corpus, tokenizer, cfg.data, most)),
             checkpoints=Checkpoints(workdir, cfg),

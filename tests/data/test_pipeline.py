@@ -14,6 +14,7 @@ from moejax.data.corpus import Corpus
 from moejax.data.pipeline import PackedRows, synthetic_batch, train_iterator, validation_batches
 from moejax.data.sources import DataError, Document
 from moejax.data.tokenizer import ByteTokenizer
+from moejax.data.tokens import Tokens
 
 KEYS = {"tokens", "targets", "segment_ids", "positions", "loss_mask", "domain"}
 TOKENIZER = ByteTokenizer()
@@ -71,7 +72,8 @@ def check_row(row):
 
 def pack(texts, seq_len):
     ids = [np.array(TOKENIZER.encode(t), np.uint16) for t in texts]
-    return PackedRows(ids, 7, TOKENIZER, seq_len)
+    tokens = Tokens(np.concatenate(ids), np.cumsum([len(i) for i in ids]))
+    return PackedRows(tokens, 7, TOKENIZER, seq_len)
 
 
 def test_packing_by_hand():

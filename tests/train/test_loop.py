@@ -15,6 +15,7 @@ import jax
 import numpy as np
 import pytest
 
+from moejax import user_cache
 from moejax.config import (
     AttentionConfig,
     ComputeConfig,
@@ -123,6 +124,21 @@ def test_routes_are_counted_by_domain(finished):
     # Vowels and digits share no byte, so experts that see one more than the other must show up.
     share_dE = load_dLE[:, 0] / load_dLE.sum(axis=2)
     assert abs(share_dE[0] - share_dE[1]).max() > 0.02
+
+
+def test_a_run_that_began_in_memory_goes_on_with_kept_tokens(
+    cfg, finished, tmp_path, monkeypatch, capsys
+):
+    workdir = tmp_path / "run"
+    train(dataclasses.replace(cfg, train=dataclasses.replace(cfg.train, steps=2)), workdir)
+    monkeypatch.delenv(user_cache.SWITCH)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    results = [train(cfg, workdir), train(cfg, workdir)]  # the second one is finished
+    said = capsys.readouterr().out
+    assert f"tokens of vowels, digits: read from {tmp_path}/cache/moejax/text, prepared" in said
+    assert results == [finished[1]] * 2
+    for step, row in finished[2]["train"].items():
+        assert rows(workdir)["train"][step]["loss"] == row["loss"]
 
 
 def test_the_same_run_on_eight_devices_and_back_on_one(cfg, finished, tmp_path, capsys):
