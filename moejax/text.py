@@ -1,13 +1,14 @@
-"""Numbers as people read them, tables as terminal text, Markdown and CSV, and foreign text in messages."""
+"""Numbers as people read them, tables as text, Markdown, CSV and JSON, and foreign text in messages."""
 
 import csv
 import dataclasses
 import io
+import json
 import re
 import reprlib
 from collections.abc import Sequence
 
-FORMATS = ("table", "markdown", "csv")
+FORMATS = ("table", "markdown", "csv", "json")
 UNKNOWN = "unknown"
 # What a terminal acts on, or shows in another place: control characters but tab and newline, marks that turn
 # the direction of writing, halves of surrogate pairs.
@@ -17,9 +18,20 @@ _UNPRINTABLE = re.compile(
 MOST_SHOWN, MOST_MESSAGE = 120, 8000  # characters of a value in a message, and of a message
 
 
+class Number(str):
+    """A number as people read it; `exact` is the number itself, which CSV and JSON have instead."""
+
+    exact: float | None
+
+    def __new__(cls, text: str, exact: float | None) -> "Number":
+        self = super().__new__(cls, text)
+        self.exact = exact
+        return self
+
+
 @dataclasses.dataclass(frozen=True)
 class Table:
-    """A title, column names, rows of texts, and a note below."""
+    """A title, column names, rows of texts (of numbers: `Number`), and a note below."""
 
     title: str
     header: Sequence[str]
@@ -29,6 +41,8 @@ class Table:
 
 def render(tables: Sequence[Table], style: str = "table") -> str:
     """All tables in one style of FORMATS."""
+    if style == "json":
+        return json.dumps([_data(t) for t in tables], indent=1)
     if style not in FORMATS:
         raise ValueError(f"format {style!r}: expected one of {', '.join(FORMATS)}")
     one = {"table": _text, "markdown": _markdown, "csv": _csv}[style]
@@ -65,8 +79,18 @@ def _csv(t: Table) -> str:
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow(t.header)
-    writer.writerows(t.rows)
+    writer.writerows([_exact(c) for c in row] for row in t.rows)
     return out.getvalue()
+
+
+def _data(t: Table) -> dict:
+    rows = [[_exact(c) for c in row] for row in t.rows]
+    return {"title": t.title, "header": list(t.header), "rows": rows, "note": t.note}
+
+
+def _exact(cell: str) -> float | str | None:
+    value = cell.exact if isinstance(cell, Number) else cell
+    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def _numeric(cells: Sequence[str]) -> bool:
@@ -77,27 +101,32 @@ def _numeric(cells: Sequence[str]) -> bool:
     return bool(digits) and all(digits) and sum(c[:1].isalpha() for c in cells) < len(cells)
 
 
-def count_text(n: float | None) -> str:
+def count_text(n: float | None) -> Number:
     """16.38B, 2.83B, 124.4M; four significant digits."""
     return _scaled(n, ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "K")))
 
 
-def flops_text(n: float | None) -> str:
+def flops_text(n: float | None) -> Number:
     return _scaled(n, ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "K")))
 
 
-def bytes_text(n: float | None) -> str:
+def bytes_text(n: float | None) -> Number:
     """Binary units: 30.5 GiB, 896 MiB."""
     return _scaled(
         n, ((2**40, " TiB"), (2**30, " GiB"), (2**20, " MiB"), (2**10, " KiB"), (1, " B"))
     )
 
 
-def usd_text(n: float | None) -> str:
-    return UNKNOWN if n is None else f"${_scaled(n, ((1e9, 'B'), (1e6, 'M'), (1e3, 'K'), (1, '')))}"
+def usd_text(n: float | None) -> Number:
+    text = _scaled(n, ((1e9, "B"), (1e6, "M"), (1e3, "K"), (1, "")))
+    return text if n is None else Number(f"${text}", n)
 
 
-def seconds_text(s: float | None) -> str:
+def seconds_text(s: float | None) -> Number:
+    return Number(_seconds(s), s)
+
+
+def _seconds(s: float | None) -> str:
     if s is None:
         return UNKNOWN
     if s < 1e-3:
@@ -110,15 +139,15 @@ def seconds_text(s: float | None) -> str:
     return f"{s:.4g} s"
 
 
-def _scaled(n, units) -> str:
+def _scaled(n: float | None, units) -> Number:
     if n is None:
-        return UNKNOWN
+        return Number(UNKNOWN, None)
     for size, unit in units:
         if abs(n) >= size:
             value = n / size
             text = f"{value:.0f}" if value >= 1000 else f"{value:.4g}"
-            return text + unit
-    return f"{n:.4g}"
+            return Number(text + unit, n)
+    return Number(f"{n:.4g}", n)
 
 
 class _Short(reprlib.Repr):

@@ -18,7 +18,9 @@ def main(argv: list[str]) -> int:
     fv = flags.FlagValues()
     flags.DEFINE_string("baseline", "", "Model FLOPs are relative to [the first].", flag_values=fv)
     flags.DEFINE_integer("context", 4096, "Tokens per sequence.", flag_values=fv)
-    flags.DEFINE_enum("format", "table", FORMATS, "table, markdown or csv.", flag_values=fv)
+    flags.DEFINE_enum(
+        "format", "table", FORMATS, "For people, or with exact numbers.", flag_values=fv
+    )
     flags.DEFINE_string(
         "plot", None, "Draw the comparison into this file (.png, .svg, .pdf).", flag_values=fv
     )
@@ -30,7 +32,8 @@ def main(argv: list[str]) -> int:
     tables = {
         "table": lambda: table.text_tables(rows, baseline, fv.context),
         "markdown": lambda: [table.wide_table(rows, baseline, fv.context)],
-        "csv": lambda: [table.csv_table(rows)],
+        "csv": lambda: [table.exact_table(rows)],
+        "json": lambda: [table.exact_table(rows)],
     }[fv.format]()
     print(render(tables, fv.format), end="")
     if fv.plot:

@@ -25,6 +25,7 @@ USAGE = """\
 usage: moejax plan MODEL                       a published model by name, e.g. deepseek-moe-16b
        moejax plan --hf_config=DIR             a Hugging Face config.json, or its directory
        moejax plan --config=experiments/x.py   an experiment; --config.model...= overrides work
+       moejax plan --workdir=RUN               a run, trained or imported
    e.g. moejax plan deepseek-v3 --device=h800 --mesh=fsdp=64,expert=8 --batch=15360 --tokens=14.8e12"""
 
 
@@ -33,6 +34,7 @@ def _flags(argv: list[str]) -> flags.FlagValues:
     define_config(fv, "Experiment to plan.")
     text, whole, real = flags.DEFINE_string, flags.DEFINE_integer, flags.DEFINE_float
     text("model", None, "Name of a published model.", flag_values=fv)
+    text("workdir", None, "Folder of a run.", flag_values=fv)
     text("hf_config", None, "A Hugging Face config.json, or its directory.", flag_values=fv)
     text("device", "h100", "A device of the table, or 'cpu' (measured).", flag_values=fv)
     text(
@@ -55,9 +57,11 @@ def _flags(argv: list[str]) -> flags.FlagValues:
     )
     text("dtype", None, "Compute dtype of training [bfloat16].", flag_values=fv)
     text("remat", None, "Rematerialisation in training: none, dots or [full].", flag_values=fv)
-    flags.DEFINE_enum("format", "table", FORMATS, "table, markdown or csv.", flag_values=fv)
+    flags.DEFINE_enum(
+        "format", "table", FORMATS, "For people, or with exact numbers.", flag_values=fv
+    )
     flags.DEFINE_boolean(
-        "verify", False, "Compile and run the real step of --config, and compare.", flag_values=fv
+        "verify", False, "Compile and run the real step, and compare.", flag_values=fv
     )
     return fv
 
@@ -69,13 +73,13 @@ def main(argv: list[str]) -> int:
     if names is None:
         return 0
     wanted = [*names, *([fv.model] if fv.model else [])]
-    given = len(wanted) + bool(fv.hf_config) + (fv.config is not None)
+    ours = fv.config is not None or bool(fv.workdir)
+    given = len(wanted) + bool(fv.hf_config) + bool(fv.workdir) + (fv.config is not None)
     if given != 1:
         raise ConfigError(f"plan takes one model, not {given}\n{USAGE}")
     device = load_device(fv.device, fv.price)
-    if fv.config is not None:
-        experiment = experiment_of(fv, argv)
-        experiment = with_vocabulary(experiment, expected_tokens(experiment.data))
+    if ours:
+        experiment = _experiment(fv, argv)
         arch, setup = of_experiment(experiment, device, fv.devices)
         cfg: ExperimentConfig | None = experiment
         note = ""
@@ -84,17 +88,27 @@ def main(argv: list[str]) -> int:
         arch, cfg, note = _load(wanted[0] if wanted else None, fv.hf_config)
         setup = Setup(device, context=min(4096, arch.max_seq_len))
     setup = _override(setup, fv, arch.max_seq_len)
-    cfg = _computed(cfg, fv, published=fv.config is None)
+    cfg = _computed(cfg, fv, published=not ours)
     print(render(plan(arch, cfg, setup, note), fv.format))
     if fv.verify:
-        if fv.config is None:
+        if not ours:
             raise ConfigError(
-                "--verify runs the real training step: it needs --config=experiments/x.py"
+                "--verify runs the real training step: it needs --config=experiments/x.py or --workdir=RUN"
             )
         from moejax.train.verify import verify
 
         print(render(verify(experiment), fv.format))
     return 0
+
+
+def _experiment(fv, argv: list[str]) -> ExperimentConfig:
+    """That of --config or of the run in --workdir."""
+    if fv.workdir:
+        from moejax.runs.open import read_config
+
+        return read_config(pathlib.Path(fv.workdir))
+    experiment = experiment_of(fv, argv)
+    return with_vocabulary(experiment, expected_tokens(experiment.data))
 
 
 def _load(name: str | None, hf_config: str | None):

@@ -15,7 +15,7 @@ from moejax.cost.hardware import Device, load_device, names
 from moejax.cost.published import UNDISCLOSED, facts_of, known_names, published, sizes_text
 from moejax.cost.roofline import smallest_devices
 from moejax.models import zoo
-from moejax.text import UNKNOWN, Table, bytes_text, count_text, flops_text, usd_text
+from moejax.text import UNKNOWN, Number, Table, bytes_text, count_text, flops_text, usd_text
 
 
 @dataclasses.dataclass(frozen=True)
@@ -233,8 +233,11 @@ def wide_table(rows: list[Row], baseline: str, context: int) -> Table:
     )
 
 
-def csv_table(rows: list[Row]) -> Table:
-    """Plain numbers (parameters, FLOPs, bytes, USD); unknown is empty."""
+def exact_table(rows: list[Row]) -> Table:
+    """Every field of the rows (parameters, FLOPs, bytes, USD), for CSV and JSON; unknown is empty."""
     header = [f.name for f in dataclasses.fields(Row)]
-    values = [["" if v is None else str(v) for v in dataclasses.astuple(r)] for r in rows]
+    values = [
+        [v if isinstance(v, str) else Number("" if v is None else str(v), v) for v in row]
+        for row in (dataclasses.astuple(r) for r in rows)
+    ]
     return Table("", header, values)

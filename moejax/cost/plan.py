@@ -11,6 +11,7 @@ from moejax.cost.hardware import Device
 from moejax.cost.setup import Setup, check_counted, check_setup
 from moejax.mesh import MeshSizes
 from moejax.text import (
+    Number,
     Table,
     bytes_text,
     count_text,
@@ -81,7 +82,7 @@ def flops_table(arch: Architecture, cfg: ExperimentConfig | None, context: int) 
 def cache_table(arch: Architecture, setup: Setup) -> Table:
     rows = []
     for length in dict.fromkeys((1, setup.context, arch.max_seq_len)):
-        rows.append([f"{length:,}", bytes_text(memory.cache_bytes(arch, length))])
+        rows.append([Number(f"{length:,}", length), bytes_text(memory.cache_bytes(arch, length))])
     quantised = any(a.key_bytes for a in arch.attention or ())
     return Table(
         f"Key/value cache of one sequence, {'as published' if quantised else 'BF16'}",
@@ -101,7 +102,7 @@ def training_table(cfg: ExperimentConfig, setup: Setup) -> Table:
     ]
     room = d.memory * roofline.USABLE
     fits = held.total <= room
-    rows.append(["= memory per device", f"{bytes_text(held.total)} of {bytes_text(room)} usable"])
+    rows.append(["= memory per device", _of(held.total, room)])
     if mesh.peers > 1 and cfg.model.num_moe_layers and not cfg.compute.buffer_factor:
         # Dropless buffers hold every route that peers might send.
         compute = dataclasses.replace(cfg.compute, buffer_factor=2.0)
@@ -116,7 +117,8 @@ def training_table(cfg: ExperimentConfig, setup: Setup) -> Table:
         rows.append(
             [f"{count_text(setup.tokens)} tokens take", seconds_text(hours / mesh.devices * 3600)]
         )
-        rows.append(["device hours", f"{hours:,.0f}" if hours >= 100 else f"{hours:.3g}"])
+        text = f"{hours:,.0f}" if hours >= 100 else f"{hours:.3g}"
+        rows.append(["device hours", Number(text, hours)])
         rows.append(["money", _money(roofline.money(hours, d.price), d)])
     title = (
         f"Training on {mesh.devices} x {d.name} ({mesh})\n"
@@ -138,8 +140,11 @@ def step_rows(e: roofline.Estimate, d: Device, dtype: str) -> list[list[str]]:
     return [
         ["seconds a step", seconds_text(e.seconds)],
         ["limit", f"{e.limit} ({times})"],
-        ["FLOPs per byte", f"{e.intensity:.0f} (the device balances at {ridge:.0f})"],
-        ["tokens/s, all devices", f"{e.tokens_per_second:,.0f}"],
+        [
+            "FLOPs per byte",
+            Number(f"{e.intensity:.0f} (the device balances at {ridge:.0f})", e.intensity),
+        ],
+        ["tokens/s, all devices", Number(f"{e.tokens_per_second:,.0f}", e.tokens_per_second)],
     ]
 
 
@@ -166,7 +171,7 @@ def inference_table(arch: Architecture, setup: Setup) -> Table:
     known = [v for v in held.values() if v is not None]
     total, room = sum(known), d.memory * roofline.USABLE
     least = "" if len(known) == len(held) else "at least "
-    rows.append(["= memory per device", f"{least}{bytes_text(total)} of {bytes_text(room)} usable"])
+    rows.append(["= memory per device", _of(total, room, least)])
     if total > room:
         rows.append(["does not fit", _inference_advice(arch, setup, room)])
     e = roofline.decode_step(arch, d, mesh, setup.batch, setup.context)
@@ -197,4 +202,8 @@ def _inference_advice(arch: Architecture, setup: Setup, room: float) -> str:
 def _money(usd: float | None, d: Device) -> str:
     if usd is None:
         return f"unknown: no price for {d.name}; pass --price (USD per device hour)"
-    return f"{usd_text(usd)} at ${d.price:g} an hour"
+    return Number(f"{usd_text(usd)} at ${d.price:g} an hour", usd)
+
+
+def _of(used: float, room: float, least: str = "") -> str:
+    return Number(f"{least}{bytes_text(used)} of {bytes_text(room)} usable", used)

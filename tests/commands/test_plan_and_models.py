@@ -12,9 +12,8 @@ import pytest
 from moejax.__main__ import main
 from moejax.commands.models import main as models_main
 from moejax.commands.plan import main as plan_main
-from moejax.config import (
-    ConfigError,
-)
+from moejax.config import ConfigError, ExperimentConfig, ModelConfig
+from moejax.config_io import to_json
 from moejax.cost import models
 from moejax.models import zoo
 from moejax.text import (
@@ -44,6 +43,13 @@ def test_models_csv_has_plain_numbers(capsys):
     assert rows[0]["total"] == rows[0]["flops"] == "undisclosed"
     assert int(rows[1]["total"]) == 671_026_419_200 and float(rows[1]["relative"]) == 1.0
     assert int(rows[1]["cost"]) == 5_576_000
+
+
+def test_models_json_has_the_same_numbers(capsys):
+    models_main(["gpt-4", "deepseek-v3", "--format=json"])
+    [table] = json.loads(capsys.readouterr().out)
+    gpt4, v3 = (dict(zip(table["header"], row, strict=True)) for row in table["rows"])
+    assert gpt4["total"] == "undisclosed" and v3["total"] == 671_026_419_200
 
 
 def test_models_markdown_is_one_table(capsys):
@@ -82,6 +88,19 @@ def test_plan_command(name, style, capsys):
     assert "routed experts" in out and "decode" in out
     if style == "table":
         assert max(map(len, out.split("\n"))) <= 100
+
+
+def test_plan_has_exact_numbers_for_programs(capsys):
+    how = ["deepseek-moe-16b", "--device=h200", "--tokens=1e12"]
+    plan_main([*how, "--format=json"])
+    parameters, *_, training, inference = json.loads(capsys.readouterr().out)
+    # 2401.06066 Table 1 has 16.4B and 2.8B; the test of counts has the parts.
+    assert ["= with embeddings", 16_375_728_128, 2_828_650_496] in parameters["rows"]
+    assert dict(inference["rows"])["weights"] == 2 * 16_375_728_128
+    hours = dict(training["rows"])["device hours"]
+    assert isinstance(hours, float) and hours > 1000
+    plan_main([*how, "--format=csv"])
+    assert "= with embeddings,16375728128,2828650496" in capsys.readouterr().out.split("\n")
 
 
 def test_plan_of_v3_counts_multi_token_prediction_apart(capsys):
@@ -198,3 +217,16 @@ def test_answers_in_time():
 def test_old_calls_of_compare_say_where_the_table_went(argv, capsys):
     assert main(["compare", *argv]) == 2
     assert f"now: moejax models {' '.join(argv)}" in capsys.readouterr().err
+
+
+def test_plan_of_a_run(tmp_path, capsys):
+    """The same as of the config that it was trained with; imported runs have no other."""
+    cfg = ExperimentConfig(model=ModelConfig(vocab_size=258, d_model=64, num_layers=2))
+    (tmp_path / "config.json").write_text(to_json(cfg))
+    assert plan_main([f"--workdir={tmp_path}", "--device=h200", "--format=json"]) == 0
+    parameters = json.loads(capsys.readouterr().out)[0]
+    assert ["embedding", 258 * 64, 258 * 64] in parameters["rows"]
+    with pytest.raises(ConfigError, match="plan takes one model, not 2"):
+        plan_main(["gpt-2", f"--workdir={tmp_path}"])
+    with pytest.raises(ConfigError, match=r"config\.json"):
+        plan_main([f"--workdir={tmp_path / 'none'}"])
