@@ -293,7 +293,7 @@ def _in_flight(
     wide = BYTES[cfg.compute.dtype] * model.moe.expert_input(model.d_model)
     rows = tokens * rows_per_token(cfg, mesh) * wide if experts else 0.0
     layer = tokens * layer_bytes(cfg, seq_len, mesh) + rows + 3 * one + 0.4 * experts
-    if cfg.compute.remat != "none":  # else they take the place of what later layers kept
+    if cfg.compute.remat == "full":  # else they take the place of what later layers kept
         layer += tokens * _gradient_bytes(cfg, seq_len, mesh)
     chunk = cfg.compute.tokens_of_logits(model.vocab_size)
     at_once = min(tokens, max(1.0, chunk / mesh.size(BATCH)))
