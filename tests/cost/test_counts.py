@@ -62,6 +62,15 @@ COUNTS = {
     "qwen3-32b": ("32.7621", "32.7621", "31.9842", "31.2063"),
     "granite-3.0-1b-a400m": ("1.3346", "0.4287", "0.4287", "0.3783"),
     "granite-3.0-3b-a800m": ("3.2988", "0.8829", "0.8829", "0.8074"),
+    "dots.llm1": ("142.774", "14.017", "13.394", "12.771"),
+    "glm-4.5": ("352.798", "33.632", "32.856", "32.080"),
+    "glm-4.5-air": ("106.852", "13.424", "12.803", "12.183"),
+    "glm-4.7-flash": ("29.943", "3.897", "3.580", "3.262"),
+    "ernie-4.5-21b-a3b": ("21.825", "3.352", "3.352", "3.087"),
+    "hunyuan-a13b": ("80.393", "12.747", "12.747", "12.222"),
+    "minimax-m2": ("228.690", "11.031", "10.416", "9.801"),
+    "k-exaone-236b-a23b": ("236.571", "23.668", "22.725", "21.781"),
+    "solar-open-100b": ("102.652", "12.055", "11.250", "10.444"),
     "gpt-2": ("0.12444", "0.12444", "0.12365", "0.0851"),
     "gpt-2-medium": ("0.35482", "0.35482", "0.35377", "0.3023"),
     "gpt-2-large": ("0.77403", "0.77403", "0.77272", "0.7084"),
@@ -97,6 +106,13 @@ EXCEPTIONS = {
     ("llama-3.2-1b", "active"): ("1.24", "1.2358, cut off"),
     ("mistral-7b", "total"): ("7.2", "7.2417, rounded up"),
     ("mistral-7b", "active"): ("7.2", "7.2417, rounded up"),
+    ("dots.llm1", "total"): ("143", "142.77, cut off"),
+    ("glm-4.5", "total"): ("353", "its 355B have multi-token prediction and no embeddings"),
+    ("glm-4.5-air", "total"): ("107", "its 106B have no embeddings"),
+    ("ernie-4.5-21b-a3b", "total"): ("22", "21.83, cut off"),
+    ("minimax-m2", "total"): ("229", "228.69, rounded up"),
+    ("k-exaone-236b-a23b", "total"): ("237", "236.57, cut off"),
+    ("solar-open-100b", "total"): ("102.7", "102.65, cut off"),
     ("gpt-2-xl", "total"): ("1.6", "1.5576, cut off"),
     ("gpt-2-xl", "active"): ("1.6", "1.5576, cut off"),
 }
@@ -131,6 +147,13 @@ def test_figures_that_no_convention_gives():
     sizes = ("gpt-2", "gpt-2-medium", "gpt-2-large", "gpt-2-xl")
     ours = [round(total(arch(n)) / 1e6) for n in sizes]
     assert ours == [124, 355, 774, 1558]
+
+
+def test_what_glm_counts():
+    """Table 1 of 2508.06471 counts no embeddings: 355B with multi-token prediction, Air's 106B without."""
+    glm, air = arch("glm-4.5"), arch("glm-4.5-air")
+    assert as_printed(counts(glm)[NONE].total + sum(p.total for p in glm.mtp), "355") == "355"
+    assert as_printed(counts(air)[NONE].total, "106") == "106"
 
 
 def test_last_digit():

@@ -163,6 +163,46 @@ BAD = {
     "head split": ("gpt-2", {"n_head": 7}, "n_head=7"),
     "too many per token": ("mixtral-8x7b", {"num_experts_per_tok": 9}, "experts_per_token=9"),
     "groups": ("deepseek-v3", {"n_group": 7}, "num_groups=7"),
+    "no window": ("k-exaone-236b-a23b", {"sliding_window": None}, "sliding_window"),
+    "pattern": (
+        "k-exaone-236b-a23b",
+        {"sliding_window_pattern": "LXG"},
+        "sliding_window_pattern='LXG'",
+    ),
+    "other dense layers": (
+        "k-exaone-236b-a23b",
+        {"is_moe_layer": [True] * 48},
+        "is not the 1 first layers dense",
+    ),
+    "dense between": (
+        "glm-4.7-flash",
+        {"mlp_layer_types": ["sparse", "dense"] + ["sparse"] * 45},
+        "mlp_layer_types",
+    ),
+    "too few layer types": ("glm-4.7-flash", {"mlp_layer_types": ["dense"]}, "47 times"),
+    "interval": ("ernie-4.5-21b-a3b", {"moe_layer_interval": 2}, "moe_layer_interval=2"),
+    "dense at the end": (
+        "ernie-4.5-21b-a3b",
+        {"moe_layer_end_index": 20},
+        "moe_layer_end_index=20",
+    ),
+    "biases": ("ernie-4.5-21b-a3b", {"use_bias": True}, "use_bias=True"),
+    "layers differ": ("hunyuan-a13b", {"moe_topk": [8] * 31 + [4]}, "moe_topk"),
+    "dynamic": ("hunyuan-a13b", {"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "'dynamic'"),
+    "no norm": ("minimax-m2", {"use_qk_norm": False}, "use_qk_norm=False"),
+    "shared": ("minimax-m2", {"shared_intermediate_size": 8}, "shared_intermediate_size=8"),
+    "odd width": ("minimax-m2", {"rotary_dim": 63}, "rope.width=63"),
+    "dense": ("solar-open-100b", {"first_k_dense_replace": 1}, "first_k_dense_replace=1"),
+    "negative multiplier": (
+        "granite-3.0-3b-a800m",
+        {"residual_multiplier": -1.0},
+        "residual_multiplier",
+    ),
+    "zero multiplier": (
+        "granite-3.0-3b-a800m",
+        {"embedding_multiplier": 0.0},
+        "embedding_multiplier",
+    ),
 }
 
 

@@ -1,6 +1,6 @@
 """The models compared, continued: dense families with grouped queries, and MoE families of 2024 and later."""
 
-from parity_shapes import DECODER, GQA, MHA, NO_AUX, Case
+from parity_shapes import DECODER, FINE, GQA, GROUPS, MHA, MLA, NO_AUX, Case
 
 # 64 positions: of 3 frequencies of a head, one is kept, one is between and one is slowed.
 LLAMA3 = {
@@ -15,6 +15,27 @@ BASE: dict[str, dict] = {
     "qwen3": {**DECODER, "intermediate_size": 53, "head_dim": 10},
     "granitemoe": {
         **DECODER, **NO_AUX, "num_local_experts": 7, "num_experts_per_tok": 3, "intermediate_size": 10,
+    },
+    "dots1": {**DECODER, **FINE, "num_hidden_layers": 3},
+    "glm4_moe": {**DECODER, **FINE, "num_hidden_layers": 3, "num_mtp_layers": 0},
+    "glm4_moe_lite": {
+        **DECODER, **MLA, **FINE, "num_hidden_layers": 3, "q_lora_rank": 14, "n_shared_experts": 1,
+    },
+    "ernie4_5_moe": {
+        **DECODER, **NO_AUX, "num_hidden_layers": 3, "intermediate_size": 44, "moe_intermediate_size": 10,
+        "moe_num_experts": 7, "moe_k": 3, "moe_num_shared_experts": 2, "tie_word_embeddings": False,
+    },
+    "hunyuan_v1_moe": {**DECODER, "intermediate_size": 10, "num_experts": 7, "moe_topk": 3},
+    "minimax_m2": {
+        **DECODER, **NO_AUX, "num_local_experts": 7, "num_experts_per_tok": 3, "intermediate_size": 10,
+    },
+    "exaone_moe": {
+        **DECODER, "num_hidden_layers": 3, "intermediate_size": 44, "moe_intermediate_size": 10,
+        "num_experts": 8, "num_experts_per_tok": 3, "num_shared_experts": 2,
+    },
+    "solar_open": {
+        **DECODER, "n_routed_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 10,
+        "n_shared_experts": 2, "head_dim": 10,
     },
 }  # fmt: skip
 
@@ -37,4 +58,21 @@ CASES = [
     Case("granitemoe", "biases-tied-shards",
          {**MHA, "attention_bias": True, "tie_word_embeddings": True, "residual_multiplier": 1.2},
          shard="20KB"),
+    Case("dots1", "windows", {**GQA, **GROUPS, "sliding_window": 4, "max_window_layers": 2,
+         "norm_topk_prob": True, "routed_scaling_factor": 2.5}, gradient=True),
+    Case("glm4_moe", "half-rotated", {**GQA, "head_dim": 8, "use_qk_norm": True, "attention_bias": True,
+         "routed_scaling_factor": 2.5}, gradient=True),
+    Case("glm4_moe", "no-norm-shards", {**GQA, **GROUPS, "head_dim": 12, "use_qk_norm": False,
+         "tie_word_embeddings": True}, shard="20KB"),
+    Case("glm4_moe_lite", "latent", {"mlp_layer_types": ["dense", "dense", "sparse"]}, gradient=True),
+    Case("ernie4_5_moe", "pairs", {**GQA}, gradient=True),
+    Case("hunyuan_v1_moe", "norm-after", {**GQA, "head_dim": 10}, gradient=True),
+    Case("hunyuan_v1_moe", "alpha-tied-shards",
+         {**MHA, "head_dim": 12, "tie_word_embeddings": True,
+          "rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "alpha": 10.0, "factor": 1.0}},
+         shard="20KB"),
+    Case("minimax_m2", "half-rotated", {**GQA, "head_dim": 8, "rotary_dim": 4}, gradient=True),
+    Case("exaone_moe", "windows", {**GQA, "head_dim": 10, "sliding_window": 4,
+         "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}, gradient=True),
+    Case("solar_open", "all-moe", {**GQA, "attention_bias": True}, gradient=True),
 ]  # fmt: skip

@@ -18,17 +18,25 @@ from moejax.models.zoo import (
     deepseek,
     deepseek_v2,
     deepseek_v3,
+    dots1,
+    ernie4_5_moe,
+    exaone_moe,
+    glm4_moe,
+    glm4_moe_lite,
     gpt2,
     gpt_oss,
     granitemoe,
+    hunyuan_v1_moe,
     keys,
     llama,
+    minimax_m2,
     mistral,
     mixtral,
     olmoe,
     qwen2_moe,
     qwen3,
     qwen3_moe,
+    solar_open,
 )
 from moejax.models.zoo.architecture import architecture
 from moejax.text import plain, shown
@@ -50,6 +58,14 @@ FAMILIES: dict[str, ModuleType] = {
     "mistral": mistral,
     "qwen3": qwen3,
     "granitemoe": granitemoe,
+    "dots1": dots1,
+    "glm4_moe": glm4_moe,
+    "glm4_moe_lite": glm4_moe_lite,
+    "ernie4_5_moe": ernie4_5_moe,
+    "hunyuan_v1_moe": hunyuan_v1_moe,
+    "minimax_m2": minimax_m2,
+    "exaone_moe": exaone_moe,
+    "solar_open": solar_open,
 }
 
 # Architectures that moejax counts (`moejax.cost`) and does not run.
@@ -100,6 +116,16 @@ PRESETS: dict[str, str] = {
     "qwen3-30b-a3b": "qwen3-30b-a3b",
     "granite-3.0-1b-a400m": "granite-3.0-1b-a400m",
     "granite-3.0-3b-a800m": "granite-3.0-3b-a800m",
+    "dots.llm1": "dots.llm1",
+    "glm-4.5": "glm-4.5",
+    "glm-4.5-air": "glm-4.5-air",
+    "glm-4.7-flash": "glm-4.7-flash",
+    "ernie-4.5-21b-a3b": "ernie-4.5-21b-a3b",
+    "hunyuan-a13b": "hunyuan-a13b",
+    "minimax-m2": "minimax-m2",
+    "k-exaone-236b-a23b": "k-exaone-236b-a23b",
+    "solar-open-100b": "solar-open-100b",
+    "glm-4.6": "glm-4.6",
     "olmoe-1b-7b": "olmoe-1b-7b",
 }
 

@@ -12,30 +12,61 @@ _BIAS = names.BLOCK + "mlp.gate.e_score_correction_bias"
 _BLOCKS = ("dense_blocks", "moe_blocks", "mtp/block")
 # Multi-token prediction is saved as layers after the last, each with its own copy of the embedding
 # and the head. Its projection takes the embedding first, unlike eq. 21 of 2412.19437.
-NAMES = names.Table(
-    rows=(
-        *names.DECODER,
-        *names.in_blocks(names.NORMS + names.LATENT_ATTENTION + deepseek.FFNS, _BLOCKS),
-        names.Row("router_state/moe_blocks/expert_bias", _BIAS),
-        names.Row("router_state/mtp/expert_bias", _BIAS),
-        names.Row("mtp/embed_norm/scale", names.BLOCK + "enorm.weight"),
-        names.Row("mtp/hidden_norm/scale", names.BLOCK + "hnorm.weight"),
-        names.Row("mtp/proj", names.BLOCK + "eh_proj.weight", names.TRANSPOSE),
-        names.Row("mtp/norm/scale", names.BLOCK + "shared_head.norm.weight"),
-    ),
-    duplicates=(
-        names.Duplicate(
-            names.BLOCK + "embed_tokens.weight", ("model.embed_tokens.weight",), written=True
+BIAS = names.Row("router_state/moe_blocks/expert_bias", _BIAS)
+
+
+def table(attention: tuple[names.Row, ...]) -> names.Table:
+    """V3's names with these of attention."""
+    return names.Table(
+        rows=(
+            *names.DECODER,
+            *names.in_blocks(names.NORMS + attention + deepseek.FFNS, _BLOCKS),
+            BIAS,
+            names.Row("router_state/mtp/expert_bias", _BIAS),
+            names.Row("mtp/embed_norm/scale", names.BLOCK + "enorm.weight"),
+            names.Row("mtp/hidden_norm/scale", names.BLOCK + "hnorm.weight"),
+            names.Row("mtp/proj", names.BLOCK + "eh_proj.weight", names.TRANSPOSE),
+            names.Row("mtp/norm/scale", names.BLOCK + "shared_head.norm.weight"),
         ),
-        names.Duplicate(
-            names.BLOCK + "shared_head.head.weight",
-            ("lm_head.weight", "model.embed_tokens.weight"),
-            written=True,
+        duplicates=(
+            names.Duplicate(
+                names.BLOCK + "embed_tokens.weight", ("model.embed_tokens.weight",), written=True
+            ),
+            names.Duplicate(
+                names.BLOCK + "shared_head.head.weight",
+                ("lm_head.weight", "model.embed_tokens.weight"),
+                written=True,
+            ),
+            names.TIED_HEAD,
         ),
-        names.TIED_HEAD,
-    ),
-    ignorable=(names.ROTARY_BUFFER,),
-)
+        ignorable=(names.ROTARY_BUFFER,),
+    )
+
+
+NAMES = table(names.LATENT_ATTENTION)
+
+
+def sigmoid_router(hf: dict, family: str, *, normalize: bool = True, scaling: float = 1.0):
+    """V3's router, as many later families have it; `normalize` and `scaling`: where the file is silent."""
+    return router_options(
+        score="sigmoid",
+        normalize_weights=fields.flag(hf, family, "norm_topk_prob", normalize),
+        routed_scaling=fields.number(hf, family, "routed_scaling_factor", scaling),
+        num_groups=fields.size(hf, family, "n_group", 1),
+        topk_groups=fields.size(hf, family, "topk_group", 1),
+        group_score="top2_sum",
+        expert_bias=True,
+    )
+
+
+def sigmoid_router_to_hf(cfg: ModelConfig) -> dict:
+    router = cfg.moe.router
+    return {
+        "norm_topk_prob": router.normalize_weights,
+        "routed_scaling_factor": router.routed_scaling,
+        "n_group": router.num_groups,
+        "topk_group": router.topk_groups,
+    }
 
 
 def config_from_hf(hf: dict) -> ModelConfig:
@@ -59,15 +90,7 @@ def config_from_hf(hf: dict) -> ModelConfig:
         attention=latent_attention(hf, MODEL_TYPE),
         moe=MoEConfig(
             **deepseek.moe_shape(hf, MODEL_TYPE),
-            router=router_options(
-                score="sigmoid",
-                normalize_weights=fields.flag(hf, MODEL_TYPE, "norm_topk_prob", True),
-                routed_scaling=fields.number(hf, MODEL_TYPE, "routed_scaling_factor", 1.0),
-                num_groups=fields.size(hf, MODEL_TYPE, "n_group", 1),
-                topk_groups=fields.size(hf, MODEL_TYPE, "topk_group", 1),
-                group_score="top2_sum",
-                expert_bias=True,
-            ),
+            router=sigmoid_router(hf, MODEL_TYPE),
         ),
         mtp_depth=fields.size(hf, MODEL_TYPE, "num_nextn_predict_layers", 0, least=0),
     )
@@ -79,17 +102,13 @@ def objective_from_hf(hf: dict) -> ObjectiveConfig:
 
 def config_to_hf(cfg: ModelConfig, objective: ObjectiveConfig) -> dict:
     """The config.json that `transformers` loads as DeepseekV3ForCausalLM (without MTP)."""
-    router = cfg.moe.router
     return fields.decoder_to_hf(
         cfg,
         architectures=["DeepseekV3ForCausalLM"],
         model_type=MODEL_TYPE,
         scoring_func="sigmoid",
         topk_method="noaux_tc",
-        n_group=router.num_groups,
-        topk_group=router.topk_groups,
-        routed_scaling_factor=router.routed_scaling,
         num_nextn_predict_layers=cfg.mtp_depth,
-        **deepseek.moe_shape_to_hf(cfg, objective),
+        **deepseek.moe_shape_to_hf(cfg, objective) | sigmoid_router_to_hf(cfg),
         **latent_attention_to_hf(cfg),
     )

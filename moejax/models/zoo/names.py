@@ -30,6 +30,7 @@ COPY = Transform()
 TRANSPOSE = Transform(transpose=True)
 # GPT-2's c_attn: queries, keys and values side by side on the output axis, which is last there.
 THIRDS = tuple(Transform(part=i, parts=3) for i in range(3))
+LEAD = Transform(lead=True)
 # Gate and up projections of experts in one tensor, [E, 2F, D].
 HALVES = tuple(Transform(transpose=True, part=i, parts=2) for i in range(2))
 # gpt-oss's gate_up_proj: even columns are the gate, odd ones the up projection.
@@ -148,11 +149,11 @@ EXPERTS += FUSED_EXPERTS
 SHARED_EXPERTS = swiglu("moe/shared", "mlp.shared_experts")
 
 
-def decoder(*rows: Row, blocks=("dense_blocks", "moe_blocks"), ignorable: str = ""):
-    """The table of a decoder with these rows in its blocks, and norms before the sub-layers. `ignorable`: a
-    regular expression of names besides those of buffers."""
-    ignored = (ROTARY_BUFFER, *([ignorable] if ignorable else []))
-    return Table((*DECODER, *in_blocks((*NORMS, *rows), blocks)), (TIED_HEAD,), ignored)
+def decoder(*rows: Row, others: tuple[Row, ...] = (), ignorable: str = ROTARY_BUFFER) -> Table:
+    """The table of a decoder with these rows in its blocks, norms before the sub-layers, and `others`."""
+    return Table(
+        (*DECODER, *in_blocks((*NORMS, *rows)), *others), (TIED_HEAD,), (ROTARY_BUFFER, ignorable)
+    )
 
 
 def in_blocks(rows: tuple[Row, ...], blocks: tuple[str, ...] = ("dense_blocks", "moe_blocks")):

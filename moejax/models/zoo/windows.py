@@ -16,7 +16,7 @@ def from_hf(hf: dict, family: str, otherwise: list[bool], default: int | None = 
     if not any(slides):
         fields.size(hf, family, "sliding_window", 0, least=0)
         return ()
-    window = fields.size(hf, family, "sliding_window", default)
+    window = fields.size(hf, family, "sliding_window", None if "sliding_window" in hf else default)
     every = tuple(window * s for s in slides)
     periods = range(1, len(every) + 1)
     return next(every[:p] for p in periods if all(w == every[i % p] for i, w in enumerate(every)))
