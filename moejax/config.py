@@ -9,6 +9,7 @@ together.
 """
 
 import dataclasses
+from collections.abc import Sequence
 from typing import ClassVar
 
 from moejax.options import ConfigError as ConfigError  # where the rest of the library takes it from
@@ -136,6 +137,8 @@ class ModelConfig:
     num_layers: int = number(4, least=1)
     # Leading layers with a dense FFN; the rest are MoE if num_experts > 0.
     num_dense_layers: int = 1
+    # Which layers these are, where they are not the first ones: their numbers from 0, in order.
+    dense_at: tuple[int, ...] = ()
     d_ff: int = 512  # width of a dense FFN
     activation: str = choice(*ACTIVATIONS)  # of dense FFNs; 'gelu_tanh' for GPT-2
     ffn_bias: bool = False
@@ -157,6 +160,15 @@ class ModelConfig:
     @property
     def num_moe_layers(self) -> int:
         return self.num_layers - self.num_dense_layers if self.moe.num_experts else 0
+
+    @property
+    def layers(self) -> dict[str, Sequence[int]]:
+        """The layers of each stack of blocks, in order."""
+        dense = self.num_layers - self.num_moe_layers
+        if not self.dense_at:
+            return {"dense_blocks": range(dense), "moe_blocks": range(dense, self.num_layers)}
+        others = sorted({*range(self.num_layers)} - {*self.dense_at})
+        return {"dense_blocks": self.dense_at, "moe_blocks": others}
 
     @property
     def router(self) -> Router | None:

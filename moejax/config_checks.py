@@ -41,6 +41,15 @@ def model_problems(
         f"{p}num_dense_layers={cfg.num_dense_layers} must be between 0 and "
         f"{p}num_layers={cfg.num_layers}",
     )
+    at = cfg.dense_at
+    out.need(
+        not at or at == tuple(i for i in range(cfg.num_layers) if i in at),
+        f"{p}dense_at={at} must be numbers of layers below {p}num_layers={cfg.num_layers}, in order",
+    )
+    out.need(
+        not at or (len(at) == cfg.num_dense_layers and m.num_experts > 0),
+        f"{p}dense_at={at} needs {p}num_dense_layers={len(at)} and experts in the other layers",
+    )
     dense = cfg.num_moe_layers < cfg.num_layers
     if dense:
         out.need(cfg.d_ff > 0, f"{p}d_ff={cfg.d_ff} must be positive: there are dense layers")
@@ -141,6 +150,11 @@ def _moe_problems(cfg: ModelConfig, p: str, objective: ObjectiveConfig) -> list[
     router = ROUTERS[m.router.name]
     here = dataclasses.replace(cfg, num_dense_layers=0).router_config(objective)
     out += router.problems(here, p)
+    out.need(
+        not cfg.dense_at or bool(out) or not router.carries(here),
+        f"dense_at={cfg.dense_at}: {p}router.name={m.router.name!r} passes something from layer to layer, and "
+        "dense layers between would stop it",
+    )
     for field in dataclasses.fields(objective):
         value = getattr(objective, field.name)
         read = field.name in (*router.balance, *_PARAMETERS, "mtp_loss_weight")

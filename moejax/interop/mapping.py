@@ -3,7 +3,7 @@
 import dataclasses
 import math
 import re
-from collections.abc import Container, Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -28,13 +28,13 @@ class Target:
     Attributes:
       spec: shape (layers and experts first where the row's name has them), axes, and dtype.
       row: the row of the name table.
-      first_layer: number in the whole model of the array's first layer.
+      layers: numbers in the whole model of the array's layers.
       leading: how many leading axes are separate tensors in the file.
     """
 
     spec: ParamSpec
     row: Row
-    first_layer: int
+    layers: Sequence[int]
     leading: int
 
     @property
@@ -49,7 +49,7 @@ class Target:
     def name(self, at: tuple[int, ...]) -> str:
         """The name in the file of block `at`."""
         layer, expert = (*at, 0, 0)[:2]
-        return self.row.hf.format(layer=self.first_layer + layer, expert=expert)
+        return self.row.hf.format(layer=self.layers[layer], expert=expert)
 
     @property
     def file_shape(self) -> tuple[int, ...]:
@@ -89,15 +89,14 @@ def targets(cfg: ModelConfig, model_type: str, found: Container[str] = ()) -> di
     rows: dict[str, list[Row]] = {}
     for row in table.rows:
         rows.setdefault(row.path, []).append(row)
-    first_moe = cfg.num_layers - cfg.num_moe_layers
-    first_layer = {"moe_blocks": first_moe, "mtp": cfg.num_layers}
+    layers = {**cfg.layers, "mtp": range(cfg.num_layers, cfg.num_layers + cfg.mtp_depth)}
     out = {}
     for path, spec in array_specs(cfg).items():
         if path not in rows:
             raise InteropError(f"{model_type} checkpoints have no tensor for {path}")
         group = path.removeprefix(ROUTER_STATE + "/").split("/")[0]
         every = [
-            Target(spec, r, first_layer.get(group, 0), ("{layer}" in r.hf) + ("{expert}" in r.hf))
+            Target(spec, r, layers.get(group, (0,)), ("{layer}" in r.hf) + ("{expert}" in r.hf))
             for r in rows[path]
         ]
         out[path] = next((t for t in every if t.name((0, 0)) in found), every[0])

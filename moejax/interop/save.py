@@ -91,7 +91,7 @@ def model_tensors(
             name = target.name(at)
             parts.setdefault(name, []).append((target, at))
             place = (0 if path.startswith("embed/") else 2, 0)
-            order[name] = (1, target.first_layer + at[0]) if at else place
+            order[name] = (1, target.layers[at[0]]) if at else place
     for name, of, rule in list(mapping.duplicates(cfg, FAMILIES[model_type].NAMES, parts)):
         if rule.written:
             parts[name], order[name] = parts[of], (1, cfg.num_layers)

@@ -7,6 +7,8 @@ A *list* of per-layer trees (`unstack`) is unrolled too: decoding uses it, so th
 copied out of a stack for every token.
 """
 
+import itertools
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -115,6 +117,29 @@ def unstack(params: dict) -> dict:
     return {k: blocks.unstack(v) if k.endswith("_blocks") else v for k, v in params.items()}
 
 
+def _runs(cfg: ModelConfig) -> Iterator[tuple[str, int, int, int]]:
+    """Layers of one kind that follow each other: (stack of blocks, first layer, its place in the stack, how
+    many)."""
+    place = dict.fromkeys(cfg.layers, 0)
+    kinds = {i: name for name, every in cfg.layers.items() for i in every}
+    for name, group in itertools.groupby(range(cfg.num_layers), kinds.__getitem__):
+        layers = list(group)
+        yield name, layers[0], place[name], len(layers)
+        place[name] += len(layers)
+
+
+def _part(start: int, count: int, whole: int):
+    """A function that takes these layers out of a stack, or of a list of layers."""
+    here = slice(start, start + count)
+
+    def part(stack):
+        if count == whole:
+            return stack
+        return stack[here] if isinstance(stack, list) else jax.tree.map(lambda a: a[here], stack)
+
+    return part
+
+
 def forward(
     params: dict,
     router_state: dict,
@@ -171,25 +196,20 @@ def forward(
     )
     x_BSD = embedding.embed(params, tokens_BS, ctx.where.positions_BS, cfg, ctx.compute.dtype)
     x_BSD = constrain(x_BSD, layout)
-    first_moe = cfg.num_layers - cfg.num_moe_layers
-    aux = {}
-    for name, start, count in (
-        ("dense_blocks", 0, first_moe),
-        ("moe_blocks", first_moe, cfg.num_moe_layers),
-    ):
-        if not count:
-            continue
+    auxes = []
+    for name, start, at, count in _runs(cfg):
         is_moe = name == "moe_blocks"
+        part = _part(at, count, len(cfg.layers[name]))
         index_L = jnp.arange(start, start + count)
         window_L = None
         if cfg.attention.windows:
             window_L = jnp.array([cfg.attention.window(i) for i in range(start, start + count)])
-        layers = LayerInput(params[name], index_L, index_L, window=window_L)
+        layers = LayerInput(part(params[name]), index_L, index_L, window=window_L)
         if is_moe:
             layers = layers._replace(
-                state=router_state.get(name, {}),
-                stats=None if totals is None else totals.stats,
-                forced_TK=forced_LTK,
+                state=part(router_state.get(name, {})),
+                stats=None if totals is None else part(totals.stats),
+                forced_TK=part(forced_LTK),
             )
         here = cache[start : start + count] if isinstance(cache, list) else cache
         x_BSD, here, layer_aux = blocks.run_blocks(x_BSD, layers, ctx, cache=here)
@@ -198,5 +218,8 @@ def forward(
         else:
             cache = here
         if is_moe:
-            aux[name] = layer_aux
+            auxes.append(layer_aux)
+    aux = dict(moe_blocks=auxes[0]) if auxes else {}
+    if len(auxes) > 1:
+        aux["moe_blocks"] = jax.tree.map(lambda *a: jnp.concatenate(a), *auxes)
     return Output(embedding.last_norm(params["final_norm"], x_BSD, cfg), aux, cache)

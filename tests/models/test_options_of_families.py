@@ -14,6 +14,7 @@ import pytest
 from moejax.config import AttentionConfig, ModelConfig, MoEConfig, RopeConfig
 from moejax.config_checks import model_problems
 from moejax.models import transformer
+from moejax.models.cache import init_layers
 from moejax.models.rope import inverse_frequencies, rotate, rotation
 
 CFG = ModelConfig(
@@ -129,6 +130,35 @@ def test_norm_after_the_rotation():
     assert abs(logits(before, params, state) - logits(after, params, state)).max() > 1e-3
 
 
+def test_dense_layers_after_experts():
+    """A block that adds nothing can be left out: the MoE block is the first, the dense one the second."""
+    moe = MoEConfig(num_experts=4, d_expert=8)
+    both = dataclasses.replace(CFG, num_layers=2, moe=moe, dense_at=(1,))
+    alone = {
+        "dense_blocks": dataclasses.replace(CFG, num_layers=1),
+        "moe_blocks": dataclasses.replace(CFG, num_layers=1, num_dense_layers=0, moe=moe),
+    }
+    params, state = model(both)
+    first = dataclasses.replace(both, dense_at=())
+    assert abs(logits(both, params, state) - logits(first, params, state)).max() > 1e-3
+    for kept, cfg in alone.items():
+        empty = "moe_blocks" if kept == "dense_blocks" else "dense_blocks"
+        rest = {k: v for k, v in params.items() if k != empty}
+        nothing = {**params, empty: jax.tree.map(jnp.zeros_like, params[empty])}
+        want = logits(cfg, rest, state if kept == "moe_blocks" else {})
+        np.testing.assert_allclose(logits(both, nothing, state), want, atol=1e-6)
+    # The same with lists of layers, and from the cache of each layer.
+    apart = transformer.unstack(params)
+    want = logits(both, params, state)
+    np.testing.assert_allclose(logits(both, apart, state), want, atol=1e-5)
+    out = jax.jit(
+        lambda p: transformer.forward(
+            p, state, TOKENS, both, cache=init_layers(both, 2, 7), prefill=True
+        )
+    )(apart)
+    np.testing.assert_allclose(transformer.logits(params, out.hidden_BSD), want, atol=1e-5)
+
+
 @pytest.mark.parametrize(
     "changes, text",
     [
@@ -140,3 +170,13 @@ def test_norm_after_the_rotation():
 )
 def test_what_does_not_fit_is_named(changes, text):
     assert any(text in p for p in model_problems(with_attention(**changes)))
+
+
+def test_dense_layers_that_do_not_fit_are_named():
+    moe = MoEConfig(num_experts=4, d_expert=8)
+    for at, text in (
+        ((2,), "below model.num_layers=2"),
+        ((0, 1), "needs model.num_dense_layers=2"),
+    ):
+        cfg = dataclasses.replace(CFG, num_layers=2, moe=moe, dense_at=at)
+        assert any(text in p for p in model_problems(cfg))

@@ -113,6 +113,30 @@ def test_attention_and_routing_of_the_others():
     )
 
 
+DENSE = {
+    "only": ("qwen3-30b-a3b", {"mlp_only_layers": [3, 5]}, (3, 5)),
+    "step": ("qwen3-30b-a3b", {"decoder_sparse_step": 2}, tuple(range(0, 48, 2))),
+    "types": ("glm-4.7-flash", {"mlp_layer_types": ["sparse", "dense"] + ["sparse"] * 45}, (1,)),
+    "interval": (
+        "ernie-4.5-21b-a3b",
+        {"moe_layer_interval": 3, "moe_layer_end_index": 24},
+        tuple(i for i in range(28) if i % 3 != 2 or i > 24),
+    ),
+    "end": ("ernie-4.5-21b-a3b", {"moe_layer_end_index": 20}, (0, *range(21, 28))),
+    "frequency": ("deepseek-moe-16b", {"moe_layer_freq": 2}, (0, *range(1, 28, 2))),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name, change, at", DENSE.values(), ids=DENSE)
+def test_dense_layers_anywhere(name, change, at):
+    """Read from each family's keys, and written to them again."""
+    hf = {**zoo.load_hf(name), **change}
+    cfg = zoo.config_from_hf(hf)
+    assert (cfg.dense_at, cfg.num_dense_layers) == (at, len(at))
+    assert cfg.layers["dense_blocks"] == at and not {*at} & {*cfg.layers["moe_blocks"]}
+    assert zoo.lost_fields(cfg, hf["model_type"]) == []
+
+
 def test_balance_coefficient_of_transformers_counts_k_times():
     """Its loss is K times 2401.06066 eq. 12: the coefficient 0.02 of Mixtral (K=2) becomes 0.04."""
     cfg, objective = load("mixtral-8x7b")
@@ -151,8 +175,9 @@ BAD = {
     "score": ("deepseek-v3", {"scoring_func": "softmax"}, "'sigmoid' would work"),
     "method": ("deepseek-v2", {"topk_method": "noaux_tc"}, "group_limited_greedy"),
     "v2 normalised": ("deepseek-v2", {"norm_topk_prob": True}, "two meanings"),
-    "sparse step": ("qwen3-30b-a3b", {"decoder_sparse_step": 2}, "decoder_sparse_step=2"),
-    "scattered dense": ("qwen3-30b-a3b", {"mlp_only_layers": [5]}, "mlp_only_layers"),
+    "sparse step": ("qwen3-30b-a3b", {"decoder_sparse_step": 0}, "decoder_sparse_step=0"),
+    "no such layer": ("qwen3-30b-a3b", {"mlp_only_layers": [48]}, "0 to 47"),
+    "frequency": ("deepseek-v3", {"moe_layer_freq": 2}, "moe_layer_freq=2"),
     "clip": ("olmoe-1b-7b", {"clip_qkv": 8.0}, "clip_qkv"),
     "activation": ("llama-2-7b", {"hidden_act": "gelu"}, "'silu' would work"),
     "layer types": ("gpt-oss-20b", {"layer_types": ["full_attention"]}, "24 times"),
@@ -172,20 +197,9 @@ BAD = {
     "other dense layers": (
         "k-exaone-236b-a23b",
         {"is_moe_layer": [True] * 48},
-        "is not the 1 first layers dense",
-    ),
-    "dense between": (
-        "glm-4.7-flash",
-        {"mlp_layer_types": ["sparse", "dense"] + ["sparse"] * 45},
-        "mlp_layer_types",
+        "name different layers",
     ),
     "too few layer types": ("glm-4.7-flash", {"mlp_layer_types": ["dense"]}, "47 times"),
-    "interval": ("ernie-4.5-21b-a3b", {"moe_layer_interval": 2}, "moe_layer_interval=2"),
-    "dense at the end": (
-        "ernie-4.5-21b-a3b",
-        {"moe_layer_end_index": 20},
-        "moe_layer_end_index=20",
-    ),
     "biases": ("ernie-4.5-21b-a3b", {"use_bias": True}, "use_bias=True"),
     "layers differ": ("hunyuan-a13b", {"moe_topk": [8] * 31 + [4]}, "moe_topk"),
     "dynamic": ("hunyuan-a13b", {"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "'dynamic'"),

@@ -28,6 +28,8 @@ def architecture(cfg: ModelConfig) -> dict:
         unused.add("max_seq_len")  # only learned positions have a parameter for each
     else:
         unused |= {k for k in flat if k.startswith("attention.rope.")}
+    if cfg.dense_at == tuple(range(cfg.num_dense_layers)):
+        flat["dense_at"] = ()  # the default, spelled out
     if a.kind == "mla":
         unused.add("attention.rope.width")
     elif a.rope.width == a.head_dim:

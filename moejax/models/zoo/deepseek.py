@@ -25,7 +25,6 @@ NAMES = names.Table(
 def moe_shape(hf: dict, family: str) -> dict:
     """Keyword arguments of MoEConfig that all DeepSeek families share."""
     n = fields.sizes(hf, family, "n_routed_experts", "num_experts_per_tok", "moe_intermediate_size")
-    fields.only(hf, family, "moe_layer_freq", 1)
     fields.given(hf, family, "n_shared_experts")
     return {
         "num_experts": n["n_routed_experts"],
@@ -44,10 +43,26 @@ def moe_shape_to_hf(cfg: ModelConfig, objective: ObjectiveConfig) -> dict:
         "num_experts_per_tok": m.experts_per_token,
         "moe_intermediate_size": m.d_expert,
         "n_shared_experts": m.shared_experts,
-        "moe_layer_freq": 1,
         "norm_topk_prob": m.router.normalize_weights,
         **fields.deepseek_objective_to_hf(objective),
     }
+
+
+def _dense_layers(hf: dict) -> dict:
+    """The first ones, and then all that are no multiple of `moe_layer_freq`."""
+    first = fields.size(hf, MODEL_TYPE, "first_k_dense_replace", 0, least=0)
+    step = fields.size(hf, MODEL_TYPE, "moe_layer_freq", 1)
+    if step == 1:
+        return {"num_dense_layers": first}
+    return fields.dense_layers([i < first or i % step != 0 for i in range(hf["num_hidden_layers"])])
+
+
+def _dense_layers_to_hf(cfg: ModelConfig) -> dict:
+    """The two keys; a pattern that they cannot express is lost."""
+    moe = cfg.layers["moe_blocks"]
+    if not cfg.dense_at or len(moe) < 2:
+        return {"first_k_dense_replace": cfg.num_dense_layers, "moe_layer_freq": 1}
+    return {"first_k_dense_replace": moe[0], "moe_layer_freq": moe[1] - moe[0]}
 
 
 def config_from_hf(hf: dict) -> ModelConfig:
@@ -56,7 +71,7 @@ def config_from_hf(hf: dict) -> ModelConfig:
     fields.only(hf, MODEL_TYPE, "scoring_func", "softmax")
     return ModelConfig(
         **common,
-        num_dense_layers=fields.size(hf, MODEL_TYPE, "first_k_dense_replace", 0, least=0),
+        **_dense_layers(hf),
         d_ff=fields.size(hf, MODEL_TYPE, "intermediate_size"),
         attention=llama.attention(hf, MODEL_TYPE),
         moe=MoEConfig(
@@ -81,6 +96,6 @@ def config_to_hf(cfg: ModelConfig, objective: ObjectiveConfig) -> dict:
         num_key_value_heads=a.num_kv_heads,
         attention_bias=a.qkv_bias,
         scoring_func="softmax",
-        **moe_shape_to_hf(cfg, objective),
+        **moe_shape_to_hf(cfg, objective) | _dense_layers_to_hf(cfg),
         **fields.rope_to_hf(a.rope),
     )

@@ -61,6 +61,12 @@ def latent_attention_to_hf(cfg: ModelConfig) -> dict:
     }
 
 
+def only_first_layers(hf: dict, family: str) -> int:
+    """How many of the first layers are dense. DeepSeek's code reads `moe_layer_freq`, `transformers` not."""
+    fields.only(hf, family, "moe_layer_freq", 1, None)
+    return fields.size(hf, family, "first_k_dense_replace", 0, least=0)
+
+
 def config_from_hf(hf: dict) -> ModelConfig:
     """The ModelConfig of a `deepseek_v2` config.json; ConfigError names what does not work."""
     common = fields.decoder_from_hf(hf, MODEL_TYPE)
@@ -78,7 +84,7 @@ def config_from_hf(hf: dict) -> ModelConfig:
         groups = {"num_groups": n["n_group"], "topk_groups": n["topk_group"], "group_score": "max"}
     return ModelConfig(
         **common,
-        num_dense_layers=fields.size(hf, MODEL_TYPE, "first_k_dense_replace", 0, least=0),
+        num_dense_layers=only_first_layers(hf, MODEL_TYPE),
         d_ff=fields.size(hf, MODEL_TYPE, "intermediate_size"),
         attention=latent_attention(hf, MODEL_TYPE),
         moe=MoEConfig(

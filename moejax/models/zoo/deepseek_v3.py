@@ -2,7 +2,12 @@
 
 from moejax.config import ModelConfig, MoEConfig, ObjectiveConfig
 from moejax.models.zoo import deepseek, fields, names
-from moejax.models.zoo.deepseek_v2 import MLA, latent_attention, latent_attention_to_hf
+from moejax.models.zoo.deepseek_v2 import (
+    MLA,
+    latent_attention,
+    latent_attention_to_hf,
+    only_first_layers,
+)
 from moejax.routers import router_options
 
 MODEL_TYPE = "deepseek_v3"
@@ -85,7 +90,7 @@ def config_from_hf(hf: dict) -> ModelConfig:
     fields.given(hf, MODEL_TYPE, "n_group", "topk_group")
     return ModelConfig(
         **common,
-        num_dense_layers=fields.size(hf, MODEL_TYPE, "first_k_dense_replace", 0, least=0),
+        num_dense_layers=only_first_layers(hf, MODEL_TYPE),
         d_ff=fields.size(hf, MODEL_TYPE, "intermediate_size"),
         attention=latent_attention(hf, MODEL_TYPE),
         moe=MoEConfig(

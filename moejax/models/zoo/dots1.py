@@ -2,6 +2,7 @@
 
 from moejax.config import ModelConfig, MoEConfig, ObjectiveConfig
 from moejax.models.zoo import deepseek, fields, names, windows
+from moejax.models.zoo.deepseek_v2 import only_first_layers
 from moejax.models.zoo.deepseek_v3 import BIAS, sigmoid_router, sigmoid_router_to_hf
 from moejax.models.zoo.mixtral import grouped_attention, grouped_to_hf
 from moejax.routers.contract import RouterOptions
@@ -35,7 +36,7 @@ def config_from_hf(hf: dict) -> ModelConfig:
     ]
     return ModelConfig(
         **common,
-        num_dense_layers=fields.size(hf, MODEL_TYPE, "first_k_dense_replace", 0, least=0),
+        num_dense_layers=only_first_layers(hf, MODEL_TYPE),
         d_ff=fields.size(hf, MODEL_TYPE, "intermediate_size"),
         attention=grouped_attention(
             hf,

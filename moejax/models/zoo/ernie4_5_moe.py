@@ -1,6 +1,6 @@
 """ERNIE 4.5 MoE: softmax scores with a selection bias, shared experts, rotation of adjacent pairs."""
 
-from moejax.config import ConfigError, ModelConfig, MoEConfig, ObjectiveConfig
+from moejax.config import ModelConfig, MoEConfig, ObjectiveConfig
 from moejax.models.zoo import deepseek, fields, names
 from moejax.models.zoo.mixtral import GROUPED, grouped_attention, grouped_to_hf
 from moejax.routers import router_options
@@ -27,18 +27,31 @@ NAMES = names.decoder(
 )
 
 
-def dense_layers(hf: dict) -> int:
-    """Layers before the first MoE layer; none may be dense after it."""
+def dense_layers(hf: dict) -> dict:
+    """All but every `moe_layer_interval`-th from the start index to the end index."""
     layers = hf["num_hidden_layers"]
-    fields.only(hf, MODEL_TYPE, "moe_layer_interval", 1, None)
+    step = fields.size(hf, MODEL_TYPE, "moe_layer_interval", 1)
     first = fields.size(hf, MODEL_TYPE, "moe_layer_start_index", 1, least=0)
-    end = hf.get("moe_layer_end_index")
-    if end not in (None, -1) and fields.size(hf, MODEL_TYPE, "moe_layer_end_index") < layers - 1:
-        raise ConfigError(
-            f"{MODEL_TYPE} config: moe_layer_end_index={end} is not supported: the last layer of "
-            f"{layers}, {layers - 1} or -1, would work"
-        )
-    return first
+    last = layers - 1
+    if hf.get("moe_layer_end_index") != -1:
+        last = fields.size(hf, MODEL_TYPE, "moe_layer_end_index", last, least=0)
+    if step == 1 and last >= layers - 1:
+        return {"num_dense_layers": first}
+    return fields.dense_layers(
+        [not (first <= i <= last) or (i + 1) % step != 0 for i in range(layers)]
+    )
+
+
+def dense_layers_to_hf(cfg: ModelConfig) -> dict:
+    """The three keys; a pattern that they cannot express is lost."""
+    moe = cfg.layers["moe_blocks"]
+    first, last = (moe[0], moe[-1]) if moe else (cfg.num_layers, cfg.num_layers - 1)
+    step = moe[1] - moe[0] if cfg.dense_at and len(moe) > 1 else 1
+    return {
+        "moe_layer_start_index": first,
+        "moe_layer_end_index": last,
+        "moe_layer_interval": step,
+    }
 
 
 def config_from_hf(hf: dict) -> ModelConfig:
@@ -51,7 +64,7 @@ def config_from_hf(hf: dict) -> ModelConfig:
     n = fields.sizes(hf, MODEL_TYPE, "moe_num_experts", "moe_k", "moe_intermediate_size")
     return ModelConfig(
         **common,
-        num_dense_layers=dense_layers(hf),
+        **dense_layers(hf),
         d_ff=fields.size(hf, MODEL_TYPE, "intermediate_size"),
         attention=grouped_attention(hf, MODEL_TYPE, {"interleaved": True}),
         moe=MoEConfig(
@@ -81,9 +94,7 @@ def config_to_hf(cfg: ModelConfig, objective: ObjectiveConfig) -> dict:
         moe_k=m.experts_per_token,
         moe_num_experts=m.num_experts,
         moe_num_shared_experts=m.shared_experts,
-        moe_layer_start_index=cfg.num_dense_layers,
-        moe_layer_end_index=cfg.num_layers - 1,
-        moe_layer_interval=1,
+        **dense_layers_to_hf(cfg),
         **fields.switch_objective_to_hf(cfg, objective),
         **grouped_to_hf(cfg),
     )

@@ -50,9 +50,10 @@ def config_from_hf(hf: dict) -> ModelConfig:
     shared = fields.size(hf, MODEL_TYPE, "num_shared_experts", 1, least=0)
     dense = glm4_moe_lite.dense_layers(hf, MODEL_TYPE)
     flags = fields.layers_of(hf, MODEL_TYPE, "is_moe_layer", False, True)
-    if flags and flags != [i >= dense for i in range(len(flags))]:
+    if flags and fields.dense_layers([not f for f in flags]) != {"dense_at": (), **dense}:
         raise ConfigError(
-            f"exaone_moe config: is_moe_layer={shown(flags)} is not the {dense} first layers dense"
+            f"exaone_moe config: is_moe_layer={shown(flags)} and the other keys name different layers; "
+            "leave it out"
         )
     every = {**hf, "n_routed_experts": experts, "n_shared_experts": shared}
     # Without windows the class rotates in every layer: another model, of which there is none.
@@ -61,7 +62,7 @@ def config_from_hf(hf: dict) -> ModelConfig:
     slides = [pattern[i % len(pattern)] == "L" for i in range(common["num_layers"])]
     return ModelConfig(
         **common,
-        num_dense_layers=dense,
+        **dense,
         d_ff=fields.size(hf, MODEL_TYPE, "intermediate_size"),
         attention=grouped_attention(
             hf,

@@ -232,14 +232,12 @@ def layers_of(hf: dict, family: str, name: str, *kinds: Any) -> list:
     return values
 
 
-def first_layers(hf: dict, family: str, name: str, dense: list[bool]) -> int:
-    """How many layers are dense, of a flag for each; ConfigError names the field unless they are the first."""
-    if sorted(dense, reverse=True) != dense:
-        raise ConfigError(
-            f"{family} config: {name}={shown(hf.get(name))} is not supported; dense layers before the "
-            "others would work"
-        )
-    return sum(dense)
+def dense_layers(dense: list[bool]) -> dict:
+    """Keyword arguments of ModelConfig, of a flag for each layer."""
+    at = tuple(i for i, is_dense in enumerate(dense) if is_dense)
+    if at == tuple(range(len(at))) or len(at) == len(dense):
+        at = ()
+    return {"num_dense_layers": sum(dense), "dense_at": at}
 
 
 def rope_to_hf(rope: RopeConfig, *, mla: bool = False) -> dict:

@@ -2,6 +2,7 @@
 
 from moejax.config import ModelConfig, ObjectiveConfig
 from moejax.models.zoo import deepseek_v3, dots1, fields, names
+from moejax.models.zoo.deepseek_v2 import only_first_layers
 from moejax.models.zoo.mixtral import grouped_attention, grouped_to_hf
 
 MODEL_TYPE = "glm4_moe"
@@ -19,7 +20,7 @@ def config_from_hf(hf: dict) -> ModelConfig:
     fields.given(hf, MODEL_TYPE, "first_k_dense_replace", "use_qk_norm")
     return ModelConfig(
         **common,
-        num_dense_layers=fields.size(hf, MODEL_TYPE, "first_k_dense_replace", 0, least=0),
+        num_dense_layers=only_first_layers(hf, MODEL_TYPE),
         d_ff=fields.size(hf, MODEL_TYPE, "intermediate_size"),
         attention=grouped_attention(
             hf,

@@ -1,5 +1,7 @@
 """GLM-4.7-Flash: DeepSeek-V3's attention, routing and MTP, with dense layers named one by one."""
 
+import dataclasses
+
 from moejax.config import ModelConfig, ObjectiveConfig
 from moejax.models.zoo import deepseek_v3, fields
 
@@ -9,18 +11,21 @@ HARMLESS = deepseek_v3.HARMLESS
 NAMES = deepseek_v3.NAMES
 
 
-def dense_layers(hf: dict, family: str) -> int:
-    """The first layers, by `mlp_layer_types`, else `first_k_dense_replace`, else one."""
+def dense_layers(hf: dict, family: str) -> dict:
+    """By `mlp_layer_types`, else the `first_k_dense_replace` first, else one."""
     first = fields.size(hf, family, "first_k_dense_replace", 1, least=0)
+    fields.only(hf, family, "moe_layer_freq", 1, None)
     kinds = fields.layers_of(hf, family, "mlp_layer_types", "dense", "sparse")
-    if not kinds:
-        return first
-    return fields.first_layers(hf, family, "mlp_layer_types", [k == "dense" for k in kinds])
+    return (
+        fields.dense_layers([k == "dense" for k in kinds]) if kinds else {"num_dense_layers": first}
+    )
 
 
 def dense_layers_to_hf(cfg: ModelConfig) -> dict:
-    kinds = ["dense"] * cfg.num_dense_layers + ["sparse"] * cfg.num_moe_layers
-    return {"first_k_dense_replace": cfg.num_dense_layers, "mlp_layer_types": kinds}
+    dense = set(cfg.layers["dense_blocks"])
+    kinds = ["dense" if i in dense else "sparse" for i in range(cfg.num_layers)]
+    first = next((i for i, k in enumerate(kinds) if k == "sparse"), cfg.num_layers)
+    return {"first_k_dense_replace": first, "mlp_layer_types": kinds}
 
 
 def config_from_hf(hf: dict) -> ModelConfig:
@@ -28,8 +33,8 @@ def config_from_hf(hf: dict) -> ModelConfig:
     fields.only(hf, MODEL_TYPE, "partial_rotary_factor", 1.0)
     fields.decoder_from_hf(hf, MODEL_TYPE)
     groups = {"n_group": 1, "topk_group": 1, "routed_scaling_factor": 1.8}
-    hf = {**groups, **hf, "first_k_dense_replace": dense_layers(hf, MODEL_TYPE)}
-    return deepseek_v3.config_from_hf(hf)
+    every = {**groups, **hf, "first_k_dense_replace": 0}
+    return dataclasses.replace(deepseek_v3.config_from_hf(every), **dense_layers(hf, MODEL_TYPE))
 
 
 objective_from_hf = deepseek_v3.objective_from_hf

@@ -35,22 +35,24 @@ NAMES = names.Table(
 )
 
 
-def leading_dense_layers(hf: dict, family: str) -> int:
-    """Number of dense layers, which must be the first ones (`mlp_only_layers`)."""
-    fields.only(hf, family, "decoder_sparse_step", 1)
-    layers = fields.items(hf, family, "mlp_only_layers")
-    if layers != list(range(len(layers))):
+def dense_layers(hf: dict, family: str) -> dict:
+    """Which layers are dense: those of `mlp_only_layers`, and all but every `decoder_sparse_step`-th."""
+    layers, step = hf["num_hidden_layers"], fields.size(hf, family, "decoder_sparse_step", 1)
+    only = fields.items(hf, family, "mlp_only_layers")
+    if not all(type(i) is int and 0 <= i < layers for i in only):
         raise ConfigError(
-            f"{family} config: mlp_only_layers={shown(layers)} is not supported; the first layers, "
-            "such as [0, 1], would work"
+            f"{family} config: mlp_only_layers={shown(only)} must be numbers of layers, 0 to {layers - 1}"
         )
-    return len(layers)
+    if step == 1 and not only:
+        return fields.dense_layers([])
+    dense = set(only)
+    return fields.dense_layers([i in dense or (i + 1) % step != 0 for i in range(layers)])
 
 
 def moe_to_hf(cfg: ModelConfig, objective: ObjectiveConfig) -> dict:
     return {
         "intermediate_size": cfg.d_ff,
-        "mlp_only_layers": list(range(cfg.num_dense_layers)),
+        "mlp_only_layers": list(cfg.layers["dense_blocks"]),
         "decoder_sparse_step": 1,
         **windows.to_qwen(cfg),
         "num_key_value_heads": cfg.attention.num_kv_heads,
@@ -81,7 +83,7 @@ def config_from_hf(hf: dict) -> ModelConfig:
     """The ModelConfig of a `qwen2_moe` config.json; ConfigError names what does not work."""
     return ModelConfig(
         **fields.decoder_from_hf(hf, MODEL_TYPE),
-        num_dense_layers=leading_dense_layers(hf, MODEL_TYPE),
+        **dense_layers(hf, MODEL_TYPE),
         d_ff=fields.size(hf, MODEL_TYPE, "intermediate_size"),
         attention=grouped_attention(
             hf,

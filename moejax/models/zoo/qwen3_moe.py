@@ -3,7 +3,7 @@
 from moejax.config import ModelConfig, ObjectiveConfig
 from moejax.models.zoo import fields, names
 from moejax.models.zoo.mixtral import grouped_attention
-from moejax.models.zoo.qwen2_moe import FFNS, MOE, leading_dense_layers, moe_from_hf, moe_to_hf
+from moejax.models.zoo.qwen2_moe import FFNS, MOE, dense_layers, moe_from_hf, moe_to_hf
 
 MODEL_TYPE = "qwen3_moe"
 READ = MOE | {"attention_bias", "use_sliding_window", "sliding_window"}
@@ -27,7 +27,7 @@ def config_from_hf(hf: dict) -> ModelConfig:
     bias = fields.flag(hf, MODEL_TYPE, "attention_bias")
     return ModelConfig(
         **fields.decoder_from_hf(hf, MODEL_TYPE),
-        num_dense_layers=leading_dense_layers(hf, MODEL_TYPE),
+        **dense_layers(hf, MODEL_TYPE),
         d_ff=fields.size(hf, MODEL_TYPE, "intermediate_size"),
         attention=grouped_attention(
             hf, MODEL_TYPE, qk_norm="head", qkv_bias=bias, out_bias=bias, windows=_windows(hf)

@@ -16,6 +16,7 @@ def config_from_hf(hf: dict) -> ModelConfig:
     common = fields.decoder_from_hf(hf, MODEL_TYPE)
     fields.given(hf, MODEL_TYPE, "head_dim")
     fields.only(hf, MODEL_TYPE, "first_k_dense_replace", 0, None)
+    fields.only(hf, MODEL_TYPE, "moe_layer_freq", 1, None)
     fields.only(hf, MODEL_TYPE, "use_qk_norm", False, None)
     return ModelConfig(
         **common,
