@@ -52,7 +52,7 @@ CASES = [
          "num_hidden_layers": 3, "mlp_only_layers": [1]}),
     Case("qwen3_moe", "window",
          {**GQA, "head_dim": 10, "norm_topk_prob": True, "use_sliding_window": True, "sliding_window": 4,
-          "num_hidden_layers": 4, "decoder_sparse_step": 2}, gradient=True),
+          "num_hidden_layers": 3, "decoder_sparse_step": 2}),
     Case("granitemoe", "multipliers",
          {**GQA, "embedding_multiplier": 1.5, "residual_multiplier": 0.7, "attention_multiplier": 0.3,
           "logits_scaling": 0.8},
