@@ -236,7 +236,11 @@ def _open(folder: pathlib.Path, named: dict, *, found: bool) -> Stored | None:
         with contextlib.suppress(OSError):
             os.utime(path)  # it was used
         return Stored(arrays, index["meta"], index["made"], found)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
+        if isinstance(e, OSError) and e.errno in (errno.EMFILE, errno.ENFILE):
+            raise DataError(
+                f"{folder}: too many open files; ten for each domain are needed (ulimit -n 4096)"
+            ) from e
         return None
 
 

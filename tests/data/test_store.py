@@ -229,6 +229,19 @@ def test_a_full_disk_is_said_and_leaves_nothing(tmp_path, monkeypatch, code, adv
     check(prepare(tmp_path))
 
 
+def test_too_many_open_files_are_not_taken_for_damage(tmp_path, monkeypatch):
+    prepare(tmp_path)
+
+    def none(*args, **kwargs):
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(store.os, "open", none)
+        with pytest.raises(DataError, match="ten for each domain are needed"):
+            prepare(tmp_path, never)
+    check(prepare(tmp_path, never))
+
+
 CHILD = """
 import pathlib, sys, time
 from moejax.data import store
