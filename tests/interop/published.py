@@ -92,7 +92,7 @@ def _deepseek_ffn(c, i):
     if i < c["first_k_dense_replace"]:
         return _ffn("mlp", d, c["intermediate_size"])
     out = _experts(c, c["n_routed_experts"], f)
-    if c.get("topk_method") == "noaux_tc":
+    if c.get("topk_method") == "noaux_tc" or c["model_type"] == "glm4_moe":
         out["mlp.gate.e_score_correction_bias"] = (c["n_routed_experts"],)
     return out | _ffn("mlp.shared_experts", d, f * c["n_shared_experts"])
 
@@ -112,11 +112,20 @@ def deepseek_v2(c):
 
 
 def deepseek_v3(c):
-    out = deepseek_v2(c)
+    return _with_mtp(c, lambda i: _norms(c) | _latent_attention(c) | _deepseek_ffn(c, i))
+
+
+def glm4_moe(c):
+    bias = "qkv" if c["attention_bias"] else ""
+    attention = _attention(c, bias, "head" if c["use_qk_norm"] else None)
+    return _with_mtp(c, lambda i: _norms(c) | attention | _deepseek_ffn(c, i))
+
+
+def _with_mtp(c, layer_of):
+    out = _model(c, layer_of)
     v, d, last = c["vocab_size"], c["hidden_size"], c["num_hidden_layers"]
     for i in range(last, last + (c.get("num_nextn_predict_layers") or 0)):
-        layer = _norms(c) | _latent_attention(c) | _deepseek_ffn(c, i)
-        layer |= {
+        layer = layer_of(i) | {
             "embed_tokens.weight": (v, d),
             "enorm.weight": (d,),
             "hnorm.weight": (d,),
@@ -202,7 +211,7 @@ FAMILIES = {
     f.__name__: f
     for f in (
         *(llama, deepseek, deepseek_v2, deepseek_v3, mixtral),
-        *(qwen2_moe, qwen3_moe, olmoe, gpt_oss, gpt2, granitemoe),
+        *(qwen2_moe, qwen3_moe, olmoe, gpt_oss, gpt2, granitemoe, glm4_moe),
     )
 }
 
@@ -242,6 +251,10 @@ CONFIGS = {
     "olmoe": {**_BASE, "num_experts": 4, "num_experts_per_tok": 2, "hidden_size": 16},
     "gpt_oss": {
         **_BASE, "head_dim": 6, "num_local_experts": 3, "num_experts_per_tok": 2, "sliding_window": 8,
+    },
+    "glm4_moe": {
+        **_BASE, **_DEEPSEEK, "scoring_func": "sigmoid", "head_dim": 8, "use_qk_norm": True,
+        "attention_bias": True, "num_nextn_predict_layers": 1, "routed_scaling_factor": 2.5,
     },
     "granitemoe": {
         **_BASE, "num_local_experts": 4, "num_experts_per_tok": 2, "tie_word_embeddings": True,

@@ -46,7 +46,8 @@ def by_path(tree):
     "preset",
     ["deepseek-moe-16b", "deepseek-v2", "deepseek-v2-lite", "deepseek-v3", "moonlight-16b-a3b",
      "kimi-k2", "llama-2-70b", "gpt-2", "mixtral-8x7b", "qwen1.5-moe-a2.7b", "qwen3-30b-a3b",
-     "olmoe-1b-7b", "gpt-oss-20b", "granite-3.0-3b-a800m"],
+     "olmoe-1b-7b", "gpt-oss-20b", "granite-3.0-3b-a800m",
+     "glm-4.5", "glm-4.5-air"],
 )  # fmt: skip
 def test_names_and_shapes_of_published_models(preset):
     hf = zoo.load_hf(preset)
