@@ -231,7 +231,7 @@ def routes_for(
 
 def check_alike(cfg: ExperimentConfig, other: ExperimentConfig, name: str) -> None:
     """ConfigError if routes of `other` mean nothing to a model of `cfg`."""
-    for key in ("vocab_size", "num_layers", "num_dense_layers"):
+    for key in ("vocab_size", "num_layers", "num_dense_layers", "dense_at"):
         _equal(f"model.{key}", getattr(other.model, key), getattr(cfg.model, key), name)
     for key in ("num_experts", "experts_per_token"):
         _equal(f"model.moe.{key}", getattr(other.model.moe, key), getattr(cfg.model.moe, key), name)
