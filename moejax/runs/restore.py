@@ -3,7 +3,10 @@
 Reading changes nothing in a run's folder and needs no lock. See `moejax.runs.checkpoint` for what is in there.
 """
 
+import atexit
 import errno
+import functools
+import gc
 import hashlib
 import json
 import logging
@@ -327,16 +330,26 @@ def _read(path: pathlib.Path, shapes: dict) -> dict:
 
 def _hush_readers() -> None:
     """Of files that cannot be read orbax leaves readers behind. When they end, asyncio prints their errors, and
-    Python that the loop they would report to is closed."""
+    Python what they can no longer tell anybody."""
     logging.getLogger("asyncio").disabled = True
     print_others = sys.unraisablehook
+    if getattr(print_others, "__name__", "") == _quiet_hook.__name__:
+        return
+    sys.unraisablehook = functools.partial(_quiet_hook, print_others)
+    sys.unraisablehook.__name__ = _quiet_hook.__name__  # pyright: ignore[reportAttributeAccessIssue]
+    atexit.register(_let_readers_end)
 
-    def hook(unraisable, /):
-        if str(unraisable.exc_value) != "Event loop is closed":
-            print_others(unraisable)
 
-    if getattr(print_others, "__qualname__", "") != hook.__qualname__:
-        sys.unraisablehook = hook
+def _quiet_hook(print_others: Callable, unraisable) -> None:
+    late = str(unraisable.exc_value) == "Event loop is closed"
+    if not late and "_read_array_index" not in repr(unraisable.object):
+        print_others(unraisable)
+
+
+def _let_readers_end() -> None:
+    """Before the interpreter takes down the hook."""
+    time.sleep(0.2)
+    gc.collect()
 
 
 def _fit(ours: dict, path: pathlib.Path, meta: dict, stored_dtype: bool) -> dict:

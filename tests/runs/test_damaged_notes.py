@@ -66,6 +66,11 @@ def test_other_errors_at_the_end_of_things_are_still_printed(monkeypatch):
         def __del__(self):
             raise RuntimeError(self.text)
 
+    class Raises_read_array_index(Raises):  # as orbax's reader is called
+        def __del__(self):
+            raise RuntimeError(self.text)
+
     for text in ("Event loop is closed", "of somebody else"):
         Raises(text)
+    Raises_read_array_index("Encountered error while reading array index")
     assert printed == ["of somebody else"]
