@@ -310,6 +310,8 @@ class TrainConfig:
     # Begin with the weights, router state and tokenizer of this run, of one of its checkpoints
     # (RUN/checkpoints/STEP), or of a Hugging Face folder: docs/runs.md. '': begin from scratch.
     init_from: str = ""
+    # The base is dense, and this a mixture whose experts begin as copies of its FFN (2212.05055).
+    upcycle: bool = False
     accumulation: int = number(
         1, least=1
     )  # micro-batches per optimiser step; results do not depend on it

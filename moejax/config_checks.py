@@ -211,6 +211,10 @@ def experiment_problems(cfg: ExperimentConfig) -> list[str]:
         f"data.batch_size={d.batch_size} must be a multiple of train.accumulation={t.accumulation}; "
         f"{divisors_text(d.batch_size)} would work",
     )
+    out.need(
+        bool(t.init_from) or not t.upcycle,
+        "train.upcycle needs the dense model to begin from: train.init_from=RUN",
+    )
     sizes = [m.data, m.fsdp, m.expert, m.tensor]
     out.need(
         all(s >= 1 or s == -1 for s in sizes) and sizes.count(-1) <= 1,

@@ -101,9 +101,10 @@ def check_same(values: dict, cfg: ExperimentConfig, where: pathlib.Path) -> None
     """ConfigError naming the keys in which a stored config is another than `cfg`, of those that must not be."""
     theirs, ours = (json.loads(to_json(c)) for c in (from_stored(values), cfg))
     keys = differences(theirs, ours, free=FREE)
-    a, b = theirs["train"]["init_from"], ours["train"]["init_from"]
-    if a != b:
-        keys.append(("train.init_from", a, b))
+    for key in ("init_from", "upcycle"):
+        a, b = theirs["train"][key], ours["train"][key]
+        if a != b:
+            keys.append((f"train.{key}", a, b))
     if keys:
         raise ConfigError(
             f"{where} belongs to a run with another config:\n"

@@ -32,6 +32,7 @@ from moejax.runs.checksums import checksums
 from moejax.runs.open import read_config
 from moejax.runs.restore import model_at
 from moejax.sharding import Layout
+from moejax.train import upcycle
 
 EXPECTED = (
     "expected the folder of a run, one of its checkpoints (RUN/checkpoints/STEP), or a Hugging Face folder "
@@ -85,6 +86,8 @@ def open_base(cfg: ExperimentConfig, workdir: pathlib.Path) -> tuple[ExperimentC
     root, step = _where(given)
     check_apart(cfg, workdir)
     base = _hugging_face(given, root) if step is None else _run(given, root, step)
+    if cfg.train.upcycle:
+        base = _upcycled(base, cfg)
     if not cfg.model.vocab_size:
         model = dataclasses.replace(cfg.model, vocab_size=base.cfg.model.vocab_size)
         cfg = dataclasses.replace(cfg, model=model)
@@ -177,6 +180,18 @@ def _hugging_face(given: str, root: pathlib.Path) -> Base:
         return model[1], model[2]
 
     return Base(given, source.experiment, source.tokenizer, source.run_files(), load)
+
+
+def _upcycled(base: Base, cfg: ExperimentConfig) -> Base:
+    """The base as the mixture that it becomes."""
+    dense = base.cfg.model
+    model = upcycle.begun_from(dense, dataclasses.replace(cfg.model, vocab_size=dense.vocab_size))
+
+    def load(layout: Layout | None) -> tuple[dict, dict]:
+        params, _ = base.load(layout)
+        return upcycle.upcycle(params, model, cfg.train.seed, layout)
+
+    return base._replace(cfg=dataclasses.replace(base.cfg, model=model), load=load)
 
 
 # ---------------------------------------------------------------------------------------------------
