@@ -258,7 +258,7 @@ def test_ranges_of_groups_in_groups():
         ({"zzz": 3},
          "unknown key zzz; known keys: name, model, objective, compute, data, optimizer, train, mesh"),
         ({"train": {"q": 3}},
-         "unknown key train.q; known keys: steps, init_from, accumulation, log_every, eval_every, "
+         "unknown key train.q; known keys: steps, init_from, upcycle, accumulation, log_every, eval_every, "
          "eval_batches, checkpoint_every, keep_last, keep_every, max_bad_steps, rate_may_jump, seed"),
         ({"mdl": {}}, "unknown key mdl; did you mean model?"),
         ({"steps": 3}, "unknown key steps; it is train.steps"),

@@ -5,21 +5,14 @@ says what would work.
 import dataclasses
 import difflib
 import functools
-import importlib.machinery
-import importlib.util
-import inspect
 import pathlib
 import re
-import sys
-import traceback
-import types
 import typing
-from collections.abc import Callable
 
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-import moejax
+from moejax.commands.config_file import get_config
 from moejax.config import ConfigError, ExperimentConfig
 from moejax.config_checks import problems_text
 from moejax.config_io import (
@@ -34,7 +27,6 @@ from moejax.config_io import (
 )
 from moejax.config_old import moved
 from moejax.routers import ROUTERS
-from moejax.text import shown
 
 _OVERRIDE = re.compile(r"--?(no)?config\.([^=]*)(?:=(.*))?", re.DOTALL)
 _INIT_FROM = "train.init_from"
@@ -147,7 +139,7 @@ def experiment(file: str, argv: list[str], workdir: pathlib.Path | None = None) 
     """The experiment of `FILE.py[:ARGUMENT]` with the overrides in argv; see `experiment_of`. `workdir`: of the
     run, which may be there already."""
     try:
-        cfg = from_config_dict(_load(file), check=False)
+        cfg = from_config_dict(get_config(file), check=False)
     except ConfigError as e:
         raise ConfigError(f"--config={file}: {e}") from e
     given: dict[str, list[Override]] = {}
@@ -286,96 +278,3 @@ def _no_option(override: Override, known: dict[str, type]) -> str:
         members = [k for k in known if k.rpartition(".")[0] == key]
         return f"{override}: {key} is a group of options: {', '.join(members)}"
     return unknown_key(key, known)
-
-
-# --------------------------------------------------------------------------------------------------
-# The file of a config.
-
-
-def _load(given: str) -> ConfigDict:
-    """Call get_config() of `FILE.py[:ARGUMENT]`. Raises ConfigError for any error in it."""
-    name, colon, argument = given.partition(":")
-    path = pathlib.Path(name)
-    arguments = [argument] if colon else []
-    get_config = _function(path, "get_config", "returns its ConfigDict")
-    signature = _call(lambda: inspect.signature(get_config), path)
-    try:
-        signature.bind(*arguments)
-    except TypeError as e:
-        takes = "takes no" if colon else "needs an"
-        raise ConfigError(f"get_config{signature} {takes} argument after ':'") from e
-    values = _call(lambda: get_config(*arguments), path)
-    if not isinstance(values, ConfigDict):
-        raise ConfigError(
-            f"get_config() returned {shown(values)}; it must return a ConfigDict, "
-            "such as config_io.to_config_dict(ExperimentConfig(..))"
-        )
-    return values
-
-
-def get_sweep(path: pathlib.Path) -> typing.Any:
-    """What get_sweep() of the file of an experiment returns. Raises ConfigError for any error in it."""
-    function = _function(path, "get_sweep", "returns its variants and seeds")
-    return _call(function, path)
-
-
-def _function(path: pathlib.Path, name: str, purpose: str) -> Callable:
-    """The function of that name in the file `path`."""
-    if not path.is_file():
-        raise ConfigError(_no_file(path))
-    function = getattr(_call(lambda: _module(path), path), name, None)
-    if not callable(function):
-        raise ConfigError(f"the file has no {name}(), the function that {purpose}")
-    return function
-
-
-def _module(path: pathlib.Path) -> types.ModuleType:
-    loader = importlib.machinery.SourceFileLoader(f"config_{path.stem}", str(path))
-    spec = importlib.util.spec_from_loader(loader.name, loader)
-    assert spec is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[loader.name] = module  # dataclasses look up their own module there
-    loader.exec_module(module)
-    return module
-
-
-def _call(code: Callable, path: pathlib.Path) -> typing.Any:
-    """Run `code` of the config file. Any error in it becomes a ConfigError with file and line."""
-    try:
-        return code()
-    except ConfigError:
-        raise
-    except SyntaxError as e:
-        line = f", line {e.lineno}" if e.lineno else ""
-        raise ConfigError(f"{e.filename or path}{line}: not Python: {e.msg}") from e
-    except (Exception, SystemExit) as e:
-        lines = [f.lineno for f in traceback.extract_tb(e.__traceback__) if f.filename == str(path)]
-        at = f"{path}, line {lines[-1]}" if lines else str(path)
-        raise ConfigError(f"{at}: {type(e).__name__}: {e}") from e
-
-
-def _no_file(path: pathlib.Path) -> str:
-    """The error text for a path that is not a file: names the configs nearest to it."""
-    here, project = pathlib.Path.cwd(), pathlib.Path(moejax.__file__).parent.parent
-    folders = [path, path.parent, here, here / "experiments"]
-    folders += [project / path.parent, project / "experiments"]
-    if any(map(_is_config, path.glob("*.py"))):  # a folder of configs: one of these is meant
-        folders = [path]
-    files = {}
-    for folder in folders:
-        for file in filter(_is_config, sorted(folder.glob("*.py"))):
-            near_by = file.is_relative_to(here)
-            files.setdefault(file.resolve(), file.relative_to(here) if near_by else file)
-    # 'experiments/x', 'experiments.x' and 'experiments/x.py' mean the same.
-    stem = path.name.removesuffix(".py").rpartition(".")[2]
-    near = difflib.get_close_matches(stem, [f.stem for f in files], n=1)
-    found = [str(f) for f in files.values() if not near or f.stem == near[0]][:5]
-    what = "a folder" if path.is_dir() else f"no such file (relative to {here})"
-    return f"{what}; {' or '.join(found) + ' would work' if found else 'name a Python file'}"
-
-
-def _is_config(file: pathlib.Path) -> bool:
-    try:
-        return "def get_config" in file.read_text("utf-8", errors="ignore")
-    except OSError:
-        return False

@@ -21,7 +21,8 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from moejax.commands.flags import experiment, get_sweep, overrides_of
+from moejax.commands.config_file import get_sweep
+from moejax.commands.flags import experiment, overrides_of
 from moejax.config import ConfigError, ExperimentConfig
 from moejax.text import shown
 
