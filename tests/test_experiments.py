@@ -1,15 +1,20 @@
 """The experiments: each gives a config that is valid, and the quickstart's two variants compare fairly."""
 
 import dataclasses
+import json
 import pathlib
-import runpy
+import re
+import subprocess
+import sys
 
 import pytest
 
 from moejax.commands import sweep_file
+from moejax.commands.config_file import get_config
 from moejax.config import ConfigError, DataConfig, ExperimentConfig, ModelConfig, ObjectiveConfig
-from moejax.config_io import from_config_dict
+from moejax.config_io import from_config_dict, to_json
 from moejax.cost.architecture import counts, of_model
+from moejax.cost.flops import flops_per_token
 from moejax.data.vocabulary import expected_tokens, with_vocabulary
 from moejax.routers import ROUTERS
 
@@ -18,7 +23,7 @@ FILES = sorted(p.stem for p in FOLDER.glob("*.py") if p.stem != "__init__")
 
 
 def load(name, *variant) -> ExperimentConfig:
-    return from_config_dict(runpy.run_path(str(FOLDER / f"{name}.py"))["get_config"](*variant))
+    return from_config_dict(get_config(":".join((str(FOLDER / f"{name}.py"), *variant))))
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -30,7 +35,12 @@ def test_gives_a_valid_config(name):
 @pytest.mark.parametrize(
     "name", [n for n in FILES if "def get_sweep" in (FOLDER / f"{n}.py").read_text()]
 )
-def test_every_variant_of_a_sweep_is_valid(name):
+def test_every_variant_of_a_sweep_is_valid(name, tmp_path, monkeypatch):
+    if name == "upcycling":  # the base that the file asks for
+        base = tmp_path / "runs/upcycling-base"
+        (base / "checkpoints/300").mkdir(parents=True)
+        (base / "config.json").write_text(to_json(load(name, "base")))
+        monkeypatch.chdir(tmp_path)
     plan = sweep_file.read(str(FOLDER / f"{name}.py"), [])
     for variant in plan.variants:
         cfg = plan.experiment(variant, plan.seeds[0])
@@ -87,3 +97,53 @@ def _at(cfg, key):
     for part in key.split("."):
         cfg = getattr(cfg, part)
     return cfg
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["mixture_against_dense", "granularity", "shared_experts", "balance", "scores", "first_layer"],
+)
+def test_what_claims_equal_compute_has_it(name):
+    """The parameters that a token uses are equally many, routers aside."""
+    plan = sweep_file.read(str(FOLDER / f"{name}.py"), [])
+    used = {v: _used(plan.experiment(v, 0)) for v in plan.variants}
+    assert len(set(used.values())) == 1, used
+
+
+def _used(cfg: ExperimentConfig) -> float:
+    parts = of_model(with_vocabulary(cfg, 2048).model).parts
+    return sum(p.active for p in parts if p.name not in ("router", "balance bias"))
+
+
+def test_experts_per_token_is_two_questions():
+    plan = sweep_file.read(str(FOLDER / "experts_per_token.py"), [])
+    cfgs = {v: plan.experiment(v, 0) for v in plan.variants}
+    flops = {_used(c) for v, c in cfgs.items() if v.startswith("flops")}
+    assert len(flops) == 1
+    same = [c for v, c in cfgs.items() if v.startswith("memory") or v == plan.baseline]
+    sizes = {
+        counts(of_model(with_vocabulary(c, 2048).model))["with embeddings"].total for c in same
+    }
+    assert len(sizes) == 1 and len({_used(c) for c in same}) == 4
+
+
+def test_upcycling_adds_equal_compute():
+    def flops(cfg):
+        per_token = flops_per_token(of_model(cfg.model), "train", cfg.data.seq_len).total
+        assert per_token is not None
+        return per_token * cfg.train.steps
+
+    base, scratch = (with_vocabulary(load("upcycling", v), 2048) for v in ("base", "scratch"))
+    assert flops(scratch) == pytest.approx(flops(base), rel=0.005)  # whole steps
+    assert scratch.model.moe.d_expert == base.model.d_ff
+
+
+def test_the_phone_book_is_what_its_file_says(tmp_path):
+    path = FOLDER / "phone_book.py"
+    done = subprocess.run([sys.executable, str(path), str(tmp_path / "a.jsonl")], check=False)
+    assert done.returncode == 0
+    pages = [json.loads(x)["text"] for x in (tmp_path / "a.jsonl").read_text().splitlines()]
+    entries = {e for page in pages for e in page.splitlines()}
+    assert len(pages) == 30_000 and 19_000 < len(entries) <= 20_000
+    assert all(re.fullmatch(r"([bdfgklmnprstvz][aeiou]){3} \d{7}", e) for e in entries)
+    assert len({e.split()[0] for e in entries}) == len(entries)  # a name has one number
