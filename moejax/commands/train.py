@@ -34,6 +34,7 @@ def main(argv: list[str]) -> int:
     text("coordinator", None, "HOST:PORT of process 0, if no cluster provides it.", flag_values=fv)
     whole("num_processes", None, "With --coordinator.", flag_values=fv)
     whole("process_id", None, "With --coordinator.", flag_values=fv)
+    text("wandb", None, "Also log to this project of Weights & Biases.", flag_values=fv)
     text("profile", None, "FIRST:LAST: trace these steps, such as 10:13.", flag_values=fv)
     if not parse_needed("train", USAGE, fv, argv, ("config", "workdir")):
         return 0
@@ -43,14 +44,16 @@ def main(argv: list[str]) -> int:
     from moejax.runs.folder import SaveError
     from moejax.train import processes, profile
     from moejax.train.loop import Diverged, train
+    from moejax.train.writers import weights_and_biases
 
+    writers = [weights_and_biases(fv.wandb)] if fv.wandb else []
     traced = profile.steps_of(fv.profile, cfg.train.steps) if fv.profile else None
     logging.set_verbosity(logging.FATAL)  # orbax also logs, at length, every error that it raises
     processes.start(fv.distributed, fv.coordinator, fv.num_processes, fv.process_id)
     workdir = pathlib.Path(fv.workdir)
     several = jax.process_count() > 1
     try:
-        results = train(cfg, workdir, force=fv.force, profile=traced)
+        results = train(cfg, workdir, force=fv.force, profile=traced, writers=writers)
     except (Diverged, SaveError) as e:
         print(f"moejax train: {e}", file=sys.stderr)
         if several and isinstance(e, SaveError):
@@ -76,6 +79,7 @@ def _finish(workdir: pathlib.Path, results: dict, steps: int, with_report: bool)
     from moejax.evals.report import write_report
     from moejax.runs.metrics import last_step
     from moejax.text import render
+    from moejax.train.writers import TensorBoard
 
     print(render([results_table(results, "Held-out documents")]))
     if last_step(workdir) < steps:
@@ -87,4 +91,8 @@ def _finish(workdir: pathlib.Path, results: dict, steps: int, with_report: bool)
     if samples:  # empty if the model cannot generate
         prompt, text = samples[0]
         print(f"A held-out beginning | and how the model goes on:\n{prompt} | {text}\n")
+        board = TensorBoard(workdir, None, steps + 1)
+        for prompt, text in samples:
+            board.sample(steps, prompt, text)
+        board.close()
     print(f"report: {path}")

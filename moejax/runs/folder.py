@@ -9,7 +9,8 @@ damaged/                checkpoints that could not be read
 writer.lock             held by the process that writes here, see `moejax.runs.lock`
 provenance.jsonl        where its numbers come from, see `moejax.runs.provenance`
 metrics.jsonl           see `moejax.train.metrics.Log`, and `moejax.runs.metrics` to read it
-tensorboard/            the scalars among them
+tensorboard/            the same as charts
+wandb_id, wandb/        if asked for: which run of Weights & Biases this is, and what that keeps here
 report.html             from `moejax report`
 analysis.json, .parquet from `moejax analyze`
 knockout.json, .html    from `moejax knockout`
@@ -39,6 +40,7 @@ LOCK = "writer.lock"
 PROVENANCE = "provenance.jsonl"
 METRICS = "metrics.jsonl"
 TENSORBOARD = "tensorboard"
+WANDB_ID = "wandb_id"
 REPORT = "report.html"
 ANALYSIS, ANALYSIS_TABLE = "analysis.json", "analysis.parquet"
 KNOCKOUT, KNOCKOUT_PAGE = "knockout.json", "knockout.html"

@@ -5,7 +5,7 @@ import dataclasses
 import pathlib
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -45,6 +45,7 @@ from moejax.train.state import (
     state_shardings,
 )
 from moejax.train.step import compile_step
+from moejax.train.writers import OpenWriter
 
 
 class Diverged(RuntimeError):
@@ -67,6 +68,7 @@ class Session:
     log: Any = None  # the `Log`, once it is known at which step it begins
     done: int = 0
     profile: tuple[int, int] | None = None  # first and last step to trace
+    writers: Sequence[OpenWriter] = ()
 
     @property
     def tokens_per_step(self) -> int:
@@ -79,11 +81,13 @@ def train(
     *,
     force: bool = False,
     profile: tuple[int, int] | None = None,
+    writers: Sequence[OpenWriter] = (),
 ) -> dict:
     """Run or resume an experiment, on all devices of its mesh. Returns the last validation metrics.
 
     With several processes (see `processes.start`) each of them calls this. Only process 0 prints and logs, and
     `workdir` must be on a file system that all of them share. `profile`: the first and last step to trace.
+    `writers`: further places for what is measured, see `moejax.train.writers`.
 
     Raises ConfigError or DataError for bad input before anything is computed, and Diverged after
     `train.max_bad_steps` non-finite steps in a row; the last good checkpoint stays intact. Bad input is also a
@@ -131,6 +135,7 @@ def train(
             plan=plan,
             base=base,
             profile=profile if processes.is_first() else None,
+            writers=writers,
             say=processes.say,
         )
         return _train(session)
@@ -190,7 +195,7 @@ def _train(s: Session) -> dict:
 def _logged(s: Session, begin: int, step: int, origin: dict):
     """Open the log, write down where its numbers come from, and close everything, however the body ends."""
     workdir, first = s.checkpoints.workdir, processes.is_first()
-    s.log, s.done = Log(workdir, begin, write=first), step
+    s.log, s.done = Log(workdir, begin, s.cfg, s.writers, write=first), step
     started, why = time.monotonic(), None
     if first:
         provenance.start(workdir, step, origin)
@@ -281,10 +286,10 @@ def _log_step(s: Session, done: int, values: dict, meter: Meter) -> tuple[float,
     values["flops_per_second"] = speed * model_flops_per_token(s.cfg)
     s.log.write(done, "train", scalars(values, s.domains))
     if "stats/moe_blocks/load" in values:
-        s.log.append(done, "load", {"load_LE": values["stats/moe_blocks/load"].tolist()})
+        s.log.write(done, "load", {"load_LE": values["stats/moe_blocks/load"].tolist()})
         own = re.compile("(stats|state)/moe_blocks/(?!load$)")
         arrays = {k: v.tolist() for k, v in values.items() if own.match(k)}
-        s.log.append(done, "router", {k.replace("/moe_blocks", ""): v for k, v in arrays.items()})
+        s.log.write(done, "router", {k.replace("/moe_blocks", ""): v for k, v in arrays.items()})
     return float(values["cross_entropy"]), speed
 
 
@@ -292,7 +297,7 @@ def _log_evaluation(s: Session, done: int, eval_fn, state: TrainState, show: Sho
     results, load_dLE = _evaluate(s, eval_fn, state)
     s.log.write(done, "validation", results)
     if load_dLE is not None:
-        s.log.append(done, "routing", {"domains": list(s.domains), "load_dLE": load_dLE.tolist()})
+        s.log.write(done, "routing", {"domains": list(s.domains), "load_dLE": load_dLE.tolist()})
     when = f"step {done}" if done else "before training"
     show.say(f"{when}: validation loss {results['loss']:.4f} ({size_text(results)})")
     return results
@@ -319,7 +324,7 @@ def _finish(s: Session, done: int, meter: Meter) -> None:
     speed = meter.typical()
     if speed is not None and s.plan is not None:
         planned = s.plan.step.tokens_per_second
-        s.log.append(
+        s.log.write(
             done, "receipt", {"tokens_per_second": speed, "planned_tokens_per_second": planned}
         )
         s.say(s.plan.receipt(speed))

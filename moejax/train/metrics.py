@@ -1,18 +1,17 @@
 """Writes the metrics of a run to its folder, and measures how fast it goes."""
 
 import contextlib
-import os
 import pathlib
 import statistics
 import time
+from collections.abc import Sequence
 
 import numpy as np
-from tensorboardX.event_file_writer import EventsWriter
-from tensorboardX.proto.event_pb2 import Event, SessionLog
-from tensorboardX.summary import scalar
 
+from moejax.config import ExperimentConfig
 from moejax.runs import folder
 from moejax.runs.metrics import cut, line
+from moejax.train.writers import Guarded, OpenWriter, TensorBoard
 
 
 def scalars(values: dict, domains) -> dict:
@@ -25,17 +24,25 @@ def scalars(values: dict, domains) -> dict:
 
 
 class Log:
-    """metrics.jsonl and TensorBoard, written by process 0 alone (`write=False` in the others).
+    """metrics.jsonl, TensorBoard and other writers, written by process 0 alone (`write=False` in the others).
 
     Rows of metrics.jsonl have `step` and `kind`: 'train', 'validation', 'load' (routes per layer and
     expert of one step), 'router' (its other counts and its state), 'routing' (routes of the validation
     batches, by domain), 'receipt'.
     """
 
-    def __init__(self, workdir: pathlib.Path, begin: int, *, write: bool = True):
+    def __init__(
+        self,
+        workdir: pathlib.Path,
+        begin: int,
+        cfg: ExperimentConfig | None = None,
+        writers: Sequence[OpenWriter] = (),
+        *,
+        write: bool = True,
+    ):
         """`begin`: the first step that will be written; what an earlier part of the run wrote of it and of
-        later ones, and lost with its state, is cut off. Raises folder.SaveError, as all here do, for a full
-        disk."""
+        later ones, and lost with its state, is cut off. `cfg`: for writers that show it. Raises
+        folder.SaveError, as all here do, for a full disk."""
         self.path, self.board_path = workdir / folder.METRICS, workdir / folder.TENSORBOARD
         self.write_rows = write
         if not write:
@@ -44,32 +51,20 @@ class Log:
             cut(self.path, begin - 1)
             self.file = self.path.open("a")
         with self._writing(self.board_path, begin):
-            self.board_path.mkdir(exist_ok=True)
-            # Written here and now: SummaryWriter's thread dies of a full disk, and then blocks for ever.
-            self.board = EventsWriter(str(self.board_path / "events"), f".{os.getpid()}.{begin}")
-            self._event(
-                begin, session_log=SessionLog(status=SessionLog.START)
-            )  # forget later steps
-            self.board.flush()
+            self.board = TensorBoard(workdir, cfg, begin)
+        self.others = [Guarded(w, workdir, cfg, begin) for w in writers]
 
     def write(self, step: int, kind: str, values: dict) -> None:
-        """Scalars: to both."""
-        self.append(step, kind, values)
-        if self.write_rows:
-            with self._writing(self.board_path, step):
-                for name, value in values.items():
-                    self._event(step, summary=scalar(f"{kind}/{name}", value))
-                self.board.flush()
-
-    def append(self, step: int, kind: str, values: dict) -> None:
-        """Anything JSON holds: to metrics.jsonl alone."""
-        if self.write_rows:
-            with self._writing(self.path, step):
-                self.file.write(line({"step": step, "kind": kind, **values}))
-                self.file.flush()
-
-    def _event(self, step: int, **content) -> None:
-        self.board.write_event(Event(wall_time=time.time(), step=step, **content))
+        """A row: anything JSON holds."""
+        if not self.write_rows:
+            return
+        with self._writing(self.path, step):
+            self.file.write(line({"step": step, "kind": kind, **values}))
+            self.file.flush()
+        with self._writing(self.board_path, step):
+            self.board.write(step, kind, values)
+        for writer in self.others:
+            writer.write(step, kind, values)
 
     @contextlib.contextmanager
     def _writing(self, path: pathlib.Path, step: int):
@@ -83,9 +78,10 @@ class Log:
 
     def close(self) -> None:
         if self.write_rows:
-            for writer in (self.file, self.board):
-                with contextlib.suppress(OSError):  # of a disk that is full, which was reported
-                    writer.close()
+            with contextlib.suppress(OSError):  # of a disk that is full, which was reported
+                self.file.close()
+            for writer in (self.board, *self.others):
+                writer.close()
 
 
 class Meter:
