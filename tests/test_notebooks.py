@@ -17,8 +17,14 @@ TINY = tiny.OVERRIDES | {
 }
 
 
-IMAGES = {"quickstart.ipynb": 3, "router.ipynb": 2, "microscope.ipynb": 1}
+IMAGES = {
+    **{"quickstart.ipynb": 3, "router.ipynb": 2, "microscope.ipynb": 1},
+    **{"layer.ipynb": 3, "cost.ipynb": 4, "devices.ipynb": 2},
+}
 SAID = {
+    "layer.ipynb": ("the same sums, expert by expert", "moejax agrees with the loop"),
+    "cost.ipynb": ("16.38B in total", "Training on 64 x h100"),
+    "devices.ipynb": ("of which a device has: (1, 2, 32, 32)", "'all-to-all': 5", "fsdp=8"),
     "microscope.ipynb": ("expert  0:", "taken away", "wrote", "imported"),
     "router.ipynb": ("holds: carry", "broken: causality", "mine            held-out loss"),
 }
