@@ -10,7 +10,7 @@ from absl import flags
 from moejax.commands import ladder_sizes, sweep_file
 from moejax.commands.flags import define_config, parse_needed
 from moejax.commands.ladder_sizes import Rung
-from moejax.commands.sweep import read_seeds, run_plan
+from moejax.commands.sweep import define_run, read_seeds, run_plan
 from moejax.config import ConfigError
 from moejax.runs import sweep
 from moejax.text import count_text, flops_text, render
@@ -35,7 +35,7 @@ def main(argv: list[str]) -> int:
     real("floor", None, "Loss that no compute removes [fitted].", flag_values=fv, lower_bound=0.0)
     flags.DEFINE_integer("jobs", 1, "Runs at the same time.", flag_values=fv, lower_bound=1)
     text("element", None, "i/n: every n-th run from the i-th on; i counts from 0.", flag_values=fv)
-    flags.DEFINE_boolean("dry_run", False, "Check and list the runs; start none.", flag_values=fv)
+    define_run(fv)
     text("json", None, "Also write the result to this file.", flag_values=fv)
     text("page", None, "Also draw it on a page, this HTML file.", flag_values=fv)
     if not parse_needed("ladder", USAGE, fv, argv, ("config", "workdir", "heads")):
@@ -59,7 +59,9 @@ def main(argv: list[str]) -> int:
             print(
                 f"{rung.heads} heads: {flops_text(rung.compute)}FLOPs, {count_text(rung.tokens)} tokens"
             )
-    ended = run_plan(whole, [r.name for r in rungs], root, fv.jobs, fv.element, fv.dry_run)
+    ended = run_plan(
+        whole, [r.name for r in rungs], root, fv.jobs, fv.element, fv.dry_run, fv.force
+    )
     if not fv.dry_run:
         _show(fv, (names[0], names[1]), rungs, root, whole.seeds)
     return ended

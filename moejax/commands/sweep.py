@@ -36,7 +36,7 @@ def main(argv: list[str]) -> int:
         "jobs", 1, "Runs at the same time; they share the cores.", flag_values=fv, lower_bound=1
     )
     text("element", None, "i/n: every n-th run from the i-th on; i counts from 0.", flag_values=fv)
-    flags.DEFINE_boolean("dry_run", False, "Check and list the runs; start none.", flag_values=fv)
+    define_run(fv)
     if not parse_needed("sweep", USAGE, fv, argv, ("config", "workdir")):
         return 0
     root = pathlib.Path(fv.workdir)
@@ -44,10 +44,17 @@ def main(argv: list[str]) -> int:
     if fv.seeds:
         plan = dataclasses.replace(plan, seeds=read_seeds(fv.seeds))
     variants = sweep_file.chosen(fv.only, plan.variants)
-    ended = run_plan(plan, variants, root, fv.jobs, fv.element, fv.dry_run)
+    ended = run_plan(plan, variants, root, fv.jobs, fv.element, fv.dry_run, fv.force)
     if not fv.dry_run:
         _compare(root)
     return ended
+
+
+def define_run(fv: flags.FlagValues) -> None:
+    """What every command that runs a plan takes."""
+    switch = flags.DEFINE_boolean
+    switch("dry_run", False, "Check and list the runs; start none.", flag_values=fv)
+    switch("force", False, "Run although a plan needs more memory than is free.", flag_values=fv)
 
 
 def run_plan(
@@ -57,19 +64,21 @@ def run_plan(
     at_once: int,
     element: str | None,
     dry: bool,
+    force: bool = False,
 ) -> int:
     """Check the runs, list them, and (unless `dry`) run what is missing. Returns the exit status.
 
-    Raises ConfigError, before anything is started, for runs that are wrong or do not fit.
+    Raises ConfigError, before anything is started, for runs that are wrong or (unless `force`) do not fit.
     """
     configs = _configs(plan, variants, root)
     jobs = _element(
-        element, [_job(plan, root, v, s, configs[v]) for s in plan.seeds for v in variants]
+        element, [_job(plan, root, v, s, configs[v], force) for s in plan.seeds for v in variants]
     )
     from moejax.train.fits import find
 
     found = dict(zip(variants, find([configs[v] for v in variants], at_once)))
-    _refuse({v: f.problem for v, f in found.items() if f.problem})
+    # Without a plan it is no memory that is missing: the devices do not match.
+    _refuse({v: f.problem for v, f in found.items() if f.problem and not (force and f.plan)})
     print(render([_plan_table(jobs, found, at_once)]))
     if dry:
         return 0
@@ -134,13 +143,15 @@ def _element(element: str | None, jobs: list[Job]) -> list[Job]:
     return jobs[int(i) :: int(n)]
 
 
-def _job(plan: Sweep, root: pathlib.Path, variant: str, seed: int, cfg: ExperimentConfig) -> Job:
+def _job(
+    plan: Sweep, root: pathlib.Path, variant: str, seed: int, cfg: ExperimentConfig, force: bool
+) -> Job:
     workdir = sweep.run_folder(root, variant, seed)
     return Job(
         name=f"{variant}/{workdir.name}",
         workdir=workdir,
         log=sweep.log_file(root, variant, seed),
-        flags=(*plan.flags(variant, seed), f"--workdir={workdir}"),
+        flags=(*plan.flags(variant, seed), f"--workdir={workdir}", *(["--force"] * force)),
         steps=cfg.train.steps,
     )
 

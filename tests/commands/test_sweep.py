@@ -156,6 +156,19 @@ def test_a_variant_that_does_not_fit_is_named_and_none_starts(write, tmp_path, m
         run_main(write(GOOD), tmp_path / "out")
 
 
+def test_force_runs_what_may_not_fit(write, tmp_path, monkeypatch):
+    found = [fits.Finding("", "1M", 1.0), fits.Finding("it needs 3 TiB", "9T", 1.0)]
+    monkeypatch.setattr(fits, "find", lambda configs, jobs: found)
+    started = []
+    monkeypatch.setattr(sweep, "run_jobs", lambda jobs, _: started.extend(jobs) or 0)
+    assert run_main(write(GOOD), tmp_path / "out", "--force") == 0
+    assert started and all(job.flags[-1] == "--force" for job in started)
+    # Devices that do not match are no question of memory.
+    found[1] = fits.Finding("8 devices are needed, 1 is there", "", 0.0)
+    with pytest.raises(ConfigError, match="variant b: 8 devices"):
+        run_main(write(GOOD), tmp_path / "out2", "--force")
+
+
 def test_what_fits_on_this_machine():
     small = ExperimentConfig()
     assert fits._finding(small, 1).problem == "" and fits._finding(small, 1).seconds > 0
