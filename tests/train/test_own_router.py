@@ -210,7 +210,7 @@ def losses(workdir):
     return {r["step"]: r["loss"] for r in rows if r["kind"] == "train"}
 
 
-@pytest.mark.slow
+@pytest.mark.product
 def test_is_resumed(name, run, tmp_path):
     workdir, said = run
     assert f"resuming {workdir} at step 2" in said
@@ -226,7 +226,7 @@ def test_is_resumed(name, run, tmp_path):
     assert any(moved)
 
 
-@pytest.mark.slow
+@pytest.mark.product
 def test_evaluates(name, run, tmp_path):
     out = tmp_path / "results.json"
     code, said = command("evaluate", f"--workdir={run[0]}", "--batches=1", f"--json={out}")
@@ -234,7 +234,7 @@ def test_evaluates(name, run, tmp_path):
     assert 0 < json.loads(out.read_text())["loss"] < 10
 
 
-@pytest.mark.slow
+@pytest.mark.product
 def test_generates_or_is_refused(name, run):
     code, said = command(
         "generate", f"--workdir={run[0]}", "--prompt=def ", "--max_new=4", "--greedy"
@@ -245,7 +245,7 @@ def test_generates_or_is_refused(name, run):
         assert code == 2 and f"router.name={name!r} is not causal" in said, said
 
 
-@pytest.mark.slow
+@pytest.mark.product
 def test_is_reported(name, run):
     code, said = command("report", f"--workdir={run[0]}")
     assert code == 0, said
@@ -258,7 +258,7 @@ def test_is_reported(name, run):
     ].causal
 
 
-@pytest.mark.slow
+@pytest.mark.product
 def test_is_planned(name, run):
     """By its own word on how many experts compute for a token, and with its own parameters."""
     code, said = command("plan", *flags(name))
