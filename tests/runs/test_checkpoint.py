@@ -200,9 +200,10 @@ def test_damage_of_any_file_is_noticed_or_harmless(tmp_path, state):
         assert sums == right
         fell_back = any("/2 cannot be read" in t and "falling back to step 1" in t for t in texts)
         assert position == (1 if fell_back else 2), texts
-    # Some files are superseded by others and not read; meta, _METADATA, manifests and data are.
+    # Files that others supersede are not read, and how many there are differs; meta and, of both items,
+    # _METADATA, manifest and data always are.
     fell_back = [position == 1 for position, *_ in results]
-    assert sum(fell_back) > len(names)
+    assert sum(fell_back) >= 4 * 5
     at = names.index(pathlib.Path("checkpoints/2/meta/metadata"))
     assert all(fell_back[4 * at : 4 * at + 4])
 
