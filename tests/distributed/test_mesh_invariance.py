@@ -109,12 +109,16 @@ WAYS: dict[str, dict] = {
     "all_to_all": dict(expert_parallel="all_to_all", skewed=True, remat="full"),
     "all_to_all, MTP": dict(expert_parallel="all_to_all", mtp=1, accumulation=2),
 }
-# Without an expert axis the strategies are one program; with experts apart from the batch only ring is.
+# Without an expert axis the strategies are one program; with experts apart from the batch only ring is. What
+# MTP adds and what the dense dispatcher does on a mesh depends on whether there are several axes, not on which.
+ALONE = ("data", "fsdp", "tensor", "experts apart")
+SEVERAL = ("data*fsdp*expert", "expert*tensor", "experts on data")
 PRODUCT = [
     (mesh, way)
     for mesh in MESHES
     for way in WAYS
-    if "all_to_all" not in way or mesh not in ("data", "fsdp", "tensor", "experts apart")
+    if ("all_to_all" not in way or mesh not in ALONE)
+    and (way not in ("dense", "ring, MTP", "all_to_all, MTP") or mesh in SEVERAL)
 ]
 
 
