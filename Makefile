@@ -20,10 +20,11 @@ PARITY_VENV := .venv-parity
 train: $(VENV)/installed
 	$(BIN)/moejax train --config=experiments/quickstart.py --workdir=runs/quickstart
 
-# Compiling is most of a test, and uses one core.
+# Compiling is most of a test, and uses one core. TESTS: further arguments of pytest.
 JOBS ?= 2
+TESTS ?=
 test: $(VENV)/installed-dev
-	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(TESTS)
 
 product: $(VENV)/installed-dev
 	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m product
