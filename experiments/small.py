@@ -1,4 +1,4 @@
-"""The model that the questions here change: a DeepSeek-style mixture that two cores train in a minute.
+"""The model that the questions here change: a small DeepSeek-style mixture.
 
     moejax train --config=experiments/small.py --workdir=runs/small
 
@@ -6,8 +6,8 @@
 three layers; V3's sigmoid scores with a selection bias moved by rule. The text is the quickstart's, 614,400
 tokens of it. `small.py:dense` is its dense twin: an FFN as wide as what a token of the mixture uses.
 
-Differences at this size are small, and so are the claims: who asks whether something helps, not by how much
-it would help a model a thousand times as large.
+Its size limits the claims: they are about whether something helps here, not about how much it would help a
+model a thousand times as large.
 """
 
 import dataclasses
