@@ -3,16 +3,11 @@
 Reading changes nothing in a run's folder and needs no lock. See `moejax.runs.checkpoint` for what is in there.
 """
 
-import atexit
 import errno
-import functools
-import gc
 import hashlib
 import json
-import logging
 import os
 import pathlib
-import sys
 import time
 import traceback
 import warnings
@@ -26,7 +21,7 @@ from jax.sharding import SingleDeviceSharding
 from moejax.config import ConfigError, ExperimentConfig, ModelConfig
 from moejax.models import transformer
 from moejax.params import abstract_params, path_name
-from moejax.runs import agree, folder, lock
+from moejax.runs import agree, folder, hush, lock
 from moejax.runs.checksums import add_up, local_sums
 from moejax.sharding import Layout
 
@@ -322,34 +317,10 @@ def _read(path: pathlib.Path, shapes: dict) -> dict:
     try:
         return handler.restore(path, args=ocp.args.StandardRestore(shapes))
     except Exception:
-        _hush_readers()
+        hush.readers()
         raise
     finally:
         handler.close()
-
-
-def _hush_readers() -> None:
-    """Of files that cannot be read orbax leaves readers behind. When they end, asyncio prints their errors, and
-    Python what they can no longer tell anybody."""
-    logging.getLogger("asyncio").disabled = True
-    print_others = sys.unraisablehook
-    if getattr(print_others, "__name__", "") == _quiet_hook.__name__:
-        return
-    sys.unraisablehook = functools.partial(_quiet_hook, print_others)
-    sys.unraisablehook.__name__ = _quiet_hook.__name__  # pyright: ignore[reportAttributeAccessIssue]
-    atexit.register(_let_readers_end)
-
-
-def _quiet_hook(print_others: Callable, unraisable) -> None:
-    late = str(unraisable.exc_value) == "Event loop is closed"
-    if not late and "_read_array_index" not in repr(unraisable.object):
-        print_others(unraisable)
-
-
-def _let_readers_end() -> None:
-    """Before the interpreter takes down the hook."""
-    time.sleep(0.2)
-    gc.collect()
 
 
 def _fit(ours: dict, path: pathlib.Path, meta: dict, stored_dtype: bool) -> dict:

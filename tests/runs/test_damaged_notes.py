@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import pytest
 
 from moejax.config import AttentionConfig, DataConfig, ExperimentConfig, ModelConfig
+from moejax.runs import hush
 from moejax.runs.checkpoint import NOTE, Checkpoints
-from moejax.runs.restore import _hush_readers
 from moejax.train.state import create_state, restore_state, save_state
 
 CFG = ExperimentConfig(
@@ -54,9 +54,9 @@ def test_a_run_opens_without_the_notes_of_orbax(tmp_path, state, change):
 def test_other_errors_at_the_end_of_things_are_still_printed(monkeypatch):
     printed = []
     monkeypatch.setattr(sys, "unraisablehook", lambda u: printed.append(str(u.exc_value)))
-    _hush_readers()
+    hush.readers()
     hook = sys.unraisablehook
-    _hush_readers()
+    hush.readers()
     assert sys.unraisablehook is hook  # once
 
     class Raises:

@@ -1,0 +1,36 @@
+"""Silence for readers that orbax leaves behind when files cannot be read. When they end, asyncio prints their
+errors, and Python what they can no longer tell anybody; the error that matters has been raised by then.
+"""
+
+import atexit
+import gc
+import logging
+import sys
+import time
+from collections.abc import Callable
+
+
+class Quiet:
+    """A `sys.unraisablehook` that leaves out what is of those readers."""
+
+    def __init__(self, print_others: Callable):
+        self._print_others = print_others
+
+    def __call__(self, unraisable) -> None:
+        late = str(unraisable.exc_value) == "Event loop is closed"
+        if not late and "_read_array_index" not in repr(unraisable.object):
+            self._print_others(unraisable)
+
+
+def readers() -> None:
+    """From now on."""
+    logging.getLogger("asyncio").disabled = True
+    if not isinstance(sys.unraisablehook, Quiet):
+        sys.unraisablehook = Quiet(sys.unraisablehook)
+        atexit.register(_let_them_end)
+
+
+def _let_them_end() -> None:
+    """Before the interpreter takes down the hook."""
+    time.sleep(0.2)
+    gc.collect()
