@@ -15,11 +15,7 @@ READ = MOE | {"head_dim"}
 HARMLESS = frozenset()
 # The blocks' FFNs: dense, or a router, routed experts, and the shared experts as one wide FFN.
 FFNS = names.DENSE_FFN + names.ROUTER + names.EXPERTS + names.SHARED_EXPERTS
-NAMES = names.Table(
-    rows=(*names.DECODER, *names.in_blocks(names.NORMS + names.ATTENTION + FFNS)),
-    duplicates=(names.TIED_HEAD,),
-    ignorable=(names.ROTARY_BUFFER,),
-)
+NAMES = names.decoder(*names.ATTENTION, *FFNS)
 
 
 def moe_shape(hf: dict, family: str) -> dict:

@@ -23,7 +23,7 @@ NAMES = names.decoder(
         names.Row(_BIAS, names.BLOCK + "mlp." + _STATICS, names.LEAD),
         names.Row(_BIAS, names.BLOCK + "mlp.gate." + _STATICS, names.LEAD),
     ),
-    ignorable=r"(model\.)?mtp.*",
+    ignorable=(r"(model\.)?mtp.*",),
 )
 
 

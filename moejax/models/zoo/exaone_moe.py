@@ -24,7 +24,7 @@ NAMES = names.decoder(
         names.Row(_BIAS, names.BLOCK + "mlp.e_score_correction_bias"),
         names.Row(_BIAS, names.BLOCK + "mlp.gate.e_score_correction_bias"),
     ),
-    ignorable=r"mtp\..*",
+    ignorable=(r"mtp\..*",),
 )
 
 

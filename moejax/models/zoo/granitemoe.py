@@ -1,9 +1,8 @@
 """Granite MoE 3.0 and 3.1: Mixtral's routing over small experts, and four fixed multipliers."""
 
-from moejax.config import ModelConfig, MoEConfig, ObjectiveConfig
-from moejax.models.zoo import fields, names
+from moejax.config import ModelConfig, ObjectiveConfig
+from moejax.models.zoo import fields, mixtral, names
 from moejax.models.zoo.mixtral import GROUPED, grouped_attention, grouped_to_hf
-from moejax.routers import router_options
 
 MODEL_TYPE = "granitemoe"
 READ = GROUPED | {
@@ -25,9 +24,6 @@ NAMES = names.decoder(
 def config_from_hf(hf: dict) -> ModelConfig:
     """The ModelConfig of a `granitemoe` config.json; ConfigError names what does not work."""
     common = fields.decoder_from_hf(hf, MODEL_TYPE)
-    n = fields.sizes(
-        hf, MODEL_TYPE, "num_local_experts", "num_experts_per_tok", "intermediate_size"
-    )
     bias = fields.flag(hf, MODEL_TYPE, "attention_bias")
     # Not 1 / sqrt(head width) where the file is silent, but 1.
     scale = fields.number(hf, MODEL_TYPE, "attention_multiplier", 1.0, least=1e-9)
@@ -39,12 +35,7 @@ def config_from_hf(hf: dict) -> ModelConfig:
         residual_multiplier=fields.number(hf, MODEL_TYPE, "residual_multiplier", 1.0),
         logits_divisor=fields.number(hf, MODEL_TYPE, "logits_scaling", 1.0),
         attention=grouped_attention(hf, MODEL_TYPE, qkv_bias=bias, out_bias=bias, scale=scale),
-        moe=MoEConfig(
-            num_experts=n["num_local_experts"],
-            experts_per_token=n["num_experts_per_tok"],
-            d_expert=n["intermediate_size"],
-            router=router_options(normalize_weights=True),
-        ),
+        moe=mixtral.moe(hf, MODEL_TYPE),
     )
 
 
@@ -60,13 +51,10 @@ def config_to_hf(cfg: ModelConfig, objective: ObjectiveConfig) -> dict:
         architectures=["GraniteMoeForCausalLM"],
         model_type=MODEL_TYPE,
         attention_bias=a.qkv_bias,
-        num_local_experts=cfg.moe.num_experts,
-        num_experts_per_tok=cfg.moe.experts_per_token,
-        intermediate_size=cfg.moe.d_expert,
         embedding_multiplier=cfg.embedding_multiplier,
         residual_multiplier=cfg.residual_multiplier,
         logits_scaling=cfg.logits_divisor,
         attention_multiplier=a.scale or a.head_dim**-0.5,
-        **fields.switch_objective_to_hf(cfg, objective),
+        **mixtral.moe_to_hf(cfg, objective),
         **grouped_to_hf(cfg),
     )

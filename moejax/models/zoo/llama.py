@@ -8,14 +8,7 @@ READ = fields.DECODER | {
     *("intermediate_size", "num_key_value_heads", "head_dim", "attention_bias", "mlp_bias"),
 }
 HARMLESS = frozenset({"max_sequence_length"})  # LLaMA 1
-NAMES = names.Table(
-    rows=(
-        *names.DECODER,
-        *names.in_blocks(names.NORMS + names.ATTENTION + names.DENSE_FFN),
-    ),
-    duplicates=(names.TIED_HEAD,),
-    ignorable=(names.ROTARY_BUFFER,),
-)
+NAMES = names.decoder(*names.ATTENTION, *names.DENSE_FFN)
 
 
 def attention(hf: dict, family: str) -> AttentionConfig:

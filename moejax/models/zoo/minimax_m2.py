@@ -1,9 +1,8 @@
 """MiniMax-M2: sigmoid scores with a selection bias, no shared expert; half of each head is rotated."""
 
-from moejax.config import ModelConfig, MoEConfig, ObjectiveConfig
+from moejax.config import ModelConfig, ObjectiveConfig
 from moejax.models.zoo import fields, mixtral, names
 from moejax.models.zoo.mixtral import GROUPED, grouped_attention, grouped_to_hf
-from moejax.routers import router_options
 
 MODEL_TYPE = "minimax_m2"
 READ = GROUPED | {
@@ -26,27 +25,20 @@ NAMES = mixtral.NAMES._replace(
 def config_from_hf(hf: dict) -> ModelConfig:
     """The ModelConfig of a `minimax_m2` config.json; ConfigError names what does not work."""
     common = fields.decoder_from_hf(hf, MODEL_TYPE)
-    n = fields.sizes(
-        hf, MODEL_TYPE, "num_local_experts", "num_experts_per_tok", "intermediate_size", "head_dim"
-    )
+    head = fields.size(hf, MODEL_TYPE, "head_dim")
     for key, value in (
         *(("use_qk_norm", True), ("qk_norm_type", "per_layer"), ("scoring_func", "sigmoid")),
         *(("use_routing_bias", True), ("shared_intermediate_size", 0), ("attention_bias", False)),
     ):
         fields.only(hf, MODEL_TYPE, key, value, None)
-    width = fields.size(hf, MODEL_TYPE, "rotary_dim", n["head_dim"])
-    part = {"default_part": width / n["head_dim"]}
+    width = fields.size(hf, MODEL_TYPE, "rotary_dim", head)
+    part = {"default_part": width / head}
     return ModelConfig(
         **common,
         num_dense_layers=0,
         d_ff=0,
         attention=grouped_attention(hf, MODEL_TYPE, part, qk_norm="full"),
-        moe=MoEConfig(
-            num_experts=n["num_local_experts"],
-            experts_per_token=n["num_experts_per_tok"],
-            d_expert=n["intermediate_size"],
-            router=router_options(score="sigmoid", normalize_weights=True, expert_bias=True),
-        ),
+        moe=mixtral.moe(hf, MODEL_TYPE, score="sigmoid", expert_bias=True),
     )
 
 
@@ -61,9 +53,6 @@ def config_to_hf(cfg: ModelConfig, objective: ObjectiveConfig) -> dict:
         architectures=["MiniMaxM2ForCausalLM"],
         model_type=MODEL_TYPE,
         rotary_dim=cfg.attention.rope_width,
-        num_local_experts=cfg.moe.num_experts,
-        num_experts_per_tok=cfg.moe.experts_per_token,
-        intermediate_size=cfg.moe.d_expert,
-        **fields.switch_objective_to_hf(cfg, objective),
+        **mixtral.moe_to_hf(cfg, objective),
         **grouped_to_hf(cfg),
     )

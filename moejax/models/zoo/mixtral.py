@@ -1,5 +1,7 @@
 """Mixtral (2401.04088): 8 wide experts, the two chosen scores renormalised."""
 
+from typing import Any
+
 from moejax.config import AttentionConfig, ModelConfig, MoEConfig, ObjectiveConfig
 from moejax.models.zoo import fields, names
 from moejax.routers import router_options
@@ -13,28 +15,14 @@ READ = GROUPED | {
 }
 HARMLESS = frozenset()
 _MOE = "block_sparse_moe."
-NAMES = names.Table(
-    rows=(
-        *names.DECODER,
-        *names.in_blocks(
-            (
-                *names.NORMS,
-                *names.ATTENTION,
-                names.Row("moe/router/kernel", _MOE + "gate.weight", names.TRANSPOSE),
-                names.Row(
-                    "moe/experts/w_gate", _MOE + "experts.{expert}.w1.weight", names.TRANSPOSE
-                ),
-                names.Row(
-                    "moe/experts/w_down", _MOE + "experts.{expert}.w2.weight", names.TRANSPOSE
-                ),
-                names.Row("moe/experts/w_up", _MOE + "experts.{expert}.w3.weight", names.TRANSPOSE),
-                *names.ROUTER,
-                *names.FUSED_EXPERTS,
-            )
-        ),
-    ),
-    duplicates=(names.TIED_HEAD,),
-    ignorable=(names.ROTARY_BUFFER,),
+NAMES = names.decoder(
+    *names.ATTENTION,
+    names.Row("moe/router/kernel", _MOE + "gate.weight", names.TRANSPOSE),
+    names.Row("moe/experts/w_gate", _MOE + "experts.{expert}.w1.weight", names.TRANSPOSE),
+    names.Row("moe/experts/w_down", _MOE + "experts.{expert}.w2.weight", names.TRANSPOSE),
+    names.Row("moe/experts/w_up", _MOE + "experts.{expert}.w3.weight", names.TRANSPOSE),
+    *names.ROUTER,
+    *names.FUSED_EXPERTS,
 )
 
 
@@ -59,24 +47,37 @@ def grouped_to_hf(cfg: ModelConfig) -> dict:
     return heads | part | fields.rope_to_hf(a.rope)
 
 
+def moe(hf: dict, family: str, **router: Any) -> MoEConfig:
+    """Experts under Mixtral's keys; the router renormalises, `router` has its other options."""
+    n = fields.sizes(hf, family, "num_local_experts", "num_experts_per_tok", "intermediate_size")
+    return MoEConfig(
+        num_experts=n["num_local_experts"],
+        experts_per_token=n["num_experts_per_tok"],
+        d_expert=n["intermediate_size"],
+        router=router_options(normalize_weights=True, **router),
+    )
+
+
+def moe_to_hf(cfg: ModelConfig, objective: ObjectiveConfig) -> dict:
+    """What `moe` and `fields.switch_objective` read."""
+    return {
+        "num_local_experts": cfg.moe.num_experts,
+        "num_experts_per_tok": cfg.moe.experts_per_token,
+        "intermediate_size": cfg.moe.d_expert,
+        **fields.switch_objective_to_hf(cfg, objective),
+    }
+
+
 def config_from_hf(hf: dict) -> ModelConfig:
     """The ModelConfig of a `mixtral` config.json; ConfigError names what does not work."""
     common = fields.decoder_from_hf(hf, MODEL_TYPE)
-    n = fields.sizes(
-        hf, MODEL_TYPE, "num_local_experts", "num_experts_per_tok", "intermediate_size"
-    )
     window = fields.size(hf, MODEL_TYPE, "sliding_window", 0)
     return ModelConfig(
         **common,
         num_dense_layers=0,
         d_ff=0,
         attention=grouped_attention(hf, MODEL_TYPE, windows=(window,) if window else ()),
-        moe=MoEConfig(
-            num_experts=n["num_local_experts"],
-            experts_per_token=n["num_experts_per_tok"],
-            d_expert=n["intermediate_size"],
-            router=router_options(normalize_weights=True),
-        ),
+        moe=moe(hf, MODEL_TYPE),
     )
 
 
@@ -92,9 +93,6 @@ def config_to_hf(cfg: ModelConfig, objective: ObjectiveConfig) -> dict:
         architectures=["MixtralForCausalLM"],
         model_type=MODEL_TYPE,
         sliding_window=a.windows[0] if a.windows else None,
-        num_local_experts=cfg.moe.num_experts,
-        num_experts_per_tok=cfg.moe.experts_per_token,
-        intermediate_size=cfg.moe.d_expert,
-        **fields.switch_objective_to_hf(cfg, objective),
+        **moe_to_hf(cfg, objective),
         **grouped_to_hf(cfg),
     )

@@ -149,10 +149,10 @@ EXPERTS += FUSED_EXPERTS
 SHARED_EXPERTS = swiglu("moe/shared", "mlp.shared_experts")
 
 
-def decoder(*rows: Row, others: tuple[Row, ...] = (), ignorable: str = ROTARY_BUFFER) -> Table:
+def decoder(*rows: Row, others: tuple[Row, ...] = (), ignorable: tuple[str, ...] = ()) -> Table:
     """The table of a decoder with these rows in its blocks, norms before the sub-layers, and `others`."""
     return Table(
-        (*DECODER, *in_blocks((*NORMS, *rows)), *others), (TIED_HEAD,), (ROTARY_BUFFER, ignorable)
+        (*DECODER, *in_blocks((*NORMS, *rows)), *others), (TIED_HEAD,), (ROTARY_BUFFER, *ignorable)
     )
 
 

@@ -11,14 +11,7 @@ READ = GROUPED | {
     *("attention_bias", "clip_qkv", "router_aux_loss_coef"),
 }
 HARMLESS = frozenset()
-NAMES = names.Table(
-    rows=(
-        *names.DECODER,
-        *names.in_blocks(names.NORMS + names.ATTENTION + names.ROUTER + names.EXPERTS),
-    ),
-    duplicates=(names.TIED_HEAD,),
-    ignorable=(names.ROTARY_BUFFER,),
-)
+NAMES = names.decoder(*names.ATTENTION, *names.ROUTER, *names.EXPERTS)
 
 
 def config_from_hf(hf: dict) -> ModelConfig:

@@ -17,21 +17,11 @@ READ = MOE | windows.QWEN | {"qkv_bias", "shared_expert_intermediate_size"}
 HARMLESS = frozenset()
 # The dense layers and the experts of Qwen's MoE models, versions 2 and 3.
 FFNS = names.DENSE_FFN + names.ROUTER + names.EXPERTS
-NAMES = names.Table(
-    rows=(
-        *names.DECODER,
-        *names.in_blocks(
-            (
-                *names.NORMS,
-                *names.ATTENTION,
-                *FFNS,
-                *names.swiglu("moe/shared", "mlp.shared_expert"),
-                names.Row("moe/shared_gate", "mlp.shared_expert_gate.weight", names.TRANSPOSE),
-            )
-        ),
-    ),
-    duplicates=(names.TIED_HEAD,),
-    ignorable=(names.ROTARY_BUFFER,),
+NAMES = names.decoder(
+    *names.ATTENTION,
+    *FFNS,
+    *names.swiglu("moe/shared", "mlp.shared_expert"),
+    names.Row("moe/shared_gate", "mlp.shared_expert_gate.weight", names.TRANSPOSE),
 )
 
 

@@ -8,11 +8,7 @@ from moejax.models.zoo.qwen2_moe import FFNS, MOE, dense_layers, moe_from_hf, mo
 MODEL_TYPE = "qwen3_moe"
 READ = MOE | {"attention_bias", "use_sliding_window", "sliding_window"}
 HARMLESS = frozenset({"max_window_layers", "layer_types"})
-NAMES = names.Table(
-    rows=(*names.DECODER, *names.in_blocks(names.NORMS + names.ATTENTION + FFNS)),
-    duplicates=(names.TIED_HEAD,),
-    ignorable=(names.ROTARY_BUFFER,),
-)
+NAMES = names.decoder(*names.ATTENTION, *FFNS)
 
 
 def _windows(hf: dict) -> tuple[int, ...]:
