@@ -13,28 +13,19 @@ others are wider; routers with another number of experts by design.
 
 import dataclasses
 
-from moejax.config import (
-    AttentionConfig,
-    ConfigError,
-    DataConfig,
-    ExperimentConfig,
-    ModelConfig,
-    MoEConfig,
-    OptimizerConfig,
-    TrainConfig,
-)
+from small import EXPERTS, PER_TOKEN, SMALL, TOKEN, WIDTH
+
+from moejax.config import ConfigError, ExperimentConfig, MoEConfig, ObjectiveConfig
 from moejax.config_io import to_config_dict, with_recipe
 from moejax.options import choice_problem
 from moejax.routers import ROUTERS
 
-EXPERTS, PER_TOKEN, WIDTH = 32, 4, 64
-SEQ_LEN = 128
+SEQ_LEN = SMALL.data.seq_len
 # Options that must fit a sequence's length: as many slots for a token as others have experts; four segments.
 FITTED = {
     "soft_moe": {"slots_per_expert": SEQ_LEN * PER_TOKEN // EXPERTS},
     "lory": {"segment": SEQ_LEN // 4},
 }
-TOKEN = PER_TOKEN * WIDTH
 # In sixteen parts, for memory: each token has 128 routes.
 ACCUMULATION = {"peer": 16}
 
@@ -43,30 +34,17 @@ def get_config(router: str = "token_choice"):
     problem = choice_problem("routers.py", router, ROUTERS)
     if problem:
         raise ConfigError(problem)
-    base = ExperimentConfig(
+    moe = MoEConfig(
+        num_experts=EXPERTS, experts_per_token=PER_TOKEN, d_expert=WIDTH, shared_experts=1
+    )
+    # What does not generate never sees more, and soft slots are counted for it.
+    longest = SMALL.model.max_seq_len if ROUTERS[router].causal else SEQ_LEN
+    base = dataclasses.replace(
+        SMALL,
         name=f"router-{router}",
-        model=ModelConfig(
-            d_model=128,
-            num_layers=3,
-            num_dense_layers=1,
-            d_ff=TOKEN + WIDTH,
-            init_std=0.02,
-            # What does not generate never sees more, and soft slots are counted for it.
-            max_seq_len=4096 if ROUTERS[router].causal else SEQ_LEN,
-            attention=AttentionConfig(num_heads=4, num_kv_heads=4, head_dim=32),
-            moe=MoEConfig(
-                num_experts=EXPERTS, experts_per_token=PER_TOKEN, d_expert=WIDTH, shared_experts=1
-            ),
-        ),
-        data=DataConfig(vocab_size=2048, seq_len=SEQ_LEN, batch_size=16, validation_fraction=0.05),
-        optimizer=OptimizerConfig(learning_rate=2e-3, warmup_steps=30),
-        train=TrainConfig(
-            steps=300,
-            eval_every=300,
-            eval_batches=40,
-            checkpoint_every=300,
-            accumulation=ACCUMULATION.get(router, 1),
-        ),
+        model=dataclasses.replace(SMALL.model, max_seq_len=longest, moe=moe),
+        objective=ObjectiveConfig(),
+        train=dataclasses.replace(SMALL.train, accumulation=ACCUMULATION.get(router, 1)),
     )
     return to_config_dict(same_compute(with_recipe(base, router), router))
 
