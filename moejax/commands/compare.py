@@ -30,6 +30,7 @@ def main(argv: list[str]) -> int:
     )
     flags.DEFINE_enum("format", "table", FORMATS, "table, markdown, csv or json.", flag_values=fv)
     text("page", None, "Also write a page with curves to this .html file.", flag_values=fv)
+    text("plot", None, "Also draw the differences into this file (.png, .svg, ..).", flag_values=fv)
     paths = parse("compare", USAGE, fv, argv)
     if paths is None:
         return 0
@@ -37,6 +38,10 @@ def main(argv: list[str]) -> int:
         raise ConfigError(f"compare needs folders of runs\n{USAGE}")
     if fv.page and not pathlib.Path(fv.page).absolute().parent.is_dir():
         raise ConfigError(f"--page={fv.page}: there is no such folder")
+    if fv.plot:
+        from moejax.cost.plot import check_path
+
+        check_path(fv.plot)
     from moejax.evals.comparison import compare
     from moejax.evals.comparison_tables import as_data, run_table, tables
     from moejax.text import render
@@ -53,13 +58,18 @@ def main(argv: list[str]) -> int:
 
         pathlib.Path(fv.page).write_text(page(found), "utf-8")
         print(f"wrote {fv.page}", file=sys.stderr)
+    if fv.plot:
+        from moejax.evals.comparison_plot import plot
+
+        plot(found, fv.plot)
+        print(f"wrote {fv.plot}", file=sys.stderr)
     return 0
 
 
 def _refuse_models(argv: list[str]) -> None:
     """ConfigError with the command that does it now, if argv asks for the table of published models."""
     known = {n for n in known_names() if not pathlib.Path(n).exists()}
-    if any(a in known or a.startswith(("--context", "--plot")) for a in argv):
+    if any(a in known or a.startswith("--context") for a in argv):
         raise ConfigError(
             "this compares runs; the table of published models is now: "
             f"moejax models {shlex.join(argv)}"

@@ -15,17 +15,9 @@ def plot(rows: list[Row], path: str, context: int) -> None:
     Dots on logarithmic axes, since models differ by factors of thousands: active parameters filled,
     total hollow, joined by a line, so that a mixture of experts is as long as it is sparse.
     """
-    # Not pyplot: no window system, no global figures.
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
+    from matplotlib.figure import Figure  # not pyplot: no window system, no global figures
 
-    if not pathlib.Path(path).parent.is_dir():
-        raise ConfigError(f"--plot={path}: {pathlib.Path(path).parent} does not exist")
-    suffix = pathlib.Path(path).suffix.lstrip(".").lower() or "png"
-    known = FigureCanvasAgg.get_supported_filetypes()
-    if suffix not in known:
-        raise ConfigError(f"--plot={path}: .{suffix} is not one of {', '.join(sorted(known))}")
-
+    check_path(path)
     figure = Figure(figsize=(12.5, 1.75 + 0.4 * len(rows)), layout="constrained")
     axes = figure.subplots(1, 3, sharey=True, width_ratios=(1.5, 1, 1))
     panels = (
@@ -40,6 +32,19 @@ def plot(rows: list[Row], path: str, context: int) -> None:
     _legend(figure)
     figure.get_layout_engine().set(wspace=0.03)
     figure.savefig(path, dpi=160, facecolor="white")
+
+
+def check_path(path: str) -> None:
+    """ConfigError if no picture can be written to `path`: no such folder, or a suffix that matplotlib does not
+    know."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    if not pathlib.Path(path).absolute().parent.is_dir():
+        raise ConfigError(f"--plot={path}: {pathlib.Path(path).parent} does not exist")
+    suffix = pathlib.Path(path).suffix.lstrip(".").lower() or "png"
+    known = FigureCanvasAgg.get_supported_filetypes()
+    if suffix not in known:
+        raise ConfigError(f"--plot={path}: .{suffix} is not one of {', '.join(sorted(known))}")
 
 
 def _panel(ax, rows: list[Row], keys: tuple[str, ...], text, base: int) -> None:

@@ -15,6 +15,7 @@ from moejax.config import ConfigError
 from moejax.cost.receipt import model_flops_per_token
 from moejax.evals.comparison import compare
 from moejax.evals.comparison_page import lines, page, step_seconds
+from moejax.evals.comparison_plot import picture
 from moejax.evals.comparison_tables import as_data, difference_table, run_table, seeds_table, tables
 from moejax.evals.run_groups import read_run
 from moejax.text import render
@@ -149,6 +150,8 @@ def test_what_must_be_known_is_said(tmp_path):
         (["{root}/a", "--baseline=x"], "--baseline=x is none of the groups a"),
         (["{root}/a", "--metric=los"], "no run has the metric 'los'; known: bits_per_byte, loss"),
         (["{root}/a", "--page={root}/no/x.html"], "there is no such folder"),
+        (["{root}/a", "--plot={root}/no/x.png"], "does not exist"),
+        (["{root}/a", "--plot={root}/x.doc"], ".doc is not one of"),
         (["{root}/a", "--format=xml"], "should be one of"),
     ],
 )
@@ -185,6 +188,24 @@ def test_the_page_is_whole_and_escapes(tmp_path, capsys):
     assert "http" not in text.replace("http://www.w3.org/2000/svg", "")  # nothing from elsewhere
     for svg in text.split("<svg")[1:]:
         ET.fromstring("<svg" + svg.split("</svg>")[0] + "</svg>")
+
+
+def test_the_picture_shows_every_seed_and_what_is_sure(tmp_path, capsys):
+    losses = {"base": [4.0, 5.0], "new": [3.9, 4.9], "same": [4.1, 4.8], "wild": [1.0]}
+    root = write_sweep(tmp_path, losses)
+    write_run(root / "wild/seed_1", {}, changed(rate=2e-3, seed=1), why="Diverged")
+    c = compare([root])
+    left, right = picture(c).axes
+    assert [t.get_text() for t in left.get_yticklabels()] == ["wild", "same", "new", "base"]
+    seeds = {int(line.get_ydata()[0]): line for line in left.lines if line.get_alpha() == 0.45}
+    assert list(seeds[2].get_xdata()) == pytest.approx([-0.1, -0.1])
+    assert list(seeds[1].get_xdata()) == pytest.approx([0.1, -0.2])
+    # The first difference is that of both seeds, the second may be nothing, the third has no mean.
+    assert seeds[2].get_color() != seeds[1].get_color() and 0 not in seeds
+    assert any("1 of its runs diverged" in t.get_text() for t in left.texts)
+    assert [bar.get_width() for bar in right.patches] == [1.0] * 4
+    assert main([str(root), f"--plot={tmp_path / 'x.png'}", "--format=csv"]) == 0
+    assert (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_curves_are_means_over_seeds_against_every_axis(tmp_path):
