@@ -129,6 +129,15 @@ class MoEConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class StreamsConfig:
+    """The residual as several streams, mixed by hyper-connections (mHC, 2512.24880; DeepSeek-V4)."""
+
+    count: int = number(1, least=1)  # 1: the ordinary residual, without parameters
+    sinkhorn_steps: int = number(20, least=1)  # that make the mixing matrices doubly stochastic
+    eps: float = number(1e-6, above=0)  # added to weights, and to sums that are divided by
+
+
+@dataclasses.dataclass(frozen=True)
 class ModelConfig:
     """A pre-norm decoder-only transformer: which function it is."""
 
@@ -151,6 +160,7 @@ class ModelConfig:
     init_std: float = number(0.006, above=0)
     attention: AttentionConfig = AttentionConfig()
     moe: MoEConfig = MoEConfig()
+    streams: StreamsConfig = StreamsConfig()
     # Granite: factors of the embedded tokens and of what each sub-layer adds, and what logits are divided by.
     embedding_multiplier: float = number(1.0, above=0)
     residual_multiplier: float = number(1.0, above=0)

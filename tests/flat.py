@@ -12,7 +12,7 @@ from moejax.config import ComputeConfig, ExperimentConfig, ModelConfig, Objectiv
 from moejax.routers import router_options
 
 # In this order; a dotted path to each group.
-GROUPS = ("model", "model.moe", "model.moe.router", "model.attention", "model.attention.rope",
+GROUPS = ("model", "model.moe", "model.moe.router", "model.attention", "model.attention.rope", "model.streams",
           "objective", "compute", "data", "optimizer", "train", "mesh")  # fmt: skip
 
 

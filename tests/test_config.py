@@ -67,8 +67,8 @@ def test_the_bases_are_valid(base):
 # What is said of a value out of its range, and of which keys.
 RANGES = {
     "at least 1":
-        "d_model num_layers max_seq_len attention.num_heads attention.rope.yarn_factor "
-        "attention.rope.yarn_original_len objective.balance_groups data.vocab_size "
+        "d_model num_layers max_seq_len streams.count streams.sinkhorn_steps attention.num_heads "
+        "attention.rope.yarn_factor attention.rope.yarn_original_len objective.balance_groups data.vocab_size "
         "data.seq_len data.batch_size train.steps train.accumulation train.log_every train.eval_every "
         "train.eval_batches train.checkpoint_every train.keep_last train.max_bad_steps",
     "at least 0":
@@ -82,7 +82,7 @@ RANGES = {
         "optimizer.warmup_steps optimizer.weight_decay optimizer.clip_norm optimizer.consistent_rms "
         "train.keep_every train.seed",
     "above 0":
-        "norm_eps init_std embedding_multiplier residual_multiplier logits_divisor "
+        "norm_eps init_std streams.eps embedding_multiplier residual_multiplier logits_divisor "
         "attention.rope.yarn_beta_slow attention.rope.yarn_beta_fast "
         "optimizer.learning_rate optimizer.eps "
         "optimizer.decay_factor",

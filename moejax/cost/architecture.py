@@ -156,6 +156,8 @@ PARTS = {
     "embedding": {"embed"},
     "attention": {"attn"},
     "norms": {"attn_norm", "ffn_norm"},
+    "hyper-connections": {"attn_streams", "ffn_streams"},
+    "final hyper-connection": {"streams_head"},
     "dense FFN": {"ffn"},
     "routed experts": {"experts"},
     "latent projections": {"latent_down", "latent_up"},

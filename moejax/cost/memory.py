@@ -241,7 +241,10 @@ def layer_bytes(cfg: ExperimentConfig, seq_len: int, mesh: MeshSizes) -> float:
         moe += b * 6 * m.shared_width / tensor + b * into * d * bool(m.shared_width)
         moe += wide * (d + m.num_experts * (model.routes_per_token + 1))
     share = model.num_moe_layers / model.num_layers
-    return 2 * 3 * wide * d + attention + share * moe + (1 - share) * dense
+    streams = model.streams.count
+    # Both sub-layers: the state, and in float32 the same, normed, and mixed.
+    state = 2 * (b + 3 * wide) * streams * d if streams > 1 else 0.0
+    return 2 * 3 * wide * d + state + attention + share * moe + (1 - share) * dense
 
 
 def _gradient_bytes(cfg: ExperimentConfig, seq_len: int, mesh: MeshSizes) -> float:
@@ -261,7 +264,7 @@ def _activations(cfg: ExperimentConfig, tokens: float, seq_len: int, mesh: MeshS
     b, a, m, d = BYTES[cfg.compute.dtype], model.attention, model.moe, model.d_model
     if remat == "none":
         return tokens * layers * layer_bytes(cfg, seq_len, mesh)
-    kept = d  # the layer's input
+    kept = d * model.streams.count  # the layer's input
     if remat == "dots":  # and the results of its unbatched products
         share = model.num_moe_layers / model.num_layers
         kept += 2 * d + a.num_heads * (a.qk_head_dim + a.value_head_dim) / mesh.tensor

@@ -115,7 +115,7 @@ def prefill(
         draft = speculative.guess(
             params,
             router_state,
-            out.hidden_BSD,
+            out.trunk,
             next_BS,
             None,
             lengths_B - 1,

@@ -44,7 +44,7 @@ def check(cfg: ModelConfig, temperature: float) -> None:
 def guess(
     params,
     router_state,
-    hidden_BSD,
+    trunk,
     next_BS,
     positions_BS,
     at_B,
@@ -60,7 +60,7 @@ def guess(
     Args:
       params: the model's, with `params["mtp"]`.
       router_state: of the whole model.
-      hidden_BSD: the trunk's hidden states h_i after its final norm.
+      trunk: the trunk's hidden states h_i, `Output.trunk`.
       next_BS: t_{i+1} for each of them.
       positions_BS: their positions i.
       at_B: the index in S after which to guess.
@@ -76,7 +76,7 @@ def guess(
     )
     state = first(router_state.get("mtp", {}))
     _, normed_BSD, cache, _ = mtp_step(
-        params, first(params["mtp"]), 0, state, hidden_BSD, next_BS, ctx, cache=cache
+        params, first(params["mtp"]), 0, state, trunk, next_BS, ctx, cache=cache
     )
     last_BSD = jnp.take_along_axis(normed_BSD, at_B[:, None, None], axis=1)
     logits_BV = transformer.logits(params, last_BSD)[:, 0]
@@ -121,7 +121,7 @@ def guess_round(
     draft = guess(
         params,
         router_state,
-        out.hidden_BSD,
+        out.trunk,
         true_B2,
         positions_B2,
         accepted_B.astype(jnp.int32),

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from moejax import axes
 from moejax.config import ComputeConfig, ModelConfig, ObjectiveConfig
 from moejax.models import attention as attn
+from moejax.models import hyper_connections as hc
 from moejax.models.norm import norm, norm_specs
 from moejax.models.rope import rotation
 from moejax.moe import layer as moe_layer
@@ -75,6 +76,9 @@ def block_specs(cfg: ModelConfig, is_moe: bool) -> dict:
         "attn": attn.param_specs(cfg),
         "ffn_norm": norm_specs(cfg.d_model, cfg.norm, axes.EMBED),
     }
+    if cfg.streams.count > 1:
+        specs["attn_streams"] = hc.sub_layer_specs(cfg)
+        specs["ffn_streams"] = hc.sub_layer_specs(cfg)
     if is_moe:
         specs["moe"] = moe_layer.param_specs(cfg)
     else:
@@ -93,13 +97,15 @@ def locate(tokens_BS, cfg: ModelConfig, positions_BS=None, segment_ids_BS=None) 
     return attn.Where(positions_BS, segment_ids_BS, cos_sin)
 
 
-def constrain(x_BSD: jax.Array, layout: Layout | None, last: str | None = axes.ACT_EMBED):
-    """Positions laid out over the mesh; `last` is the logical axis of what each of them holds."""
-    return x_BSD if layout is None else layout.constrain(x_BSD, axes.BATCH, axes.SEQ, last)
+def constrain(x: jax.Array, layout: Layout | None, last: str | None = axes.ACT_EMBED):
+    """Positions laid out over the mesh; `last` is the logical axis of what each of them holds. Streams
+    between stay whole."""
+    between = (None,) * (x.ndim - 3)
+    return x if layout is None else layout.constrain(x, axes.BATCH, axes.SEQ, *between, last)
 
 
 def block(
-    x_BSD: jax.Array,
+    x: jax.Array,
     layer: LayerInput,
     ctx: Context,
     *,
@@ -110,17 +116,18 @@ def block(
     """One pre-norm block.
 
     Args:
-      x_BSD: the hidden state.
+      x: the state, BSD; [B,S,I,D] with several streams.
       layer, ctx: see there.
       carried_BSW: what the router of the layer before passed on, see `moe.layer.nothing_carried`.
       cache: of this layer, or None.
       stack: the experts of all layers and this layer's index among them, see `routed_ffn`.
 
     Returns:
-      x_BSD, carried_BSW for the next block, the cache, and MoEAux or None.
+      x and carried_BSW for the next block, the cache, and MoEAux or None.
     """
     p, cfg = layer.params, ctx.cfg
-    h = norm(p["attn_norm"], x_BSD, cfg.norm_eps)
+    h, write = hc.read(p.get("attn_streams"), x, cfg)
+    h = norm(p["attn_norm"], h, cfg.norm_eps)
     y, cache = attn.attention(
         p["attn"],
         h,
@@ -132,12 +139,13 @@ def block(
         prefill=ctx.prefill,
         block=ctx.compute.attention_block,
     )
-    x_BSD = constrain(_add(x_BSD, y, cfg), ctx.layout)
-    h = norm(p["ffn_norm"], x_BSD, cfg.norm_eps)
+    x = constrain(write(y), ctx.layout)
+    h, write = hc.read(p.get("ffn_streams"), x, cfg)
+    h = norm(p["ffn_norm"], h, cfg.norm_eps)
     if "moe" not in p:
         with jax.named_scope("ffn"):
             y = ffn(p["ffn"], h, of_dense(cfg))
-        return constrain(_add(x_BSD, y, cfg), ctx.layout), carried_BSW, cache, None
+        return constrain(write(y), ctx.layout), carried_BSW, cache, None
     state, forced_TK = dict(layer.state or {}), layer.forced_TK
     if moe_layer.TOLD in state:
         forced_TK = state.pop(moe_layer.TOLD)[ctx.where.positions_BS.reshape(-1)]
@@ -160,12 +168,7 @@ def block(
     if aux.carry_BSW is not None:
         carried_BSW = constrain(aux.carry_BSW, ctx.layout, None)
     aux = aux._replace(carry_BSW=None, inputs_BSD=h if ctx.keep_inputs else None)
-    return constrain(_add(x_BSD, y, cfg), ctx.layout), carried_BSW, cache, aux
-
-
-def _add(x_BSD, y_BSD, cfg: ModelConfig):
-    """What a sub-layer gives, added to the hidden state."""
-    return x_BSD + (y_BSD if cfg.residual_multiplier == 1 else y_BSD * cfg.residual_multiplier)
+    return constrain(write(y), ctx.layout), carried_BSW, cache, aux
 
 
 def _where(ctx: Context, window) -> attn.Where:
@@ -201,8 +204,8 @@ def unstack(stacked) -> list:
     return [structure.unflatten([part[i][0] for part in parts]) for i in range(n)]
 
 
-def run_blocks(x_BSD: jax.Array, layers: LayerInput, ctx: Context, *, cache=None):
-    """A stack (or list) of equal blocks. Returns (x_BSD, cache, aux stacked over layers or None)."""
+def run_blocks(x: jax.Array, layers: LayerInput, ctx: Context, *, cache=None):
+    """A stack (or list) of equal blocks. Returns (x, cache, aux stacked over layers or None)."""
 
     def body(carry, layer):
         x, carried, kv = carry
@@ -218,24 +221,24 @@ def run_blocks(x_BSD: jax.Array, layers: LayerInput, ctx: Context, *, cache=None
         )
     is_moe = "moe" in (layers.params[0] if listed else layers.params)
     experts = layers.params["moe"]["experts"] if is_moe and not listed else None
-    carried = moe_layer.nothing_carried(x_BSD, ctx.cfg) if is_moe else None
+    carried = moe_layer.nothing_carried(x, ctx.cfg) if is_moe else None
     if carried is not None:
         carried = constrain(carried, ctx.layout, None)
     if cache is None:
         body = rematerialised(body, ctx.compute, prevent_cse=unrolled)
     if not unrolled:
-        (x_BSD, _, cache), aux = jax.lax.scan(body, (x_BSD, carried, cache), layers)
-        return x_BSD, cache, aux
+        (x, _, cache), aux = jax.lax.scan(body, (x, carried, cache), layers)
+        return x, cache, aux
     auxes, apart = [], list(cache) if isinstance(cache, list) else None
     params = layers.params if listed else unstack(layers.params)
     for i in range(layers.index.shape[0]):
         rest = jax.tree.map(lambda a, i=i: a[i], layers._replace(params=None))
         rest = rest._replace(params=params[i])
         if apart is None:
-            (x_BSD, carried, cache), aux = body((x_BSD, carried, cache), rest)
+            (x, carried, cache), aux = body((x, carried, cache), rest)
         else:
-            here = x_BSD, carried, apart[i]
-            (x_BSD, carried, apart[i]), aux = body(here, rest._replace(slot=0))
+            here = x, carried, apart[i]
+            (x, carried, apart[i]), aux = body(here, rest._replace(slot=0))
         auxes.append(aux)
     aux = None if auxes[0] is None else jax.tree.map(lambda *a: jnp.stack(a), *auxes)
-    return x_BSD, cache if apart is None else apart, aux
+    return x, cache if apart is None else apart, aux

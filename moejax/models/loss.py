@@ -133,7 +133,7 @@ def loss_fn(
         )
         depths = []
         stats = totals.of("mtp").stats if cfg.num_moe_layers else None
-        args = (params, router_state, out.hidden_BSD, batch, ctx, totals.mtp_tokens)
+        args = (params, router_state, out.trunk, batch, ctx, totals.mtp_tokens)
         for i, (hidden, of, depth_aux) in enumerate(mtp_forward(*args, stats, mtp_forced_LTK)):
             total, _ = cross_entropy(hidden, w_DV, of.targets_BS, of.mask_BS, compute)
             mtp = mtp + total / jnp.maximum(totals.mtp_targets[i], 1.0) / cfg.mtp_depth

@@ -3,6 +3,9 @@
 Eq. 21-23: h^k_i = Block_k(M_k [RMSNorm(Emb(t_{i+k})); RMSNorm(h^{k-1}_i)]), with the trunk's embedding and
 head. The paper writes the hidden state first; the released weights expect the embedding first, and so
 do we. h^0 is the trunk after its final norm, as the released checkpoints are served.
+
+With several streams (DeepSeek-V4) h is the streams, h^0 those before their head. The embedding is projected
+once and every stream by itself, the block reads their sum, and each depth has a head for its streams.
 """
 
 import dataclasses
@@ -13,6 +16,8 @@ import jax.numpy as jnp
 
 from moejax import axes
 from moejax.config import ModelConfig
+from moejax.linear import linear
+from moejax.models import hyper_connections as hc
 from moejax.models.blocks import Context, LayerInput, block, block_specs, rematerialised
 from moejax.models.embedding import embed, last_norm
 from moejax.models.norm import norm, norm_specs
@@ -24,10 +29,22 @@ from moejax.routers.contract import BatchTotals
 def mtp_specs(cfg: ModelConfig) -> dict:
     """One depth's parameters; a block like the trunk's last."""
     d = cfg.d_model
+
+    def matrix(rows):
+        return ParamSpec((rows, d), (None, axes.EMBED), std=cfg.init_std)
+
+    if cfg.streams.count == 1:
+        own = {"proj": matrix(2 * d)}
+    else:
+        own = {
+            "embed_proj": matrix(d),
+            "hidden_proj": matrix(d),
+            "streams_head": hc.head_specs(cfg),
+        }
     return {
+        **own,
         "embed_norm": norm_specs(d, cfg.norm, axes.EMBED),
         "hidden_norm": norm_specs(d, cfg.norm, axes.EMBED),
-        "proj": ParamSpec((2 * d, d), (None, axes.EMBED), std=cfg.init_std),
         "block": block_specs(cfg, cfg.num_moe_layers > 0),
         "norm": norm_specs(d, cfg.norm, axes.EMBED),
     }
@@ -43,7 +60,7 @@ def mtp_step(
     depth_params: dict,
     depth: int,
     state: dict,
-    hidden_BSD: jax.Array,
+    hidden: jax.Array,
     next_tokens_BS: jax.Array,
     ctx: Context,
     *,
@@ -51,14 +68,14 @@ def mtp_step(
     forced_TK: jax.Array | None = None,
     cache=None,
 ):
-    """One depth: (hidden before its norm, normed hidden for the head, cache, aux).
+    """One depth: (h^k, normed hidden for the head, cache, aux).
 
     Args:
       params: the model's parameters (embedding).
       depth_params: this depth's parameters.
       depth: of this step, from 0.
       state: router state of this depth.
-      hidden_BSD: h^{k-1}.
+      hidden: h^{k-1}, BSD; [B,S,I,D] with several streams.
       next_tokens_BS: t_{i+k}.
       ctx: of the trunk's tokens.
       stats: this depth's router stats over the global batch, or None.
@@ -67,19 +84,20 @@ def mtp_step(
     """
     cfg = ctx.cfg
     e_BSD = embed(params, next_tokens_BS, ctx.where.positions_BS, cfg, ctx.compute.dtype)
-    both = jnp.concatenate(
-        [
-            norm(depth_params["embed_norm"], e_BSD, cfg.norm_eps),
-            norm(depth_params["hidden_norm"], hidden_BSD, cfg.norm_eps),
-        ],
-        axis=-1,
-    )
-    x_BSD = jnp.dot(both, depth_params["proj"].astype(both.dtype))
+    e_BSD = norm(depth_params["embed_norm"], e_BSD, cfg.norm_eps)
+    h = norm(depth_params["hidden_norm"], hidden, cfg.norm_eps)
+    if cfg.streams.count == 1:
+        both = jnp.concatenate([e_BSD, h], axis=-1)
+        x = jnp.dot(both, depth_params["proj"].astype(both.dtype))
+    else:
+        e_BSD = linear(e_BSD, depth_params["embed_proj"])
+        x = e_BSD[:, :, None] + linear(h, depth_params["hidden_proj"])
     index = cfg.num_layers + depth
     layer = LayerInput(depth_params["block"], index, depth, state, stats=stats, forced_TK=forced_TK)
-    carried = nothing_carried(x_BSD, cfg) if cfg.num_moe_layers else None
-    x_BSD, _, cache, aux = block(x_BSD, layer, ctx, carried_BSW=carried, cache=cache)
-    return x_BSD, last_norm(depth_params["norm"], x_BSD, cfg), cache, aux
+    carried = nothing_carried(x, cfg) if cfg.num_moe_layers else None
+    x, _, cache, aux = block(x, layer, ctx, carried_BSW=carried, cache=cache)
+    hidden_BSD = hc.head(depth_params.get("streams_head"), x, cfg)
+    return x, last_norm(depth_params["norm"], hidden_BSD, cfg), cache, aux
 
 
 class Targets(NamedTuple):
@@ -113,26 +131,26 @@ def mtp_targets(batch: dict, depth: int) -> Targets:
 def mtp_forward(
     params: dict,
     router_state: dict,
-    hidden_BSD: jax.Array,
+    hidden: jax.Array,
     batch: dict,
     ctx: Context,
     totals: tuple[BatchTotals, ...],
     stats: dict | None,
     forced_LTK: jax.Array | None = None,
 ):
-    """All depths in training. `totals`: of each depth over the global batch; `stats`: of their routers,
-    stacked, or None; `forced_LTK`: routes to force in each depth. Yields (hidden for
-    the head, Targets, aux) for each depth."""
+    """All depths in training. `hidden`: h^0; `totals`: of each depth over the global batch; `stats`: of their
+    routers, stacked, or None; `forced_LTK`: routes to force in each depth. Yields (hidden for the head,
+    Targets, aux) for each depth."""
 
-    def step(depth_params, depth, state, hidden_BSD, tokens, real_BS, totals, rest):
+    def step(depth_params, depth, state, hidden, tokens, real_BS, totals, rest):
         here = dataclasses.replace(ctx, mask_BS=real_BS, totals=totals)
-        return mtp_step(params, depth_params, depth, state, hidden_BSD, tokens, here, **rest)
+        return mtp_step(params, depth_params, depth, state, hidden, tokens, here, **rest)
 
     step = rematerialised(step, ctx.compute, static_argnums=(1,))
     for k in range(ctx.cfg.mtp_depth):
         pick = lambda tree, k=k: jax.tree.map(lambda a: a[k], tree)  # noqa: E731
         of = mtp_targets(batch, k + 1)
-        here = (pick(params["mtp"]), k, pick(router_state.get("mtp", {})), hidden_BSD)
+        here = (pick(params["mtp"]), k, pick(router_state.get("mtp", {})), hidden)
         rest = pick(dict(stats=stats, forced_TK=forced_LTK))
-        hidden_BSD, normed, _, aux = step(*here, of.tokens_BS, of.real_BS, totals[k], rest)
+        hidden, normed, _, aux = step(*here, of.tokens_BS, of.real_BS, totals[k], rest)
         yield normed, of, aux

@@ -1,6 +1,7 @@
 """The decoder: embedding, blocks (dense, then MoE), final norm, head. A pure function of its parameters.
 
-    params = {"embed": .., "dense_blocks": .., "moe_blocks": .., "final_norm": .., "head": .., "mtp": ..}
+    params = {"embed": .., "dense_blocks": .., "moe_blocks": .., "streams_head": .., "final_norm": ..,
+              "head": .., "mtp": ..}
 
 Blocks of one kind are stacked on a leading layer axis and scanned over (`compute.scan_layers`) or unrolled.
 A *list* of per-layer trees (`unstack`) is unrolled too: decoding uses it, so that no layer's weights are
@@ -17,6 +18,7 @@ import jax.numpy as jnp
 from moejax import axes
 from moejax.config import ComputeConfig, ConfigError, ModelConfig, ObjectiveConfig
 from moejax.models import blocks, embedding
+from moejax.models import hyper_connections as hc
 from moejax.models.blocks import Context, LayerInput, constrain, locate
 from moejax.models.embedding import logits as logits  # the other half of a forward pass
 from moejax.models.mtp import mtp_specs
@@ -29,11 +31,13 @@ from moejax.routers.contract import BatchTotals
 class Output(NamedTuple):
     """Attributes:
     hidden_BSD: after the final norm, as the head reads it.
+    trunk: what multi-token prediction goes on from: hidden_BSD, or several streams before their head.
     aux: `{"moe_blocks": MoEAux stacked over layers}`, empty for a dense model.
     cache: the cache, or None.
     """
 
     hidden_BSD: jax.Array
+    trunk: jax.Array
     aux: dict[str, MoEAux]
     cache: Any
 
@@ -46,6 +50,8 @@ def param_specs(cfg: ModelConfig) -> dict:
         specs["dense_blocks"] = stack(blocks.block_specs(cfg, False), dense)
     if cfg.num_moe_layers:
         specs["moe_blocks"] = stack(blocks.block_specs(cfg, True), cfg.num_moe_layers)
+    if cfg.streams.count > 1:
+        specs["streams_head"] = hc.head_specs(cfg)
     specs["final_norm"] = norm_specs(cfg.d_model, cfg.norm, axes.EMBED)
     if cfg.mtp_depth:
         specs["mtp"] = stack(mtp_specs(cfg), cfg.mtp_depth)
@@ -195,7 +201,7 @@ def forward(
         keep_inputs=keep_inputs,
     )
     x_BSD = embedding.embed(params, tokens_BS, ctx.where.positions_BS, cfg, ctx.compute.dtype)
-    x_BSD = constrain(x_BSD, layout)
+    x = constrain(hc.spread(x_BSD, cfg), layout)
     auxes = []
     for name, start, at, count in _runs(cfg):
         is_moe = name == "moe_blocks"
@@ -212,7 +218,7 @@ def forward(
                 forced_TK=part(forced_LTK),
             )
         here = cache[start : start + count] if isinstance(cache, list) else cache
-        x_BSD, here, layer_aux = blocks.run_blocks(x_BSD, layers, ctx, cache=here)
+        x, here, layer_aux = blocks.run_blocks(x, layers, ctx, cache=here)
         if isinstance(cache, list) and isinstance(here, list):
             cache = [*cache[:start], *here, *cache[start + count :]]
         else:
@@ -222,4 +228,6 @@ def forward(
     aux = dict(moe_blocks=auxes[0]) if auxes else {}
     if len(auxes) > 1:
         aux["moe_blocks"] = jax.tree.map(lambda *a: jnp.concatenate(a), *auxes)
-    return Output(embedding.last_norm(params["final_norm"], x_BSD, cfg), aux, cache)
+    hidden_BSD = hc.head(params.get("streams_head"), x, cfg)
+    hidden_BSD = embedding.last_norm(params["final_norm"], hidden_BSD, cfg)
+    return Output(hidden_BSD, hidden_BSD if cfg.streams.count == 1 else x, aux, cache)

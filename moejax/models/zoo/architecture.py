@@ -36,6 +36,8 @@ def architecture(cfg: ModelConfig) -> dict:
         flat["attention.rope.width"] = 0  # the default, spelled out
     if a.rope.yarn_factor == 1.0:
         unused |= {k for k in flat if k.startswith("attention.rope.yarn_")}
+    if cfg.streams.count == 1:
+        unused |= {"streams.sinkhorn_steps", "streams.eps"}
     if not m.num_experts:
         unused |= {k for k in flat if k.startswith("moe.")} | {"num_dense_layers"}
     elif not cfg.num_dense_layers:
