@@ -9,7 +9,7 @@ from optax.contrib import MuonDimensionNumbers, muon
 
 from moejax.config import ExperimentConfig, OptimizerConfig
 from moejax.models import transformer
-from moejax.param_groups import Treatment
+from moejax.param_groups import Treatment, parse_rule
 from moejax.params import ParamSpec, Tree, is_spec, map_specs, path_name, roles, select
 
 
@@ -164,6 +164,20 @@ def make_optimizer(cfg: OptimizerConfig, specs: dict, steps: int) -> optax.Gradi
         factors = tree(lambda t: t.lr)
         parts.append(optax.stateless(lambda updates, _: jax.tree.map(_times, factors, updates)))
     return optax.chain(*parts)
+
+
+def bounded(cfg: OptimizerConfig) -> bool:
+    """Whether an update by a finite gradient is finite, whatever the gradient: nobody need look at it.
+
+    Clipped gradients are at most clip_norm, so moments stay below clip_norm and its square. AdamW's update is
+    at most clip_norm / eps, Adafactor's has an RMS of 1 and Lion's is a sign. Muon's iterations may diverge
+    with the coefficients given. Decay of at most the whole parameter makes nothing larger.
+    """
+    factors = [parse_rule(text).sets.get("lr", 1.0) for text in cfg.groups]
+    rate = cfg.learning_rate * max([1.0, *factors])
+    largest = rate * max(cfg.clip_norm / cfg.eps, 1.0)
+    known = cfg.name != "muon" and cfg.clip_norm > 0
+    return known and largest < 1e20 and rate * cfg.weight_decay <= 1
 
 
 def _times(factor: float, a: jax.Array) -> jax.Array:

@@ -14,7 +14,7 @@ from moejax.models import transformer
 from moejax.models.loss import LossParts, batch_totals, loss_fn
 from moejax.moe import stats
 from moejax.params import merge
-from moejax.train.optimizer import optimizer_of, schedule, split_trained
+from moejax.train.optimizer import bounded, optimizer_of, schedule, split_trained
 from moejax.train.state import TrainState
 
 
@@ -151,10 +151,12 @@ def train_step(
         state.router_state, seen, cfg.model, cfg.objective
     )
 
-    # An update can overflow, or divide by zero, where loss and gradient do not.
-    results = jax.tree.leaves((learned, opt_state, router_state))
+    # An update can overflow, or divide by zero, where loss and gradient do not. To look at all of one costs
+    # a pass over parameters and moments, a twentieth of a small step.
+    of_optimizer = () if bounded(cfg.optimizer) else (learned, opt_state)
+    results = jax.tree.leaves((of_optimizer, router_state))
     finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
-    finite &= functools.reduce(jnp.logical_and, [jnp.isfinite(a).all() for a in results])
+    finite = functools.reduce(jnp.logical_and, [jnp.isfinite(a).all() for a in results], finite)
     keep = functools.partial(jax.tree.map, lambda new, old: jnp.where(finite, new, old))
     bad = (~finite).astype(jnp.int32)
     new_state = TrainState(

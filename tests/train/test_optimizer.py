@@ -16,7 +16,7 @@ from moejax.config_io import from_config_dict
 from moejax.cost import memory
 from moejax.models import transformer
 from moejax.params import ParamSpec, by_path, path_name
-from moejax.train.optimizer import OPTIMIZERS, make_optimizer, schedule
+from moejax.train.optimizer import OPTIMIZERS, bounded, make_optimizer, schedule
 
 PEAK = 0.5
 
@@ -283,3 +283,33 @@ def test_two_steps_of_adamw_by_hand(clip):
             want[k] -= 0.1 * (step + (0.5 * want[k] if k == "w" else 0.0))
         # float32: a few roundings of 6e-8.
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), params, want)
+
+
+@pytest.mark.parametrize("name", ["adamw", "adafactor", "lion"])
+@pytest.mark.parametrize("size", [0.0, 1e-30, 1.0, 1e18])
+def test_a_bounded_update_is_finite_whatever_the_gradient(name, size):
+    cfg = OptimizerConfig(name=name, groups=("path=w lr=10",))
+    assert bounded(cfg)
+    specs = {"w": ParamSpec((128, 128), (None, None)), "b_up": ParamSpec((4,), (None,))}
+    optimizer = make_optimizer(cfg, specs, 100)
+    params = drawn(specs, 0)
+    state = optimizer.init(params)
+    for i in range(3):
+        grads = jax.tree.map(lambda a: size * a, drawn(specs, 1 + i))
+        updates, state = optimizer.update(grads, state, params)
+        assert all(np.isfinite(a).all() for a in jax.tree.leaves((updates, state)))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"clip_norm": 0.0},  # the square of a gradient overflows
+        {"eps": 1e-30},
+        {"learning_rate": 1e20},
+        {"groups": ("path=w lr=1e30",)},
+        {"learning_rate": 20.0, "weight_decay": 0.1},  # parameters grow by their decay
+        {"name": "muon"},  # with coefficients that diverge
+    ],
+)
+def test_an_update_that_may_overflow_is_looked_at(changes):
+    assert not bounded(OptimizerConfig(**changes))
