@@ -24,6 +24,12 @@ def main(argv: list[str]) -> int:
     flags.DEFINE_string(
         "plot", None, "Draw the comparison into this file (.png, .svg, .pdf).", flag_values=fv
     )
+    flags.DEFINE_string(
+        "context_plot",
+        None,
+        "Draw what one more token and its cache cost, for 1k to 1M tokens of context, into this file.",
+        flag_values=fv,
+    )
     models = parse("models", USAGE, fv, argv)
     if models is None:
         return 0
@@ -41,4 +47,9 @@ def main(argv: list[str]) -> int:
 
         plot(rows, fv.plot, fv.context)
         print(f"wrote {fv.plot}", file=sys.stderr)
+    if fv.context_plot:
+        from moejax.cost import context_plot
+
+        context_plot.plot({n: table.load_architecture(n) for n in models}, fv.context_plot)
+        print(f"wrote {fv.context_plot}", file=sys.stderr)
     return 0
