@@ -9,9 +9,9 @@ from safetensors.numpy import save_file
 from moejax.interop import quantized
 from moejax.interop.files import InteropError
 from moejax.interop.load import load_model
-from moejax.interop.safetensors_file import read_header
+from moejax.interop.safetensors_file import NewTensor, read_header, write_file
 
-F8 = np.dtype(jnp.float8_e4m3fn)
+F8, E8M0 = np.dtype(jnp.float8_e4m3fn), np.dtype(jnp.float8_e8m0fnu)
 
 
 def e4m3(byte):
@@ -89,6 +89,77 @@ def test_mxfp4(tmp_path):
         (slice(0, 1), slice(32, 64), slice(2, 3)),
     ):
         np.testing.assert_array_equal(tensor.read(index), got[index])
+
+
+def write_group(folder, tensors):
+    """`save_file` for what the library does not write: E8M0."""
+    new = [NewTensor(n, a.dtype, a.shape, lambda a=a: a) for n, a in tensors.items()]
+    with (folder / "x.safetensors").open("wb") as f:
+        write_file(f, new, lambda _: None)
+    return quantized.unpack(read_header(folder / "x.safetensors"), (2, 4))
+
+
+def test_powers_of_two_as_scales(tmp_path):
+    """V4's names: FP8 with E8M0 per block, FP4 with E8M0 per 32 values of the input; a `.scale` beside nothing
+    stays what it is."""
+    rng = np.random.default_rng(4)
+    exponents = rng.integers(110, 140, (2, 2)).astype(np.uint8)
+    eight = rng.integers(0, 126, (3, 6)).astype(np.uint8)
+    four = rng.integers(0, 256, (5, 48)).astype(np.uint8)
+    scales = rng.integers(2, 250, (5, 3)).astype(np.uint8)
+    tensors = {
+        "a.weight": eight.view(F8),
+        "a.scale": exponents.view(E8M0),
+        "b.weight": four.view(np.int8),
+        "b.scale": scales.view(E8M0),
+        "attn_hc.scale": np.ones(3, np.float32),
+    }
+    out = write_group(tmp_path, tensors)
+    assert set(out) == {"a.weight", "b.weight", "attn_hc.scale"}
+    want = np.array([[e4m3(int(b)) for b in row] for row in eight])
+    want *= 2.0 ** (np.repeat(np.repeat(exponents, 2, 0), 4, 1)[:3, :6].astype(int) - 127)
+    np.testing.assert_array_equal(out["a.weight"].read().astype(np.float64), want)
+    want = np.empty((5, 96))
+    for o, i in np.ndindex(5, 96):
+        byte = int(four[o, i // 2])
+        want[o, i] = e2m1(byte >> 4 if i % 2 else byte & 15) * 2.0 ** (
+            int(scales[o, i // 32]) - 127
+        )
+    tensor = out["b.weight"]
+    got = tensor.read()
+    assert tensor.shape == (5, 96) and got.dtype == tensor.dtype == published.BF16
+    np.testing.assert_array_equal(got.astype(np.float64), want)
+    for index in ((slice(1, 4), slice(5, 71)), (slice(0, 5, 2), slice(32, 64, 3))):
+        np.testing.assert_array_equal(tensor.read(index), got[index])
+
+
+@pytest.mark.parametrize(
+    "tensors, text",
+    [
+        (
+            {"a.weight": np.ones((2, 16), np.int8), "a.scale": np.ones((2, 1), np.float32)},
+            "F8_E8M0",
+        ),
+        ({"a.weight": np.ones((2, 16), np.int8), "a.scale": np.ones((1, 1), E8M0)}, r"\[2, 1\]"),
+        ({"a.weight": np.ones((2, 15), np.int8), "a.scale": np.ones((2, 1), E8M0)}, "groups of 32"),
+        ({"a.weight": np.ones(16, np.int8), "a.scale": np.ones((1, 1), E8M0)}, "groups of 32"),
+        ({"a.weight": np.ones((2, 4), np.float32), "a.scale": np.ones((1, 1), E8M0)}, "F8_E4M3"),
+        ({"a.weight": np.ones((2, 4), F8), "a.scale": np.ones((2, 1), E8M0)}, r"\[1, 1\]"),
+        ({"a.weight": np.ones((2, 4), F8), "a.scale": np.ones((1, 1), np.uint8)}, "F32 or F8_E8M0"),
+    ],
+)
+def test_bad_groups_of_v4(tmp_path, tensors, text):
+    with pytest.raises(InteropError, match=text):
+        write_group(tmp_path, tensors)
+
+
+def test_a_scale_that_is_no_number(tmp_path):
+    """E8M0 has a NaN: it reaches the values, also where they are 0, and so the check of whoever loads them."""
+    scales = np.full((1, 1), 255, np.uint8).view(E8M0)
+    for weight in (np.zeros((1, 16), np.int8), np.zeros((1, 4), F8)):
+        (tmp_path / str(weight.dtype)).mkdir()
+        out = write_group(tmp_path / str(weight.dtype), {"a.weight": weight, "a.scale": scales})
+        assert np.isnan(out["a.weight"].read().astype(np.float32)).all()
 
 
 def test_v3_in_fp8(tmp_path):
