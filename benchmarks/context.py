@@ -31,7 +31,7 @@ OUTPUT = flags.DEFINE_string("json", "", "Write the results as JSON to this file
 
 PUBLISHED = ("llama-2-70b", "deepseek-v2", "deepseek-v3", "deepseek-v3.2", "deepseek-v4-flash")
 CONTEXTS = tuple(2**n for n in range(8, 15))
-_LATENT = dict(
+LATENT = AttentionConfig(
     kind="mla",
     q_lora_rank=48,
     kv_lora_rank=32,
@@ -42,7 +42,7 @@ _LATENT = dict(
 ATTENTIONS = {
     "multi-head": AttentionConfig(),
     "grouped-query": AttentionConfig(num_kv_heads=1),
-    "latent": AttentionConfig(**_LATENT),
+    "latent": LATENT,
 }
 
 
@@ -58,8 +58,15 @@ def measured(cfg: ModelConfig, context: int) -> tuple[float, float]:
     params = jax.eval_shape(transformer.unstack, abstract_params(transformer.param_specs(cfg)))
 
     def step(params, caches, token_BS, position_BS):
-        how = dict(compute=ComputeConfig(scan_layers=False), positions_BS=position_BS)
-        out = transformer.forward(params, {}, token_BS, cfg, cache=caches, **how)
+        out = transformer.forward(
+            params,
+            {},
+            token_BS,
+            cfg,
+            compute=ComputeConfig(scan_layers=False),
+            positions_BS=position_BS,
+            cache=caches,
+        )
         return transformer.logits(params, out.hidden_BSD), out.cache
 
     one = jax.ShapeDtypeStruct((1, 1), jnp.int32)
@@ -87,7 +94,10 @@ def run(contexts: tuple[int, ...], path: str) -> list[dict]:
     rows = []
     for name, at in points.items():
         for panel, what in enumerate(("FLOPs of a decoded token", "bytes of the cache")):
-            ratios = [at[c][panel] / context_plot.decoded(models[name], c)[panel] for c in contexts]
+            ratios = [
+                at[c][panel] / (context_plot.decoded(models[name], c)[panel] or math.nan)
+                for c in contexts
+            ]
             far = max(ratios, key=lambda r: abs(r - 1))
             detail = ", ".join(f"{c}: {r:.3f}" for c, r in zip(contexts, ratios))
             rows.append(common.row(f"{name}, {what}: counted / cost model", far, 1.0, detail))
