@@ -18,6 +18,8 @@ import jax.numpy as jnp
 from absl import app, flags
 
 from benchmarks import common
+from moejax.attention.block_attention import Sight
+from moejax.attention.core import attend
 from moejax.config import (
     AttentionConfig,
     ComputeConfig,
@@ -28,8 +30,6 @@ from moejax.config import (
 )
 from moejax.data import synthetic_batch
 from moejax.models import transformer
-from moejax.models.attention import attend
-from moejax.models.block_attention import Sight
 from moejax.models.cache import init_cache
 from moejax.train.state import abstract_state, create_state
 from moejax.train.step import compile_step

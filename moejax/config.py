@@ -76,22 +76,6 @@ class AttentionConfig:
     v_head_dim: int = 0
     rope: RopeConfig = RopeConfig()
 
-    @property
-    def qk_head_dim(self) -> int:
-        """Width of a query (and key) head."""
-        if self.kind == "mla":
-            return self.qk_nope_head_dim + self.qk_rope_head_dim
-        return self.head_dim
-
-    @property
-    def rope_width(self) -> int:
-        """Channels of a head that are rotated."""
-        return self.qk_rope_head_dim if self.kind == "mla" else self.rope.width or self.head_dim
-
-    @property
-    def value_head_dim(self) -> int:
-        return self.v_head_dim if self.kind == "mla" else self.head_dim
-
     def window(self, layer: int) -> int:
         """Sliding window of a layer; 0 = full attention."""
         return self.windows[layer % len(self.windows)] if self.windows else 0

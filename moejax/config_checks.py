@@ -7,6 +7,7 @@ import dataclasses
 from collections.abc import Iterable
 
 from moejax import options
+from moejax.attention import ATTENTIONS
 from moejax.axes import ROLES
 from moejax.config import ExperimentConfig, ModelConfig, ObjectiveConfig, OptimizerConfig
 from moejax.options import Problems, divisors_text
@@ -76,33 +77,8 @@ def model_problems(
 
 def _attention_problems(cfg: ModelConfig, p: str) -> list[str]:
     out, a = Problems(), cfg.attention
-    if a.kind == "mha":
-        out.need(
-            a.num_kv_heads > 0 and a.num_heads % a.num_kv_heads == 0,
-            f"{p}attention.num_heads={a.num_heads} must be a multiple of "
-            f"{p}attention.num_kv_heads={a.num_kv_heads}; {divisors_text(a.num_heads)} would work",
-        )
-        out.need(
-            a.rope.width % 2 == 0 and a.rope.width <= a.head_dim,
-            f"{p}attention.rope.width={a.rope.width} must be even and at most "
-            f"{p}attention.head_dim={a.head_dim}",
-        )
-        out.need(
-            a.head_dim > 0 and (a.rope_width % 2 == 0 or cfg.positions != "rope"),
-            f"{p}attention.head_dim={a.head_dim} must be positive, and even for rotary positions",
-        )
-    elif a.kind == "mla":
-        for key in ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"):
-            out.need(
-                getattr(a, key) > 0,
-                f"{p}attention.{key}={getattr(a, key)} must be positive for 'mla'",
-            )
-        out.need(
-            a.qk_rope_head_dim % 2 == 0,
-            f"{p}attention.qk_rope_head_dim={a.qk_rope_head_dim} must be even",
-        )
-        out.need(cfg.positions == "rope", f"{p}positions={cfg.positions!r}: 'mla' needs 'rope'")
-        out.need(not a.sinks, f"{p}attention.sinks is not available with 'mla'")
+    if a.kind in ATTENTIONS:  # the choices beside the field say so
+        out += ATTENTIONS[a.kind].problems(cfg, p)
     windows = a.windows
     out.need(all(w >= 0 for w in windows), f"{p}attention.windows={windows} must not be negative")
     out.need(

@@ -12,6 +12,7 @@ import math
 from collections.abc import Iterable
 
 from moejax import axes
+from moejax.attention import kind_of
 from moejax.config import ComputeConfig, ConfigError, ExperimentConfig, MeshConfig
 from moejax.options import divisors_text
 
@@ -192,15 +193,7 @@ def layout_problems(
         (axes.EMBED, "model.d_model", m.d_model),
         (axes.HEADS, "model.attention.num_heads", a.num_heads),
     ]
-    if a.kind == "mha":
-        sized.append((axes.KV_HEADS, "model.attention.num_kv_heads", a.num_kv_heads))
-    else:
-        latent = a.kv_lora_rank + a.qk_rope_head_dim
-        sized += [
-            (axes.LATENT, "model.attention.q_lora_rank", a.q_lora_rank),
-            (axes.LATENT, "model.attention.kv_lora_rank", a.kv_lora_rank),
-            (axes.LATENT, "model.attention.kv_lora_rank + qk_rope_head_dim", latent),
-        ]
+    sized += kind_of(a).sizes(a)
     if m.num_moe_layers < m.num_layers:
         sized.append((axes.MLP, "model.d_ff", m.d_ff))
     if m.num_moe_layers:

@@ -5,13 +5,17 @@ architectures we do not run. A model is a list of `Part`s (parameters) and of `A
 context); every count in this package follows from these two. Nothing here allocates an array.
 """
 
+import collections
 import dataclasses
 import functools
 import math
+from collections.abc import Iterable
 
 import jax
 
 from moejax import axes
+from moejax.attention import kind_of
+from moejax.attention.contract import Attention as Attention
 from moejax.config import ModelConfig
 from moejax.mesh import MeshSizes
 from moejax.models.transformer import abstract_router_state, param_specs
@@ -54,41 +58,6 @@ class Part:
         """Devices that these parameters are gathered from for use (fsdp)."""
         split = mesh.mesh_axes(axes.EXPERT_EMBED if self.experts else axes.EMBED)
         return mesh.product({*split} & {*mesh.mesh_axes(axes.BATCH)})
-
-
-@dataclasses.dataclass(frozen=True)
-class Attention:
-    """Attention in `layers` equal layers. A query sees the keys of its past: all of them, or the
-    last `window`, or (V3.2, V4) `topk` chosen by an indexer among one key for every `stride`
-    tokens, plus the last `local` tokens.
-
-    Attributes:
-      layers: number of such layers.
-      macs: multiply-adds per query and visible key, in training and prefill.
-      decode_macs: the same in decoding from the cache (MLA attends in its latent space).
-      cache: numbers cached for each key.
-      window: keys visible at most; 0 = all.
-      stride: tokens for each key.
-      topk: keys chosen among the visible ones; 0 = all.
-      local: recent tokens seen besides.
-      index_macs: multiply-adds of the indexer per query and visible key.
-      index_cache: numbers the indexer caches for each key.
-      key_bytes, index_bytes: published storage of `cache` and `index_cache` (quantised); None: as
-        many bytes per number as the rest of the model's cache.
-    """
-
-    layers: int
-    macs: int
-    decode_macs: int
-    cache: int
-    window: int = 0
-    stride: int = 1
-    topk: int = 0
-    local: int = 0
-    index_macs: int = 0
-    index_cache: int = 0
-    key_bytes: float | None = None
-    index_bytes: float | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -195,15 +164,18 @@ def _part(name: str, total: int, matrix: int, cfg: ModelConfig) -> Part:
     return Part(name, total, total, matrix, matrix)
 
 
-def attention_of(cfg: ModelConfig, layers: int, window: int = 0) -> Attention:
-    a = cfg.attention
-    n = a.num_heads
-    macs = n * (a.qk_head_dim + a.value_head_dim)
-    if a.kind == "mla":
-        latent = a.kv_lora_rank + a.qk_rope_head_dim
-        decode = n * (latent + a.kv_lora_rank)
-        return Attention(layers, macs, decode, latent, window)
-    return Attention(layers, macs, macs, 2 * a.num_kv_heads * a.head_dim, window)
+def attention_of(cfg: ModelConfig, layers: Iterable[int]) -> tuple[Attention, ...]:
+    """What attention costs in these layers, equal ones together; past the last are the depths of MTP."""
+    kind, of = kind_of(cfg.attention), collections.Counter()
+    for layer in layers:
+        window = cfg.attention.window(layer) if layer < cfg.num_layers else 0
+        of[kind.layer_kind(cfg, layer), window] += 1
+    return tuple(
+        dataclasses.replace(
+            kind.cost(cfg, name), layers=n, **({"window": window} if window else {})
+        )
+        for (name, window), n in sorted(of.items())
+    )
 
 
 @functools.cache
@@ -212,7 +184,7 @@ def of_model(cfg: ModelConfig, name: str = "model") -> Architecture:
     specs = dict(param_specs(cfg))
     mtp = specs.pop("mtp", {})
     state = abstract_router_state(cfg)
-    windows = [cfg.attention.window(i) for i in range(cfg.num_layers)]
+    trunk, depths = cfg.num_layers, cfg.num_layers + cfg.mtp_depth
     experts = cfg.moe.num_experts, cfg.experts_used
     return Architecture(
         name=name,
@@ -222,9 +194,9 @@ def of_model(cfg: ModelConfig, name: str = "model") -> Architecture:
         max_seq_len=cfg.max_seq_len,
         experts=experts if cfg.num_moe_layers else None,
         parts=_parts(specs, cfg, count(state.get("moe_blocks", {})), "other"),
-        attention=tuple(attention_of(cfg, windows.count(w), w) for w in sorted(set(windows))),
+        attention=attention_of(cfg, range(trunk)),
         mtp=_parts(mtp, cfg, count(state.get("mtp", {})), "MTP projection and norms"),
-        mtp_attention=(attention_of(cfg, cfg.mtp_depth),) if cfg.mtp_depth else (),
+        mtp_attention=attention_of(cfg, range(trunk, depths)),
     )
 
 

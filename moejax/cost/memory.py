@@ -11,12 +11,13 @@ import functools
 import math
 from typing import NamedTuple
 
+from moejax.attention import kind_of
+from moejax.attention.block_attention import block_size
 from moejax.axes import BATCH, EXPERT
 from moejax.config import ComputeConfig, ExperimentConfig, ModelConfig, OptimizerConfig
 from moejax.cost.architecture import Architecture, Part, of_model
 from moejax.mesh import MeshSizes
 from moejax.models import transformer
-from moejax.models.block_attention import block_size
 from moejax.moe.experts import ACTIVATIONS
 from moejax.params import ParamSpec, by_path, roles
 
@@ -212,18 +213,10 @@ def layer_bytes(cfg: ExperimentConfig, seq_len: int, mesh: MeshSizes) -> float:
     model, b, tensor = cfg.model, BYTES[cfg.compute.dtype], mesh.tensor
     a, m, d = model.attention, model.moe, model.d_model
     n, wide = a.num_heads / tensor, 4.0  # norms, router and softmax work in float32
-    if a.kind == "mla":
-        heads = n * (2 * a.qk_head_dim + 2 * a.v_head_dim)
-        latents = a.q_lora_rank + a.kv_lora_rank
-        attention = b * (heads + latents + 2 * d) + 3 * wide * latents
-    else:
-        kv = 2 * a.num_kv_heads / tensor * a.head_dim
-        attention = b * (2 * n * a.head_dim + kv + 3 * d)
-        if a.qk_norm != "none":
-            attention += 3 * wide * (n + a.num_kv_heads / tensor) * a.head_dim
+    attention = kind_of(a).saved(model, b, tensor)
     if block_size(seq_len, cfg.compute.attention_block):
         attention += n * (
-            b * a.value_head_dim + wide
+            b * kind_of(a).widths(a).value + wide
         )  # outputs in blocks, and sums of exponentials
     else:
         attention += n * seq_len * (wide + b)  # scores, and probabilities
@@ -254,8 +247,8 @@ def _gradient_bytes(cfg: ExperimentConfig, seq_len: int, mesh: MeshSizes) -> flo
     n = a.num_heads / mesh.tensor
     if not block_size(seq_len, cfg.compute.attention_block):
         return 4 * n * seq_len
-    kv = n if a.kind == "mla" else a.num_kv_heads / mesh.tensor
-    return 4 * (n + kv) * (a.qk_head_dim + a.value_head_dim)
+    widths = kind_of(a).widths(a)
+    return 4 * (n + widths.key_heads / mesh.tensor) * (widths.query + widths.value)
 
 
 def _activations(cfg: ExperimentConfig, tokens: float, seq_len: int, mesh: MeshSizes) -> float:
@@ -267,7 +260,8 @@ def _activations(cfg: ExperimentConfig, tokens: float, seq_len: int, mesh: MeshS
     kept = d * model.streams.count  # the layer's input
     if remat == "dots":  # and the results of its unbatched products
         share = model.num_moe_layers / model.num_layers
-        kept += 2 * d + a.num_heads * (a.qk_head_dim + a.value_head_dim) / mesh.tensor
+        widths = kind_of(a).widths(a)
+        kept += 2 * d + a.num_heads * (widths.query + widths.value) / mesh.tensor
         kept += 3 * (share * m.shared_width + (1 - share) * model.d_ff) / mesh.tensor
         kept += share * (m.latent_dim + d * bool(m.latent_dim))
     return b * tokens * layers * kept

@@ -8,6 +8,7 @@ so the result is what a well-tuned implementation could reach, not a promise.
 import dataclasses
 from collections.abc import Iterator
 
+from moejax.attention.block_attention import block_size
 from moejax.axes import BATCH
 from moejax.config import ComputeConfig, DataConfig, ExperimentConfig, ModelConfig
 from moejax.cost import memory
@@ -16,7 +17,6 @@ from moejax.cost.flops import flops_per_token
 from moejax.cost.hardware import Device
 from moejax.cost.memory import BYTES
 from moejax.mesh import MeshSizes, layout_problems
-from moejax.models.block_attention import block_size
 
 # DeepSeek-V3's pre-training reached 39% of the H800's dense BF16 peak: 250.4 GFLOPs per token,
 # 14.8T tokens, 2.664M H800 hours (2412.19437 Table 1).

@@ -7,12 +7,19 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from moejax import axes
 from moejax.config import ComputeConfig, ModelConfig
 from moejax.evals import speculative
 from moejax.evals.sample import Sampling, sample
 from moejax.models import transformer
-from moejax.models.cache import Cache, init_cache, init_layers
+from moejax.models.cache import (
+    Cache,
+    LayerCache,
+    init_cache,
+    init_layer,
+    init_layers,
+    place,
+    place_layers,
+)
 from moejax.sharding import Layout
 
 # Tokens per call of `decode`: the first calls are short, so that a reader sees text at once.
@@ -34,19 +41,8 @@ class State(NamedTuple):
     token_B: jax.Array
     position_B: jax.Array
     left_B: jax.Array
-    cache: Cache | list[Cache]
+    cache: Cache | list[LayerCache]
     draft: speculative.Draft | None
-
-
-def place(cache, layout: Layout | None):
-    """Lay a cache out on the mesh: rows like the batch, key/value heads over their mesh axes."""
-    if layout is None:
-        return cache
-    heads = {"k": (axes.KV_HEADS,), "v": (axes.KV_HEADS,)}
-    return {
-        name: layout.constrain(a, None, axes.BATCH, *heads.get(name, ()), None, None)
-        for name, a in cache.items()
-    }
 
 
 # XLA:CPU multiplies bfloat16 in float32, and moves the conversion of *all* experts out of the loop that reads a
@@ -93,8 +89,8 @@ def prefill(
     mask_BS = jnp.arange(width)[None] < lengths_B[:, None]
     mask_BS &= (max_new_B > 0)[:, None]
     apart = any(isinstance(v, list) for v in params.values())
-    stacked = functools.partial(init_cache, cfg, batch, length, dtype=compute.dtype)
-    layers = functools.partial(init_layers, cfg, batch, length, dtype=compute.dtype)
+    init = functools.partial(init_layers if apart else init_cache, cfg, batch, length)
+    cache = init(dtype=compute.dtype)
     out = transformer.forward(
         params,
         router_state,
@@ -102,7 +98,7 @@ def prefill(
         cfg,
         compute=compute,
         mask_BS=mask_BS,
-        cache=layers() if apart else place(stacked(), layout),
+        cache=place(cache, cfg, layout),
         prefill=True,
         layout=layout,
     )
@@ -112,6 +108,7 @@ def prefill(
     if with_draft:
         next_BS = jnp.pad(tokens_BS[:, 1:], ((0, 0), (0, 1)))
         next_BS = next_BS.at[jnp.arange(batch), lengths_B - 1].set(token_B)
+        own = init_layer(cfg, cfg.num_layers, batch, length, dtype=compute.dtype)
         draft = speculative.guess(
             params,
             router_state,
@@ -119,7 +116,7 @@ def prefill(
             next_BS,
             None,
             lengths_B - 1,
-            place(stacked(layers=1), layout),
+            place_layers(own, cfg, cfg.num_layers, layout),
             cfg,
             compute,
             mask_BS=mask_BS,
@@ -127,7 +124,7 @@ def prefill(
             layout=layout,
         )
     left_B = jnp.where(_is_stop(token_B, stop_ids), 0, jnp.maximum(max_new_B - 1, 0))
-    return State(token_B, lengths_B, left_B, place(out.cache, layout), draft)
+    return State(token_B, lengths_B, left_B, place(out.cache, cfg, layout), draft)
 
 
 def _is_stop(token_B, stop_ids):
@@ -190,7 +187,9 @@ def decode(
             kept.append(jnp.where(emits_B, new_B, NOTHING))
         kept_Bn = jnp.stack(kept, axis=1)
         number_B = (kept_Bn != NOTHING).sum(axis=1, dtype=jnp.int32)
-        state = State(token_B, state.position_B + number_B, left_B, place(cache, layout), draft)
+        state = State(
+            token_B, state.position_B + number_B, left_B, place(cache, cfg, layout), draft
+        )
         tokens_BC = jax.lax.dynamic_update_slice_in_dim(
             emitted.tokens_BC, kept_Bn, i * per_pass, axis=1
         )

@@ -23,7 +23,7 @@ from moejax.evals import speculative
 from moejax.evals.decode import CHUNKS, NOTHING, State, decode, prefill
 from moejax.evals.sample import Sampling, row_keys
 from moejax.models import transformer
-from moejax.models.cache import cache_shapes
+from moejax.models.cache import cache_bytes
 from moejax.params import path_name
 from moejax.routers import ROUTERS
 from moejax.sharding import Layout
@@ -217,12 +217,6 @@ def generate(
         for row, tokens in zip(rows, new):
             row.extend(tokens)
     return rows
-
-
-def cache_bytes(cfg: ModelConfig, batch: int, length: int, dtype: str = "float32") -> int:
-    """Bytes of the keys and values; per token 2 M H elements a layer, for MLA kv_lora + rope."""
-    shapes = cache_shapes(cfg, batch, length).values()
-    return sum(math.prod(s) for s in shapes) * jnp.dtype(dtype).itemsize
 
 
 def _pad(prompts, limits: list[int], cfg: ModelConfig, layout: Layout | None):

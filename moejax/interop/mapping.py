@@ -89,7 +89,7 @@ def targets(cfg: ModelConfig, model_type: str, found: Container[str] = ()) -> di
     rows: dict[str, list[Row]] = {}
     for row in table.rows:
         rows.setdefault(row.path, []).append(row)
-    layers = {**cfg.layers, "mtp": range(cfg.num_layers, cfg.num_layers + cfg.mtp_depth)}
+    layers = transformer.stacks(cfg)
     out = {}
     for path, spec in array_specs(cfg).items():
         if path not in rows:

@@ -7,13 +7,13 @@ import jax
 import jax.numpy as jnp
 
 from moejax import axes
+from moejax.attention import kind_of
+from moejax.attention.contract import Call, Where
 from moejax.config import ComputeConfig, ModelConfig, ObjectiveConfig
-from moejax.models import attention as attn
 from moejax.models import hyper_connections as hc
-from moejax.models.norm import norm, norm_specs
-from moejax.models.rope import rotation
 from moejax.moe import layer as moe_layer
 from moejax.moe.experts import ffn, ffn_param_specs, of_dense
+from moejax.norm import norm, norm_specs
 from moejax.routers.contract import BatchTotals
 from moejax.sharding import Layout
 
@@ -37,7 +37,7 @@ class Context:
 
     cfg: ModelConfig
     compute: ComputeConfig
-    where: attn.Where
+    where: Where
     objective: ObjectiveConfig | None = None
     mask_BS: jax.Array | None = None
     token_ids_BS: jax.Array | None = None
@@ -54,7 +54,7 @@ class LayerInput(NamedTuple):
     Attributes:
       params: this layer's parameters.
       index: of this layer in the model.
-      slot: its position in the cache.
+      slot: its position in the cache of its layer kind.
       state: its router's state.
       window: sliding window, or None.
       stats: its router's stats over the global batch, or None.
@@ -73,7 +73,7 @@ class LayerInput(NamedTuple):
 def block_specs(cfg: ModelConfig, is_moe: bool) -> dict:
     specs = {
         "attn_norm": norm_specs(cfg.d_model, cfg.norm, axes.EMBED),
-        "attn": attn.param_specs(cfg),
+        "attn": kind_of(cfg.attention).specs(cfg),
         "ffn_norm": norm_specs(cfg.d_model, cfg.norm, axes.EMBED),
     }
     if cfg.streams.count > 1:
@@ -88,13 +88,37 @@ def block_specs(cfg: ModelConfig, is_moe: bool) -> dict:
     return specs
 
 
-def locate(tokens_BS, cfg: ModelConfig, positions_BS=None, segment_ids_BS=None) -> attn.Where:
+def locate(tokens_BS, cfg: ModelConfig, positions_BS=None, segment_ids_BS=None) -> Where:
     """Positions (counted from 0 if not given), documents and rotation for a batch."""
     if positions_BS is None:
         positions_BS = jnp.broadcast_to(jnp.arange(tokens_BS.shape[1])[None], tokens_BS.shape)
-    a = cfg.attention
-    cos_sin = rotation(positions_BS, a.rope, a.rope_width) if cfg.positions == "rope" else None
-    return attn.Where(positions_BS, segment_ids_BS, cos_sin)
+    rotation = kind_of(cfg.attention).rotation(cfg, positions_BS)
+    return Where(positions_BS, segment_ids_BS, rotation)
+
+
+class Carried(NamedTuple):
+    """What one block passes on to the next besides the hidden state; each is None where nothing is.
+
+    Attributes:
+      router: what the MoE layer before passed on, see `moe.layer.nothing_carried`.
+      attention: what the layer before passed on, see `AttentionKind.carries`.
+    """
+
+    router: Any = None
+    attention: Any = None
+
+
+def nothing_carried(x, cfg: ModelConfig, layout: Layout | None, cache=None) -> Carried:
+    """What the first block receives: zeros, of the right shape. `cache`: as for `AttentionKind.carries`."""
+    router = moe_layer.nothing_carried(x, cfg) if cfg.num_moe_layers else None
+    if router is not None:
+        router = constrain(router, layout, None)
+    rows, queries = x.shape[:2]
+    shape = kind_of(cfg.attention).carries(cfg, rows, queries, cache)
+    attention = None
+    if shape is not None:
+        attention = constrain(jnp.zeros(shape.shape, shape.dtype), layout, None)
+    return Carried(router, attention)
 
 
 def constrain(x: jax.Array, layout: Layout | None, last: str | None = axes.ACT_EMBED):
@@ -109,7 +133,8 @@ def block(
     layer: LayerInput,
     ctx: Context,
     *,
-    carried_BSW: jax.Array | None = None,
+    layer_kind: str,
+    carried: Carried,
     cache=None,
     stack=None,
 ):
@@ -118,34 +143,36 @@ def block(
     Args:
       x: the state, BSD; [B,S,I,D] with several streams.
       layer, ctx: see there.
-      carried_BSW: what the router of the layer before passed on, see `moe.layer.nothing_carried`.
-      cache: of this layer, or None.
+      layer_kind: static, of its attention.
+      carried: what the block before passed on.
+      cache: of the layers of this kind, or None.
       stack: the experts of all layers and this layer's index among them, see `routed_ffn`.
 
     Returns:
-      x and carried_BSW for the next block, the cache, and MoEAux or None.
+      x, what the next block receives, the cache, and MoEAux or None.
     """
     p, cfg = layer.params, ctx.cfg
     h, write = hc.read(p.get("attn_streams"), x, cfg)
     h = norm(p["attn_norm"], h, cfg.norm_eps)
-    y, cache = attn.attention(
-        p["attn"],
-        h,
-        cfg,
-        _where(ctx, layer.window),
+    call = Call(
+        ctx.where,
+        layer_kind=layer_kind,
         window=layer.window,
         cache=cache,
-        layer=layer.slot,
+        slot=layer.slot,
         prefill=ctx.prefill,
         block=ctx.compute.attention_block,
+        carried=carried.attention,
     )
-    x = constrain(write(y), ctx.layout)
+    attended = kind_of(cfg.attention).attend(p["attn"], h, cfg, call)
+    cache, carried = attended.cache, carried._replace(attention=attended.carried)
+    x = constrain(write(attended.y_BSD), ctx.layout)
     h, write = hc.read(p.get("ffn_streams"), x, cfg)
     h = norm(p["ffn_norm"], h, cfg.norm_eps)
     if "moe" not in p:
         with jax.named_scope("ffn"):
             y = ffn(p["ffn"], h, of_dense(cfg))
-        return constrain(write(y), ctx.layout), carried_BSW, cache, None
+        return constrain(write(y), ctx.layout), carried, cache, None
     state, forced_TK = dict(layer.state or {}), layer.forced_TK
     if moe_layer.TOLD in state:
         forced_TK = state.pop(moe_layer.TOLD)[ctx.where.positions_BS.reshape(-1)]
@@ -163,23 +190,12 @@ def block(
         layout=ctx.layout,
         stack=stack,
         key=None if ctx.key is None else jax.random.fold_in(ctx.key, layer.index),
-        carried_BSW=carried_BSW,
+        carried_BSW=carried.router,
     )
     if aux.carry_BSW is not None:
-        carried_BSW = constrain(aux.carry_BSW, ctx.layout, None)
+        carried = carried._replace(router=constrain(aux.carry_BSW, ctx.layout, None))
     aux = aux._replace(carry_BSW=None, inputs_BSD=h if ctx.keep_inputs else None)
-    return constrain(write(y), ctx.layout), carried_BSW, cache, aux
-
-
-def _where(ctx: Context, window) -> attn.Where:
-    """Where the tokens stand for this layer: without rotation (cos 1, sin 0) if its kind has none."""
-    if ctx.cfg.attention.rope_layers == "all":
-        return ctx.where
-    if window is None or ctx.where.cos_sin is None:
-        return ctx.where._replace(cos_sin=None)
-    cos, sin = ctx.where.cos_sin
-    turned = (jnp.where(window > 0, cos, 1.0), jnp.where(window > 0, sin, 0.0))
-    return ctx.where._replace(cos_sin=turned)
+    return constrain(write(y), ctx.layout), carried, cache, aux
 
 
 REMAT_POLICIES = {
@@ -204,14 +220,27 @@ def unstack(stacked) -> list:
     return [structure.unflatten([part[i][0] for part in parts]) for i in range(n)]
 
 
-def run_blocks(x: jax.Array, layers: LayerInput, ctx: Context, *, cache=None):
-    """A stack (or list) of equal blocks. Returns (x, cache, aux stacked over layers or None)."""
+def run_blocks(
+    x: jax.Array,
+    layers: LayerInput,
+    ctx: Context,
+    *,
+    layer_kind: str,
+    carried: Carried,
+    cache=None,
+):
+    """A stack (or list) of blocks of one layer kind.
+
+    Returns x, what the next block receives, the cache, and aux stacked over layers or None.
+    """
 
     def body(carry, layer):
         x, carried, kv = carry
         stack = None if experts is None else (experts, layer.index - layers.index[0])
-        *carry, aux = block(x, layer, ctx, carried_BSW=carried, cache=kv, stack=stack)
-        return tuple(carry), aux
+        x, carried, kv, aux = block(
+            x, layer, ctx, layer_kind=layer_kind, carried=carried, cache=kv, stack=stack
+        )
+        return (x, carried, kv), aux
 
     listed = isinstance(layers.params, list)
     unrolled = listed or not ctx.compute.scan_layers
@@ -221,14 +250,11 @@ def run_blocks(x: jax.Array, layers: LayerInput, ctx: Context, *, cache=None):
         )
     is_moe = "moe" in (layers.params[0] if listed else layers.params)
     experts = layers.params["moe"]["experts"] if is_moe and not listed else None
-    carried = moe_layer.nothing_carried(x, ctx.cfg) if is_moe else None
-    if carried is not None:
-        carried = constrain(carried, ctx.layout, None)
     if cache is None:
         body = rematerialised(body, ctx.compute, prevent_cse=unrolled)
     if not unrolled:
-        (x, _, cache), aux = jax.lax.scan(body, (x, carried, cache), layers)
-        return x, cache, aux
+        (x, carried, cache), aux = jax.lax.scan(body, (x, carried, cache), layers)
+        return x, carried, cache, aux
     auxes, apart = [], list(cache) if isinstance(cache, list) else None
     params = layers.params if listed else unstack(layers.params)
     for i in range(layers.index.shape[0]):
@@ -241,4 +267,4 @@ def run_blocks(x: jax.Array, layers: LayerInput, ctx: Context, *, cache=None):
             (x, carried, apart[i]), aux = body(here, rest._replace(slot=0))
         auxes.append(aux)
     aux = None if auxes[0] is None else jax.tree.map(lambda *a: jnp.stack(a), *auxes)
-    return x, cache if apart is None else apart, aux
+    return x, carried, cache if apart is None else apart, aux

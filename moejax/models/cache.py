@@ -1,95 +1,92 @@
-"""The key/value cache: one rule for MHA, GQA, sliding windows, MLA and speculative decoding.
+"""The cache of a model: layer kind -> name -> one array over all layers of that kind.
 
-Slot j of a row holds position j of that row. Prompts are left-aligned; what padding wrote is never
-attended (a query at position p sees slots <= p) and decoding overwrites it. The same holds for rejected
-speculative tokens. All layers live in one array per kind, updated in place under jit; or, where layers
-are unrolled, in a list of caches of one layer each, so that no layer is copied out to be read. Slots are
-the second last axis: a head's keys lie together, as attention reads them.
+It is updated in place under jit. Where layers are unrolled, it is a list of caches of one layer each, so that
+no layer is copied out to be read. What a layer keeps is up to its attention, see `AttentionKind.cache`.
 """
 
 import jax
 import jax.numpy as jnp
 
+from moejax.attention import kind_of
+from moejax.attention.contract import Slots
 from moejax.config import ModelConfig
+from moejax.sharding import Layout
 
-Cache = dict[str, jax.Array]
-
-
-def cache_shapes(cfg: ModelConfig, batch: int, length: int, layers: int | None = None) -> dict:
-    """Shapes: k, v [L,B,M,S,H]; or for MLA latent [L,B,S,kv_lora] and rope_key [L,B,S,rope]."""
-    a = cfg.attention
-    lead = (cfg.num_layers if layers is None else layers, batch, length)
-    if a.kind == "mla":
-        return {
-            "latent": (*lead, a.kv_lora_rank),
-            "rope_key": (*lead, a.qk_rope_head_dim),
-        }
-    return {name: (*lead[:2], a.num_kv_heads, length, a.head_dim) for name in ("k", "v")}
+LayerCache = dict[str, jax.Array]  # of all layers of a kind, or of one: their number first
+Cache = dict[str, LayerCache]
 
 
-def init_cache(
-    cfg: ModelConfig, batch: int, length: int, layers: int | None = None, *, dtype=jnp.float32
-) -> Cache:
+def slots_of(cfg: ModelConfig, layer: int, batch: int, length: int) -> dict[str, Slots]:
+    """What layer number `layer` keeps of `batch` rows of up to `length` tokens."""
+    kind = kind_of(cfg.attention)
+    return kind.cache(cfg, kind.layer_kind(cfg, layer), batch, length)
+
+
+def layers_of_kinds(cfg: ModelConfig) -> dict[str, list[int]]:
+    """Layer kind -> the layers of that kind, in order."""
+    layer_kind, out = kind_of(cfg.attention).layer_kind, {}
+    for layer in range(cfg.num_layers):
+        out.setdefault(layer_kind(cfg, layer), []).append(layer)
+    return out
+
+
+def init_cache(cfg: ModelConfig, batch: int, length: int, *, dtype=jnp.float32) -> Cache:
     """An empty cache for `batch` rows of up to `length` tokens; `dtype` is that of the computation."""
-    shapes = cache_shapes(cfg, batch, length, layers)
-    return {name: jnp.zeros(shape, dtype) for name, shape in shapes.items()}
-
-
-def init_layers(cfg: ModelConfig, batch: int, length: int, *, dtype=jnp.float32) -> list[Cache]:
-    """The same as a list of caches of one layer."""
-    return [init_cache(cfg, batch, length, layers=1, dtype=dtype) for _ in range(cfg.num_layers)]
-
-
-def write(cache: Cache, layer, positions_BS: jax.Array, new: Cache, *, prefill: bool) -> Cache:
-    """Write `new` ([B,(M,)S,...] each) at each row's positions of one layer; they must exist.
-
-    The positions of a row follow each other; with `prefill` (static) they are 0, 1, 2, .. in every row.
-    """
-    new = {name: b.astype(cache[name].dtype) for name, b in new.items()}
-    if prefill:
-        return {
-            name: jax.lax.dynamic_update_slice(a, new[name][None], (layer,) + (0,) * (a.ndim - 1))
-            for name, a in cache.items()
-        }
-    return jax.lax.platform_dependent(
-        cache, new, positions_BS, jnp.asarray(layer), cpu=_write_slices, default=_scatter
-    )
-
-
-def _write_slices(cache: Cache, new: Cache, positions_BS, layer) -> Cache:
-    """Row by row: XLA:CPU copies the whole cache for a scatter, and not for this."""
-
-    def row(b, cache):
-        return {
-            name: jax.lax.dynamic_update_slice(
-                a,
-                jax.lax.dynamic_slice_in_dim(new[name], b, 1)[None],
-                (layer, b, *(0,) * (a.ndim - 4), positions_BS[b, 0], 0),
-            )
-            for name, a in cache.items()
-        }
-
-    # No position is negative, but XLA does not know that. It would unroll a loop of one turn, compute the
-    # slice a second time where the cache is read, and copy the cache four times to have both.
-    end = jnp.where(positions_BS[0, 0] >= 0, positions_BS.shape[0], 0)
-    return jax.lax.fori_loop(0, end, row, cache)
-
-
-def _scatter(cache: Cache, new: Cache, positions_BS, layer) -> Cache:
-    rows = jnp.arange(positions_BS.shape[0])[:, None]
-
-    def one(a, b):
-        if b.ndim == 3:
-            return a.at[layer, rows, positions_BS].set(b, mode="drop")
-        # Indices on both sides of the heads: B and S come first.
-        return a.at[layer, rows, :, positions_BS].set(b.swapaxes(1, 2), mode="drop")
-
-    return {name: one(a, new[name]) for name, a in cache.items()}
-
-
-def read(cache: Cache, layer) -> Cache:
-    """All slots of one layer: [B,(M,)S,...] each."""
     return {
-        name: jax.lax.dynamic_index_in_dim(a, layer, axis=0, keepdims=False)
-        for name, a in cache.items()
+        name: _empty(slots_of(cfg, layers[0], batch, length), len(layers), dtype)
+        for name, layers in layers_of_kinds(cfg).items()
     }
+
+
+def init_layer(cfg: ModelConfig, layer: int, batch: int, length: int, *, dtype=jnp.float32):
+    """The empty cache of one layer; those past the last are the depths of multi-token prediction."""
+    return _empty(slots_of(cfg, layer, batch, length), 1, dtype)
+
+
+def init_layers(
+    cfg: ModelConfig, batch: int, length: int, *, dtype=jnp.float32
+) -> list[LayerCache]:
+    """The cache of the model as a list of caches of one layer."""
+    return [init_layer(cfg, i, batch, length, dtype=dtype) for i in range(cfg.num_layers)]
+
+
+def _empty(slots: dict[str, Slots], layers: int, dtype) -> LayerCache:
+    return {n: jnp.zeros((layers, *s.shape), s.dtype or dtype) for n, s in slots.items()}
+
+
+def place_layers(cache: LayerCache, cfg: ModelConfig, layer: int, layout: Layout | None):
+    """Lay the cache of layers like `layer` out on the mesh: rows like the batch, heads over their mesh axes."""
+    if layout is None:
+        return cache
+    where = {n: s.axes for n, s in slots_of(cfg, layer, 1, 1).items()}
+    return {n: layout.constrain(a, None, *where[n]) for n, a in cache.items()}
+
+
+def place(cache: Cache | list[LayerCache], cfg: ModelConfig, layout: Layout | None):
+    """The same of the cache of a model; a list of caches is for one device."""
+    if layout is None or isinstance(cache, list):
+        return cache
+    first = {name: layers[0] for name, layers in layers_of_kinds(cfg).items()}
+    return {name: place_layers(arrays, cfg, first[name], layout) for name, arrays in cache.items()}
+
+
+def of_layers(cache, layer_kind: str, start: int, end: int):
+    """The cache of these layers, all of one kind: of all layers of that kind, or a list of theirs."""
+    if cache is None:
+        return None
+    return cache[start:end] if isinstance(cache, list) else cache[layer_kind]
+
+
+def with_layers(cache, layer_kind: str, start: int, end: int, new):
+    """The cache with `new` in the place of `of_layers`."""
+    if cache is None:
+        return None
+    if isinstance(cache, list):
+        return [*cache[:start], *new, *cache[end:]]
+    return {**cache, layer_kind: new}
+
+
+def cache_bytes(cfg: ModelConfig, batch: int, length: int, dtype: str = "float32") -> int:
+    """Bytes of a cache; per token 2 M H numbers a layer, for MLA kv_lora + rope."""
+    empty = jax.eval_shape(lambda: init_cache(cfg, batch, length, dtype=jnp.dtype(dtype)))
+    return sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(empty))

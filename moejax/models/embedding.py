@@ -5,7 +5,7 @@ import jax.numpy as jnp
 
 from moejax import axes
 from moejax.config import ModelConfig
-from moejax.models.norm import norm
+from moejax.norm import norm
 from moejax.params import ParamSpec
 
 

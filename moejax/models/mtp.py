@@ -15,20 +15,28 @@ import jax
 import jax.numpy as jnp
 
 from moejax import axes
+from moejax.attention import kind_of
 from moejax.config import ModelConfig
 from moejax.linear import linear
 from moejax.models import hyper_connections as hc
-from moejax.models.blocks import Context, LayerInput, block, block_specs, rematerialised
+from moejax.models.blocks import (
+    Carried,
+    Context,
+    LayerInput,
+    block,
+    block_specs,
+    rematerialised,
+)
 from moejax.models.embedding import embed, last_norm
-from moejax.models.norm import norm, norm_specs
 from moejax.moe.layer import nothing_carried
+from moejax.norm import norm, norm_specs
 from moejax.params import ParamSpec
 from moejax.routers.contract import BatchTotals
 
 
 def mtp_specs(cfg: ModelConfig) -> dict:
     """One depth's parameters; a block like the trunk's last."""
-    d = cfg.d_model
+    d, kind = cfg.d_model, kind_of(cfg.attention)
 
     def matrix(rows):
         return ParamSpec((rows, d), (None, axes.EMBED), std=cfg.init_std)
@@ -41,11 +49,13 @@ def mtp_specs(cfg: ModelConfig) -> dict:
             "hidden_proj": matrix(d),
             "streams_head": hc.head_specs(cfg),
         }
+    like_last = block_specs(cfg, cfg.num_moe_layers > 0)
+    like_last["attn"] |= kind.own_specs(cfg, kind.layer_kind(cfg, cfg.num_layers))
     return {
         **own,
         "embed_norm": norm_specs(d, cfg.norm, axes.EMBED),
         "hidden_norm": norm_specs(d, cfg.norm, axes.EMBED),
-        "block": block_specs(cfg, cfg.num_moe_layers > 0),
+        "block": like_last,
         "norm": norm_specs(d, cfg.norm, axes.EMBED),
     }
 
@@ -94,8 +104,14 @@ def mtp_step(
         x = e_BSD[:, :, None] + linear(h, depth_params["hidden_proj"])
     index = cfg.num_layers + depth
     layer = LayerInput(depth_params["block"], index, depth, state, stats=stats, forced_TK=forced_TK)
-    carried = nothing_carried(x, cfg) if cfg.num_moe_layers else None
-    x, _, cache, aux = block(x, layer, ctx, carried_BSW=carried, cache=cache)
+    x, _, cache, aux = block(
+        x,
+        layer,
+        ctx,
+        layer_kind=kind_of(cfg.attention).layer_kind(cfg, index),
+        carried=Carried(nothing_carried(x, cfg) if cfg.num_moe_layers else None),
+        cache=cache,
+    )
     hidden_BSD = hc.head(depth_params.get("streams_head"), x, cfg)
     return x, last_norm(depth_params["norm"], hidden_BSD, cfg), cache, aux
 

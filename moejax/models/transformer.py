@@ -3,27 +3,30 @@
     params = {"embed": .., "dense_blocks": .., "moe_blocks": .., "streams_head": .., "final_norm": ..,
               "head": .., "mtp": ..}
 
+and for each layer kind of the attention with parameters of its own "<layer kind>_attn", a stack of these.
 Blocks of one kind are stacked on a leading layer axis and scanned over (`compute.scan_layers`) or unrolled.
 A *list* of per-layer trees (`unstack`) is unrolled too: decoding uses it, so that no layer's weights are
 copied out of a stack for every token.
 """
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from moejax import axes
+from moejax.attention import kind_of
 from moejax.config import ComputeConfig, ConfigError, ModelConfig, ObjectiveConfig
 from moejax.models import blocks, embedding
 from moejax.models import hyper_connections as hc
-from moejax.models.blocks import Context, LayerInput, constrain, locate
+from moejax.models.blocks import Context, LayerInput, constrain, locate, nothing_carried
+from moejax.models.cache import layers_of_kinds, of_layers, with_layers
 from moejax.models.embedding import logits as logits  # the other half of a forward pass
 from moejax.models.mtp import mtp_specs
-from moejax.models.norm import norm_specs
 from moejax.moe.layer import MoEAux
+from moejax.norm import norm_specs
 from moejax.params import init_params, stack
 from moejax.routers.contract import BatchTotals
 
@@ -50,12 +53,31 @@ def param_specs(cfg: ModelConfig) -> dict:
         specs["dense_blocks"] = stack(blocks.block_specs(cfg, False), dense)
     if cfg.num_moe_layers:
         specs["moe_blocks"] = stack(blocks.block_specs(cfg, True), cfg.num_moe_layers)
+    specs |= {name: stack(own, len(layers)) for name, (own, layers) in _own(cfg).items()}
     if cfg.streams.count > 1:
         specs["streams_head"] = hc.head_specs(cfg)
     specs["final_norm"] = norm_specs(cfg.d_model, cfg.norm, axes.EMBED)
     if cfg.mtp_depth:
         specs["mtp"] = stack(mtp_specs(cfg), cfg.mtp_depth)
     return specs
+
+
+def _own(cfg: ModelConfig) -> dict[str, tuple[dict, list[int]]]:
+    """Name of the stack -> (specs of a layer, its layers), of layer kinds with parameters of their own."""
+    own_specs = kind_of(cfg.attention).own_specs
+    every = {name: (own_specs(cfg, name), at) for name, at in layers_of_kinds(cfg).items()}
+    return {own_stack(name): of for name, of in every.items() if of[0]}
+
+
+def own_stack(layer_kind: str) -> str:
+    """Name of the stack of what only layers of this kind have in their attention."""
+    return f"{layer_kind}_attn"
+
+
+def stacks(cfg: ModelConfig) -> dict[str, Sequence[int]]:
+    """The layers of each stack of parameters, in order; those past the last are the depths of MTP."""
+    depths = range(cfg.num_layers, cfg.num_layers + cfg.mtp_depth)
+    return {**cfg.layers, **{name: at for name, (_, at) in _own(cfg).items()}, "mtp": depths}
 
 
 def _router_layers(cfg: ModelConfig) -> dict[str, int]:
@@ -120,30 +142,57 @@ def update_router_state(
 
 def unstack(params: dict) -> dict:
     """The same parameters with every stack of blocks as a list of layers."""
-    return {k: blocks.unstack(v) if k.endswith("_blocks") else v for k, v in params.items()}
+    stacked = lambda name: name.endswith(("_blocks", own_stack("")))  # noqa: E731
+    return {k: blocks.unstack(v) if stacked(k) else v for k, v in params.items()}
 
 
-def _runs(cfg: ModelConfig) -> Iterator[tuple[str, int, int, int]]:
-    """Layers of one kind that follow each other: (stack of blocks, first layer, its place in the stack, how
-    many)."""
-    place = dict.fromkeys(cfg.layers, 0)
-    kinds = {i: name for name, every in cfg.layers.items() for i in every}
-    for name, group in itertools.groupby(range(cfg.num_layers), kinds.__getitem__):
+class _Run(NamedTuple):
+    """Layers of one kind that follow each other.
+
+    Attributes:
+      stack: their stack of blocks.
+      layer_kind: of their attention.
+      start, count: the first one's number in the model, and how many there are.
+      slot: the first one's place among the layers of this layer kind.
+    """
+
+    stack: str
+    layer_kind: str
+    start: int
+    count: int
+    slot: int
+
+
+def _runs(cfg: ModelConfig) -> list[_Run]:
+    stack_of = {i: name for name, every in cfg.layers.items() for i in every}
+    kinds = layers_of_kinds(cfg)
+    kind_and_slot = {i: (k, n) for k, every in kinds.items() for n, i in enumerate(every)}
+    runs = []
+    for (name, kind), group in itertools.groupby(
+        range(cfg.num_layers), lambda i: (stack_of[i], kind_and_slot[i][0])
+    ):
         layers = list(group)
-        yield name, layers[0], place[name], len(layers)
-        place[name] += len(layers)
+        runs.append(_Run(name, kind, layers[0], len(layers), kind_and_slot[layers[0]][1]))
+    return runs
 
 
-def _part(start: int, count: int, whole: int):
-    """A function that takes these layers out of a stack, or of a list of layers."""
-    here = slice(start, start + count)
+def _pieces(stack, counts: list[int]) -> Iterator:
+    """A stack (or list) of layers cut into runs. Split, not indexed, see `blocks.unstack`."""
+    if isinstance(stack, list):
+        ends = list(itertools.accumulate(counts))
+        return iter([stack[end - n : end] for n, end in zip(counts, ends)])
+    if len(counts) < 2:
+        return iter([stack])
+    leaves, structure = jax.tree.flatten(stack)
+    parts = [jax.lax.split(jnp.asarray(a), counts) for a in leaves]
+    return iter([structure.unflatten([part[i] for part in parts]) for i in range(len(counts))])
 
-    def part(stack):
-        if count == whole:
-            return stack
-        return stack[here] if isinstance(stack, list) else jax.tree.map(lambda a: a[here], stack)
 
-    return part
+def _with_own(blocks, own):
+    """Blocks (stacked, or a list) with what only their layer kind has in its attention."""
+    if isinstance(blocks, list):
+        return [_with_own(*of) for of in zip(blocks, own)]
+    return {**blocks, "attn": {**blocks["attn"], **own}}
 
 
 def forward(
@@ -159,7 +208,7 @@ def forward(
     mask_BS: jax.Array | None = None,
     totals: BatchTotals | None = None,
     forced_LTK: jax.Array | None = None,
-    cache=None,
+    cache: Any = None,
     prefill: bool = False,
     layout=None,
     key: jax.Array | None = None,
@@ -202,27 +251,42 @@ def forward(
     )
     x_BSD = embedding.embed(params, tokens_BS, ctx.where.positions_BS, cfg, ctx.compute.dtype)
     x = constrain(hc.spread(x_BSD, cfg), layout)
-    auxes = []
-    for name, start, at, count in _runs(cfg):
-        is_moe = name == "moe_blocks"
-        part = _part(at, count, len(cfg.layers[name]))
-        index_L = jnp.arange(start, start + count)
+    runs, auxes, first = _runs(cfg), [], None
+    if cache is not None and not prefill:
+        first = cache[0] if isinstance(cache, list) else cache[runs[0].layer_kind]
+    carried = nothing_carried(x, cfg, layout, first)
+    counts = lambda key: [r.count for r in runs if key in (r.stack, own_stack(r.layer_kind))]  # noqa: E731
+    pieces = {name: _pieces(params[name], counts(name)) for name in stacks(cfg) if name in params}
+    of_moe = dict(
+        state=router_state.get("moe_blocks", {}),
+        stats=None if totals is None else totals.stats,
+        forced_TK=forced_LTK,
+    )
+    routers = _pieces(of_moe, counts("moe_blocks"))
+    for run in runs:
+        end = run.start + run.count
+        index_L = jnp.arange(run.start, end)
         window_L = None
         if cfg.attention.windows:
-            window_L = jnp.array([cfg.attention.window(i) for i in range(start, start + count)])
-        layers = LayerInput(part(params[name]), index_L, index_L, window=window_L)
+            window_L = jnp.array([cfg.attention.window(i) for i in range(run.start, end)])
+        of_run = next(pieces[run.stack])
+        if own_stack(run.layer_kind) in pieces:
+            of_run = _with_own(of_run, next(pieces[own_stack(run.layer_kind)]))
+        slot_L = jnp.arange(run.slot, run.slot + run.count)
+        layers = LayerInput(of_run, index_L, slot_L, window=window_L)
+        is_moe = run.stack == "moe_blocks"
         if is_moe:
-            layers = layers._replace(
-                state=part(router_state.get(name, {})),
-                stats=None if totals is None else part(totals.stats),
-                forced_TK=part(forced_LTK),
-            )
-        here = cache[start : start + count] if isinstance(cache, list) else cache
-        x, here, layer_aux = blocks.run_blocks(x, layers, ctx, cache=here)
-        if isinstance(cache, list) and isinstance(here, list):
-            cache = [*cache[:start], *here, *cache[start + count :]]
-        else:
-            cache = here
+            layers = layers._replace(**next(routers))
+        here = run.layer_kind, run.start, end
+        x, carried, new, layer_aux = blocks.run_blocks(
+            x,
+            layers,
+            ctx,
+            layer_kind=run.layer_kind,
+            carried=carried,
+            cache=of_layers(cache, *here),
+        )
+        cache = with_layers(cache, *here, new)
         if is_moe:
             auxes.append(layer_aux)
     aux = dict(moe_blocks=auxes[0]) if auxes else {}

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 from mesh_case import QUICK, assert_same, config, layout_of, oracle, run
 
-from moejax.models.block_attention import Sight, attend_in_blocks
+from moejax.attention.block_attention import Sight, attend_in_blocks
 
 MESH = dict(data=2, fsdp=2, tensor=2)
 CFG = dict(sinks=True, windows=(3, 0))

@@ -10,10 +10,10 @@ import pytest
 
 from moejax.config import AttentionConfig, ComputeConfig, ConfigError, ModelConfig, MoEConfig
 from moejax.evals.decode import NOTHING, decode, prefill
-from moejax.evals.generate import Stats, cache_bytes, generate, prepare, round_up, stream
+from moejax.evals.generate import Stats, generate, prepare, round_up, stream
 from moejax.evals.sample import Sampling, row_keys, sample
 from moejax.models import transformer
-from moejax.models.cache import init_cache
+from moejax.models.cache import cache_bytes, init_cache
 from moejax.params import init_params
 from moejax.routers import router_options
 
@@ -111,7 +111,7 @@ def test_cache_holds_kv_lora_and_rope_for_mla():
         kind="mla", kv_lora_rank=12, qk_nope_head_dim=8, qk_rope_head_dim=4, v_head_dim=8
     )
     cfg = dataclasses.replace(CFG, attention=mla)
-    cache = init_cache(cfg, 3, 10, dtype=jnp.bfloat16)
+    cache = init_cache(cfg, 3, 10, dtype=jnp.bfloat16)["all"]
     assert sum(a.size for a in cache.values()) == cfg.num_layers * 3 * 10 * (12 + 4)
     assert sum(a.nbytes for a in cache.values()) == cache_bytes(cfg, 3, 10, "bfloat16")
     assert {a.dtype for a in cache.values()} == {jnp.dtype(jnp.bfloat16)}

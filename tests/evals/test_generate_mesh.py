@@ -10,11 +10,10 @@ from moejax.config import (
     ModelConfig,
     MoEConfig,
 )
-from moejax.evals.decode import place
 from moejax.evals.generate import generate
 from moejax.evals.writer import mesh_layout
 from moejax.models import transformer
-from moejax.models.cache import init_cache
+from moejax.models.cache import init_cache, place
 from moejax.params import init_params
 from moejax.routers import router_options
 
@@ -62,8 +61,8 @@ def test_the_text_of_one_device(model, greedy, mesh, speculative):
 
 def test_the_cache_is_laid_out_over_rows_and_heads():
     layout = mesh_layout(ExperimentConfig(model=CFG), "data=2,expert=2,tensor=2")
-    cache = jax.jit(lambda: place(init_cache(CFG, 4, 16), layout))()
-    for a in cache.values():
+    cache = jax.jit(lambda: place(init_cache(CFG, 4, 16), CFG, layout))()
+    for a in cache["all"].values():
         # [L,B,M,S,H]: rows over data and expert, key/value heads over tensor.
         assert a.addressable_shards[0].data.shape == (2, 1, 1, 16, 8)
 

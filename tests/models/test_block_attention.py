@@ -8,11 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from moejax.attention import block_attention
+from moejax.attention.block_attention import Sight, attend_in_blocks
+from moejax.attention.core import attend
 from moejax.config import AttentionConfig, ComputeConfig, ModelConfig, ObjectiveConfig
 from moejax.data import synthetic_batch
-from moejax.models import block_attention, transformer
-from moejax.models.attention import attend
-from moejax.models.block_attention import Sight, attend_in_blocks
+from moejax.models import transformer
 from moejax.models.cache import init_cache
 from moejax.models.loss import loss_fn
 from moejax.params import init_params

@@ -11,8 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from moejax.attention import mha
+from moejax.attention.contract import Call
 from moejax.config import AttentionConfig, ComputeConfig, ModelConfig, MoEConfig, StreamsConfig
-from moejax.models import attention, blocks, embedding, mtp, transformer
+from moejax.models import blocks, embedding, mtp, transformer
 from moejax.models import hyper_connections as hc
 from moejax.models.zoo import lost_fields
 from moejax.moe.layer import moe
@@ -128,7 +130,7 @@ def one_block(p, x, where):
 
     def attend(h_BSD):
         h_BSD = rms_norm(p["attn_norm"], h_BSD)
-        return attention.attention(p["attn"], jnp.asarray(h_BSD), CFG, where)[0]
+        return mha.KIND.attend(p["attn"], jnp.asarray(h_BSD), CFG, Call(where)).y_BSD
 
     def experts(h_BSD):
         return moe(p["moe"], {}, jnp.asarray(rms_norm(p["ffn_norm"], h_BSD)), CFG, compute=COMPUTE)[

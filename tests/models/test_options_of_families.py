@@ -11,11 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from moejax.attention.rope import inverse_frequencies, rotate, rotation
 from moejax.config import AttentionConfig, ModelConfig, MoEConfig, RopeConfig
 from moejax.config_checks import model_problems
 from moejax.models import transformer
 from moejax.models.cache import init_layers
-from moejax.models.rope import inverse_frequencies, rotate, rotation
 
 CFG = ModelConfig(
     vocab_size=31,

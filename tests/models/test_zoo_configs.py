@@ -50,7 +50,12 @@ def test_deepseek_v2():
     r, a = v2.moe.router, v2.attention
     assert (r.num_groups, r.topk_groups, r.group_score, r.routed_scaling) == (8, 3, "max", 16.0)
     assert (o.expert_loss, o.device_loss, o.communication_loss) == (0.003, 0.05, 0.02)
-    assert (a.kind, a.q_lora_rank, a.qk_head_dim, a.rope.interleaved) == ("mla", 1536, 192, True)
+    assert (a.kind, a.q_lora_rank, a.qk_nope_head_dim + a.qk_rope_head_dim, a.rope.interleaved) == (
+        "mla",
+        1536,
+        192,
+        True,
+    )
     assert (a.rope.yarn_factor, a.rope.yarn_mscale, a.rope.yarn_mscale_all_dim) == (
         40,
         0.707,

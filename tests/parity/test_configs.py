@@ -10,8 +10,9 @@ import transformers
 from parity_cases import BASE
 from parity_shapes import GQA, MHA
 
+from moejax.attention import kind_of
+from moejax.attention.rope import inverse_frequencies, softmax_scale, yarn_mscale
 from moejax.models import zoo
-from moejax.models.rope import inverse_frequencies, softmax_scale, yarn_mscale
 from moejax.models.zoo import keys
 
 FAMILIES = [f for f in zoo.FAMILIES if f not in ("deepseek", "kimi_k2")]  # not in transformers
@@ -59,7 +60,11 @@ def test_rope(family, rope):
         r.yarn_factor, r.yarn_mscale_all_dim
     )
     np.testing.assert_allclose(got, model.rotary_emb.attention_scaling, rtol=1e-12)
-    np.testing.assert_allclose(softmax_scale(cfg), model.layers[0].self_attn.scaling, rtol=1e-12)
+    np.testing.assert_allclose(
+        softmax_scale(cfg, kind_of(cfg).widths(cfg).query),
+        model.layers[0].self_attn.scaling,
+        rtol=1e-12,
+    )
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+from moejax.attention import ATTENTIONS, kind_of
 from moejax.config import ModelConfig
 
 
@@ -22,17 +23,16 @@ def architecture(cfg: ModelConfig) -> dict:
     add(dataclasses.asdict(cfg), "")
     flat["moe.shared_width"] = cfg.moe.shared_width  # however it is made up
     a, m, unused = cfg.attention, cfg.moe, {"init_std", "moe.shared_experts", "moe.d_shared"}
-    mla = ("q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
-    unused |= {f"attention.{k}" for k in (("num_kv_heads", "head_dim") if a.kind == "mla" else mla)}
+    kind = kind_of(a)
+    optional = frozenset().union(*(k.reads for k in ATTENTIONS.values()))
+    unused |= {f"attention.{k}" for k in optional - kind.reads}
     if cfg.positions == "rope":
         unused.add("max_seq_len")  # only learned positions have a parameter for each
     else:
         unused |= {k for k in flat if k.startswith("attention.rope.")}
     if cfg.dense_at == tuple(range(cfg.num_dense_layers)):
         flat["dense_at"] = ()  # the default, spelled out
-    if a.kind == "mla":
-        unused.add("attention.rope.width")
-    elif a.rope.width == a.head_dim:
+    if a.rope.width == a.head_dim:
         flat["attention.rope.width"] = 0  # the default, spelled out
     if a.rope.yarn_factor == 1.0:
         unused |= {k for k in flat if k.startswith("attention.rope.yarn_")}
@@ -46,7 +46,7 @@ def architecture(cfg: ModelConfig) -> dict:
         unused |= {"moe.router.topk_groups", "moe.router.group_score"}
     if not m.shared_width:
         unused.add("moe.shared_gate")
-    if a.scale == a.qk_head_dim**-0.5:
+    if a.scale == kind.widths(a).query ** -0.5:
         flat["attention.scale"] = 0.0  # the default, spelled out
     if not any(a.windows):
         flat["attention.windows"] = ()

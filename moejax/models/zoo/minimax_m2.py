@@ -52,7 +52,7 @@ def config_to_hf(cfg: ModelConfig, objective: ObjectiveConfig) -> dict:
         cfg,
         architectures=["MiniMaxM2ForCausalLM"],
         model_type=MODEL_TYPE,
-        rotary_dim=cfg.attention.rope_width,
+        rotary_dim=cfg.attention.rope.width or cfg.attention.head_dim,
         **mixtral.moe_to_hf(cfg, objective),
         **grouped_to_hf(cfg),
     )

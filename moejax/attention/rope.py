@@ -76,9 +76,9 @@ def rotate(x_BSNH: jax.Array, cos_sin, interleaved: bool) -> jax.Array:
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin, *rest], axis=-1)
 
 
-def softmax_scale(cfg: AttentionConfig) -> float:
-    """1/sqrt(head width), times m(mscale_all_dim)^2 under YaRN; or what the config says."""
+def softmax_scale(cfg: AttentionConfig, width: int) -> float:
+    """1/sqrt(width of a query head), times m(mscale_all_dim)^2 under YaRN; or what the config says."""
     if cfg.scale:
         return cfg.scale
     m = yarn_mscale(cfg.rope.yarn_factor, cfg.rope.yarn_mscale_all_dim)
-    return cfg.qk_head_dim**-0.5 * m * m
+    return width**-0.5 * m * m

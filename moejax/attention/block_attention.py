@@ -59,7 +59,7 @@ class Sight(NamedTuple):
 def attend_in_blocks(
     q_BSNH, k_BMTH, v_BMTH, sight: Sight, scale: float, sinks_N=None, block: int = BLOCK
 ):
-    """`attention.attend`, in blocks of at most `block` queries and keys. Every query must see a key.
+    """`core.attend`, in blocks of at most `block` queries and keys. Every query must see a key.
 
     Returns [B,S,N,H of v]; gradients reach q, k, v and the sinks.
     """
