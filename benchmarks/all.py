@@ -1,10 +1,10 @@
 """All benchmarks, one after the other, as one table.
 
     python -m benchmarks.all --torch_python=PATH          # CPU; PATH has torch and transformers
-    python -m benchmarks.all --platform=gpu
     python -m benchmarks.all --tiny                       # toy sizes, to test the scripts
 
-Each runs in a process of its own, so that none inherits another's memory or caches.
+Each runs in a process of its own, so that none inherits another's memory or caches. `benchmarks.gpu` is for one
+GPU, and not among them.
 """
 
 import json
@@ -17,20 +17,19 @@ from absl import app, flags
 
 from benchmarks import common
 
-PLATFORM = flags.DEFINE_enum("platform", "cpu", ["cpu", "gpu"], "Which benchmarks to run.")
 TORCH = flags.DEFINE_string(
     "torch_python", sys.executable, "A Python that has torch and transformers; '' leaves them out."
 )
 TINY = flags.DEFINE_bool("tiny", False, "Toy sizes, to test the scripts.")
 OUTPUT = flags.DEFINE_string("json", "", "Write the results as JSON to this file.")
 
-# Name of the benchmark: its platforms, and those of the flags above that it takes.
+# Name of the benchmark: those of the flags above that it takes.
 BENCHMARKS = {
-    "layer": (("cpu", "gpu"), (PLATFORM,)),
-    "step": (("cpu", "gpu"), (PLATFORM, TORCH)),
-    "generate": (("cpu",), (TORCH,)),
-    "attention": (("cpu",), ()),
-    "compile": (("cpu", "gpu"), (PLATFORM,)),
+    "layer": (),
+    "step": (TORCH,),
+    "generate": (TORCH,),
+    "attention": (),
+    "compile": (),
 }
 
 
@@ -38,7 +37,7 @@ def run(name: str, folder: str) -> dict | None:
     """The result of one benchmark; None if it failed."""
     output = pathlib.Path(folder) / f"{name}.json"
     command = [sys.executable, "-m", f"benchmarks.{name}", f"--json={output}"]
-    command += [f"--{flag.name}={flag.value}" for flag in BENCHMARKS[name][1]]
+    command += [f"--{flag.name}={flag.value}" for flag in BENCHMARKS[name]]
     command += ["--tiny"] if TINY.value else []
     if subprocess.run(command).returncode:
         return None
@@ -48,7 +47,7 @@ def run(name: str, folder: str) -> dict | None:
 def main(argv):
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments: {argv[1:]}")
-    names = [n for n, (platforms, _) in BENCHMARKS.items() if PLATFORM.value in platforms]
+    names = list(BENCHMARKS)
     if not TORCH.value:
         print("--torch_python= leaves out: generate, and the step against torch")
         names = [n for n in names if n != "generate"]

@@ -51,7 +51,7 @@ def run(sizes: dict, rows: int, length: int, repeats: int) -> list[dict]:
 def main(argv):
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments: {argv[1:]}")
-    common.select_platform("cpu" if step.ON_CPU.value else step.PLATFORM.value)
+    common.select_platform("cpu")
     toy = (step.TOY, step.TOY_ROWS, step.TOY_LENGTH)
     case = toy if step.TINY.value else (step.SIZES, step.ROWS, step.LENGTH)
     rows = run(*case, flags.FLAGS.compile_repeats)

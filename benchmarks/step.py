@@ -2,7 +2,6 @@
 machine's peak.
 
     python -m benchmarks.step --torch_python=PATH    # CPU, float32; PATH has torch and transformers
-    python -m benchmarks.step --platform=gpu         # one GPU, bfloat16: tokens/s of each back end
     python -m benchmarks.step --tiny                 # toy sizes, to test the script
 
 The architecture is that of Qwen2-MoE: vocabulary 4096, D 256, 6 layers of which the first is dense, E 64,
@@ -11,7 +10,6 @@ metrics too. The plain dense transformer (`plain_dense.py`) has FFNs of width K 
 FLOPs. The torch side (`torch_peer.py`) runs in a child process; all take turns.
 """
 
-import importlib.util
 import sys
 
 import jax
@@ -21,17 +19,14 @@ from absl import app, flags
 
 from benchmarks import common, plain_dense
 from benchmarks.qwen2_moe import IMPLEMENTATIONS, SIZES, TOY, Torch, model_config
+from benchmarks.training import moejax_step
 from moejax.config import ComputeConfig, DataConfig, ExperimentConfig, ObjectiveConfig
-from moejax.train.state import create_state
-from moejax.train.step import compile_step
 
-PLATFORM = flags.DEFINE_enum("platform", "cpu", ["cpu", "gpu"], "Which benchmark to run.")
 TORCH = flags.DEFINE_string(
     "torch_python", sys.executable, "A Python that has torch and transformers; '' leaves them out."
 )
 REPEATS = flags.DEFINE_integer("repeats", 10, "Timed steps of each.")
 TINY = flags.DEFINE_bool("tiny", False, "Toy sizes, to test the script.")
-ON_CPU = flags.DEFINE_bool("on_cpu", False, "Run the GPU benchmark on the CPU, to test the script.")
 OUTPUT = flags.DEFINE_string("json", "", "Write the results as JSON to this file.")
 
 ROWS, LENGTH = 8, 256
@@ -66,29 +61,6 @@ def flops(s: dict, tokens: int) -> float:
 
 def random_tokens(s: dict, rows: int, length: int) -> np.ndarray:
     return np.random.default_rng(0).integers(0, s["vocab_size"], (rows, length + 1), np.int32)
-
-
-def moejax_step(cfg: ExperimentConfig, tokens: np.ndarray):
-    ones = np.ones_like(tokens[:, 1:])
-    positions = np.broadcast_to(np.arange(ones.shape[1], dtype=np.int32), ones.shape)
-    batch = dict(
-        tokens=tokens[:, :-1],
-        targets=tokens[:, 1:],
-        segment_ids=ones,
-        positions=positions,
-        loss_mask=ones,
-        domain=np.zeros_like(ones),
-    )
-    batch = jax.tree.map(jnp.asarray, batch)
-    state = create_state(cfg, jax.random.key(0), None)
-    step = compile_step(cfg)
-
-    def run():
-        nonlocal state
-        state, metrics = step(state, batch)
-        return metrics["loss"]
-
-    return run
 
 
 def dense_step(s: dict, tokens: np.ndarray):
@@ -162,44 +134,13 @@ def run_cpu(
     return table
 
 
-def run_gpu(s: dict, rows: int, length: int, peak_size: int, repeats: int) -> list[dict]:
-    """Tokens/s of the step with each back end, in bfloat16."""
-    tokens = random_tokens(s, rows, length)
-    peak, peak_flops = common.matmul(peak_size, jnp.bfloat16)
-    names = ["ragged", *(["tokamax"] if importlib.util.find_spec("tokamax") else [])]
-    functions = {
-        n: moejax_step(experiment(s, rows, length, grouped_matmul=n, dtype="bfloat16"), tokens)
-        for n in names
-    }
-    twin = dense_twin(s, rows, length, dtype="bfloat16")
-    functions |= {"moejax's dense twin": moejax_step(twin, tokens), "peak": peak}
-    t = common.side_by_side(functions, repeats)
-    table, count = [], rows * length
-    for name in (*names, "moejax's dense twin"):
-        achieved = flops(s, count) / t[name].wall
-        table.append(
-            {
-                "step": name,
-                "ms": f"{1e3 * t[name].wall:.2f}",
-                "tokens/s": f"{count / t[name].wall:.0f}",
-                "TFLOP/s": f"{1e-12 * achieved:.3g}",
-                "of matmul peak": f"{achieved * t['peak'].wall / peak_flops:.1%}",
-            }
-        )
-    return table
-
-
 def main(argv):
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments: {argv[1:]}")
-    common.select_platform("cpu" if ON_CPU.value else PLATFORM.value)
+    common.select_platform("cpu")
     case = (TOY, TOY_ROWS, TOY_LENGTH) if TINY.value else (SIZES, ROWS, LENGTH)
-    if PLATFORM.value == "gpu":
-        rows = run_gpu(*case, 128 if TINY.value else 8192, REPEATS.value)
-        common.report("Training step, bfloat16", rows, OUTPUT.value)
-    else:
-        rows = run_cpu(*case, 128 if TINY.value else 2048, TORCH.value, REPEATS.value)
-        common.report("Training step, float32", rows, OUTPUT.value)
+    rows = run_cpu(*case, 128 if TINY.value else 2048, TORCH.value, REPEATS.value)
+    common.report("Training step, float32", rows, OUTPUT.value)
 
 
 if __name__ == "__main__":

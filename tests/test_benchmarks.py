@@ -1,29 +1,52 @@
-"""The GPU benchmark cannot run here; it must at least lower for CUDA, at its full sizes."""
+"""The GPU benchmark cannot run here; its layer must at least lower for CUDA, at full sizes, and all of it must
+run at toy sizes on a CPU."""
 
+import json
+import os
 import pathlib
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
 import pytest
 
-
-@pytest.fixture
-def layer(monkeypatch):
-    monkeypatch.syspath_prepend(pathlib.Path(__file__).parent.parent)
-    import benchmarks.layer
-
-    return benchmarks.layer
+ROOT = pathlib.Path(__file__).parent.parent
 
 
 @pytest.mark.parametrize("implementation", ["auto", "ragged"])
-def test_gpu_layer_lowers_for_cuda(layer, implementation):
-    for case in layer.GPU_CASES:
+def test_gpu_layer_lowers_for_cuda(monkeypatch, implementation):
+    monkeypatch.syspath_prepend(ROOT)
+    from benchmarks import moe_layer
+
+    for case in (moe_layer.Case(4096, 7168, 2048, 32, 8), moe_layer.Case(4096, 4096, 14336, 8, 2)):
         functions = {}
 
         def arguments(case=case, functions=functions):
-            _, functions["step"], args = layer.layer(case, jnp.bfloat16, implementation)
+            _, functions["step"], args = moe_layer.layer(case, jnp.bfloat16, implementation)
             return args
 
         args = jax.eval_shape(arguments)  # shapes only: the weights would take gigabytes
         lowered = jax.jit(functions["step"]).trace(*args).lower(lowering_platforms=("cuda",))
         assert "ragged_dot" in lowered.as_text()
+
+
+@pytest.mark.product
+def test_the_gpu_script_runs_on_a_cpu_and_says_what_failed(tmp_path):
+    output = tmp_path / "gpu.json"
+    command = [sys.executable, "-m", "benchmarks.gpu", "--tiny", "--on_cpu", "--repeats=1"]
+    done = subprocess.run(
+        [*command, f"--json={output}"],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    tables = {t["title"]: t["rows"] for t in json.loads(output.read_text())}
+    assert len(tables) == 6
+    # bfloat16 rounds each product of 16 or 64 terms once, to 8 bits: 2^-8 of the largest and a little more.
+    errors = [float(r["relative error"]) for r in tables["Grouped products"]]
+    assert len(errors) == 6 and max(errors) < 0.01
+    failed = [r for rows in tables.values() for r in rows if r.get("failed")]
+    assert [r["attention"] for r in failed] == ["cuDNN"]  # there is none on a CPU
