@@ -20,6 +20,7 @@ import numpy as np
 from moejax import axes
 from moejax.config import ComputeConfig, ConfigError, ModelConfig
 from moejax.evals import speculative
+from moejax.evals.compile_time import compile_seconds
 from moejax.evals.decode import CHUNKS, NOTHING, State, decode, prefill
 from moejax.evals.sample import Sampling, row_keys
 from moejax.models import transformer
@@ -31,11 +32,13 @@ from moejax.sharding import Layout
 
 @dataclasses.dataclass
 class Stats:
-    """Measurements of a call of `stream`. The first call's times include compilation.
+    """Measurements of a call of `stream`.
 
     Attributes:
       prompt_tokens, new_tokens: over all rows, padding left out.
-      prefill_seconds, decode_seconds: wall time. The first new token of a row belongs to the prefill.
+      prefill_seconds, decode_seconds: wall time without compilation. A row's first new token belongs to the
+        prefill.
+      compile_seconds: wall time of tracing and compiling, which only the first call of its shapes needs.
       passes: forward passes after the prefill, summed over rows.
       accepted: how many of those gave a second token.
       speculative: whether second tokens were guessed.
@@ -47,6 +50,7 @@ class Stats:
     first_tokens: int = 0
     prefill_seconds: float = 0.0
     decode_seconds: float = 0.0
+    compile_seconds: float = 0.0
     passes: int = 0
     accepted: int = 0
     speculative: bool = False
@@ -59,6 +63,8 @@ class Stats:
             f"{_rate(self.new_tokens - self.first_tokens, self.decode_seconds)}; "
             f"cache {self.cache_bytes / 2**20:.1f} MiB"
         )
+        if self.compile_seconds:
+            text += f"; compiled for {self.compile_seconds:.1f} s besides"
         if self.speculative and self.passes:
             text += f"; {self.accepted / self.passes:.0%} of {self.passes} guesses accepted"
         return text
@@ -141,7 +147,6 @@ def stream(
     _check(cfg, prompts, limits, how, speculative_decoding)
     stats = stats or Stats()
     params = prepare(params, compute.dtype, layout)
-    started = time.perf_counter()
     tokens_BS, lengths_B, max_new_B = _pad(prompts, limits, cfg, layout)
     # Enough for any prompts of this width. A guess is read before its row's end is known: one slot more.
     most = min(tokens_BS.shape[1] + max(limits), cfg.max_seq_len)
@@ -154,23 +159,26 @@ def stream(
     stats.speculative = speculative_decoding
     stats.prompt_tokens += sum(map(len, prompts))
     stats.cache_bytes = cache_bytes(cfg, len(lengths_B), length, compute.dtype)
-    state = prefill(
-        params,
-        router_state,
-        tokens_BS,
-        lengths_B,
-        max_new_B,
-        keys_B,
-        stops,
-        cfg,
-        compute,
-        length,
-        how,
-        speculative_decoding,
-        layout,
-    )
-    rows = [[int(t)] for t in np.asarray(state.token_B)[: len(prompts)]]
-    stats.prefill_seconds += time.perf_counter() - started
+    started = time.perf_counter()
+    with compile_seconds() as compiling:
+        state = prefill(
+            params,
+            router_state,
+            tokens_BS,
+            lengths_B,
+            max_new_B,
+            keys_B,
+            stops,
+            cfg,
+            compute,
+            length,
+            how,
+            speculative_decoding,
+            layout,
+        )
+        rows = [[int(t)] for t in np.asarray(state.token_B)[: len(prompts)]]
+    stats.prefill_seconds += time.perf_counter() - started - compiling()
+    stats.compile_seconds += compiling()
     stats.first_tokens += len(rows)
     stats.new_tokens += len(rows)
     yield rows
@@ -182,10 +190,12 @@ def stream(
         started = time.perf_counter()
         steps = CHUNKS[min(call, len(CHUNKS) - 1)]
         args = (state, steps, keys_B, stops, cfg, compute, how, layout)
-        state, emitted = decode(params, router_state, *args)
-        tokens_BC = np.asarray(emitted.tokens_BC)[: len(prompts)]
+        with compile_seconds() as compiling:
+            state, emitted = decode(params, router_state, *args)
+            tokens_BC = np.asarray(emitted.tokens_BC)[: len(prompts)]
         rows = [[int(t) for t in row if t != NOTHING] for row in tokens_BC]
-        stats.decode_seconds += time.perf_counter() - started
+        stats.decode_seconds += time.perf_counter() - started - compiling()
+        stats.compile_seconds += compiling()
         stats.new_tokens += sum(map(len, rows))
         stats.passes += int(emitted.passes_B.sum())
         stats.accepted += int(emitted.accepted_B.sum())

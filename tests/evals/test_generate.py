@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from moejax.config import AttentionConfig, ComputeConfig, ConfigError, ModelConfig, MoEConfig
+from moejax.evals.compile_time import union
 from moejax.evals.decode import NOTHING, decode, prefill
 from moejax.evals.generate import Stats, generate, prepare, round_up, stream
 from moejax.evals.sample import Sampling, row_keys, sample
@@ -95,6 +96,24 @@ def test_finished_rows_take_no_part(model, greedy):
     # Rows 0 and 2 stop after their first token: only row 1 takes part in the 7 passes.
     assert "guesses" not in str(stats)
     assert stats.passes == 7 and stats.new_tokens == 8 + 2 and stats.prompt_tokens == 8
+
+
+def test_compilation_is_told_apart(model):
+    first, again = Stats(), Stats()
+    for stats in (first, again):
+        generate(*model, CFG, [[1] * 21], 3, stats=stats)  # a length that no other test has
+    assert first.compile_seconds > 0 and "compiled for" in str(first)
+    assert again.compile_seconds == 0 and "compiled" not in str(again)
+    # What took turns of a second to compile takes a fraction of that to run.
+    assert first.prefill_seconds + first.decode_seconds < first.compile_seconds
+
+
+@pytest.mark.parametrize(
+    "spans, length",
+    [([], 0), ([(1, 3), (5, 6)], 3), ([(1, 4), (2, 3)], 3), ([(2, 5), (1, 3)], 4)],
+)
+def test_time_within_time_counts_once(spans, length):
+    assert union(spans) == length
 
 
 def test_prepared_parameters_give_the_same_text(model, greedy):
