@@ -47,9 +47,10 @@ class RopeConfig:
 
 @dataclasses.dataclass(frozen=True)
 class AttentionConfig:
-    """Multi-head and grouped-query attention ('mha'), or multi-head latent attention ('mla')."""
+    """Multi-head and grouped-query attention ('mha'), multi-head latent attention ('mla'), or the latter among
+    the keys that an indexer chooses ('dsa')."""
 
-    kind: str = choice("mha", "mla")
+    kind: str = choice("mha", "mla", "dsa")
     num_heads: int = number(4, least=1)
     # Equal to num_heads: MHA; smaller: GQA. Unused by 'mla'.
     num_kv_heads: int = 4
@@ -74,6 +75,14 @@ class AttentionConfig:
     qk_nope_head_dim: int = 0
     qk_rope_head_dim: int = 0
     v_head_dim: int = 0
+    # DeepSeek's sparse attention (2512.02556 section 2.1): heads of the indexer, their width (the first
+    # qk_rope_head_dim channels are rotated, in pairs or in halves), and the keys that it chooses for a query.
+    index_heads: int = number(0, least=0)
+    index_head_dim: int = number(0, least=0)
+    index_topk: int = number(0, least=0)
+    index_interleaved: bool = False  # GLM-5
+    # Layers without an indexer, which take what the layer before chose (2603.12201).
+    index_shared_at: tuple[int, ...] = ()
     rope: RopeConfig = RopeConfig()
 
     def window(self, layer: int) -> int:

@@ -15,6 +15,10 @@ MLA = {
     "attention.kind": "mla", "attention.kv_lora_rank": 8, "attention.qk_nope_head_dim": 4,
     "attention.qk_rope_head_dim": 4, "attention.v_head_dim": 4,
 }  # fmt: skip
+DSA = {
+    **MLA, "attention.kind": "dsa", "attention.q_lora_rank": 8, "attention.index_heads": 4,
+    "attention.index_head_dim": 4, "attention.index_topk": 8,
+}  # fmt: skip
 BASES = ({}, MOE, GROUPS, DEVICES, BIAS, EXPERT_CHOICE, MLA, {**MLA, **GROUPS})
 MODEL = tuple(f.name for f in dataclasses.fields(ModelConfig))
 

@@ -6,7 +6,7 @@ import math
 import typing
 
 import pytest
-from config_case import BASES, BIAS, GROUPS, MLA, MOE, full, nested, problems
+from config_case import BASES, BIAS, DSA, GROUPS, MLA, MOE, full, nested, problems
 from flat import change
 from ml_collections import ConfigDict
 
@@ -72,7 +72,8 @@ RANGES = {
         "data.seq_len data.batch_size train.steps train.accumulation train.log_every train.eval_every "
         "train.eval_batches train.checkpoint_every train.keep_last train.max_bad_steps",
     "at least 0":
-        "vocab_size mtp_depth attention.q_lora_rank attention.scale attention.rope.width "
+        "vocab_size mtp_depth attention.q_lora_rank attention.index_heads attention.index_head_dim "
+        "attention.index_topk attention.scale attention.rope.width "
         "attention.rope.yarn_mscale "
         "attention.rope.yarn_mscale_all_dim moe.num_experts moe.shared_experts moe.d_shared moe.latent_dim "
         "moe.activation_limit objective.mtp_loss_weight objective.bias_rate objective.expert_loss "
@@ -162,7 +163,7 @@ CHOICES = {
     "activation": "swiglu swiglu_clamped swiglu_oai gelu_tanh",
     "norm": "rmsnorm layernorm",
     "positions": "rope learned",
-    "attention.kind": "mha mla",
+    "attention.kind": "mha mla dsa",
     "attention.qk_norm": "none head full head_rotated",
     "attention.rope_layers": "all windowed",
     "attention.rope.yarn_ramp": "dimension turns",
@@ -184,6 +185,7 @@ CHOICES = {
 # What a choice needs beside itself.
 NEEDS = {
     ("attention.kind", "mla"): MLA,
+    ("attention.kind", "dsa"): DSA,
     ("attention.rope_layers", "windowed"): {"attention.windows": (8,)},
     **{
         (key, value): {**MOE, "moe.activation_limit": 7}

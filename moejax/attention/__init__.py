@@ -2,13 +2,14 @@
 
 from collections.abc import Mapping
 
-from moejax.attention import mha, mla
+from moejax.attention import dsa, mha, mla
 from moejax.attention.contract import AttentionKind
 from moejax.config import AttentionConfig
 
 ATTENTIONS: Mapping[str, AttentionKind] = {
     "mha": mha.KIND,
     "mla": mla.KIND,
+    "dsa": dsa.KIND,
 }
 
 

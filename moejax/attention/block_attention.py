@@ -30,6 +30,22 @@ def block_size(queries: int, asked: int = 0) -> int:
     return size if size < queries else 0
 
 
+class Chosen(NamedTuple):
+    """The keys that each query attends to, of those that it sees.
+
+    Attributes:
+      bits_BSb: bit s % 8 of byte s // 8 stands for key s.
+      at_T: the numbers of the keys.
+    """
+
+    bits_BSb: jax.Array
+    at_T: jax.Array
+
+    def mask_BST(self) -> jax.Array:
+        byte_BST = jnp.take(self.bits_BSb, self.at_T // 8, axis=-1, mode="clip")
+        return (byte_BST >> (self.at_T % 8).astype(jnp.uint8)[None, None]) & 1 == 1
+
+
 class Sight(NamedTuple):
     """What decides which keys a query sees.
 
@@ -37,6 +53,7 @@ class Sight(NamedTuple):
       q_pos_BS, k_pos_BT: position of each query and key within its document; B of keys may be 1.
       q_segment_BS, k_segment_BT: documents, 0 = padding; or None, one document per row.
       window: keys that a query sees at most; None or 0 = all.
+      chosen: of these, the ones that it attends to; None = all.
     """
 
     q_pos_BS: jax.Array
@@ -44,16 +61,17 @@ class Sight(NamedTuple):
     q_segment_BS: jax.Array | None = None
     k_segment_BT: jax.Array | None = None
     window: jax.Array | int | None = None
+    chosen: Chosen | None = None
 
     def mask_BST(self) -> jax.Array:
-        """True: same document, not in the future, inside the window."""
+        """True: same document, not in the future, inside the window, chosen."""
         distance = self.q_pos_BS[:, :, None] - self.k_pos_BT[:, None, :]
         ok = distance >= 0
         if self.q_segment_BS is not None and self.k_segment_BT is not None:
             ok &= self.q_segment_BS[:, :, None] == self.k_segment_BT[:, None, :]
         if self.window is not None:
             ok &= (self.window == 0) | (distance < self.window)
-        return ok
+        return ok if self.chosen is None else ok & self.chosen.mask_BST()
 
 
 def attend_in_blocks(
@@ -65,43 +83,49 @@ def attend_in_blocks(
     """
     b, s, n, h = q_BSNH.shape
     m, t = k_BMTH.shape[1:3]
-    (i, q_size), (j, k_size) = _split(s, block), _split(t, block)
-    q = _pad(q_BSNH * scale, 1, i * q_size).reshape(b, i, q_size, m, n // m, h)
+    (i, q_size), (j, k_size) = split(s, block), split(t, block)
+    q = pad(q_BSNH * scale, 1, i * q_size).reshape(b, i, q_size, m, n // m, h)
     q_IBMQH = q.transpose(1, 0, 3, 4, 2, 5).reshape(i, b, m, n // m * q_size, h)
-    k, v = (_pad(a, 2, j * k_size).reshape(b, m, j, k_size, -1) for a in (k_BMTH, v_BMTH))
+    k, v = (pad(a, 2, j * k_size).reshape(b, m, j, k_size, -1) for a in (k_BMTH, v_BMTH))
     sinks_MQ = None if sinks_N is None else jnp.repeat(sinks_N.reshape(m, n // m), q_size, axis=1)
     # Queries that fill up the last block stand where its last one stands, keys after all queries.
-    cut = Sight(
-        _cut(sight.q_pos_BS, i, q_size),
-        _cut(sight.k_pos_BT, j, k_size, constant_values=_LAST),
-        _cut(sight.q_segment_BS, i, q_size),
-        _cut(sight.k_segment_BT, j, k_size),
+    in_blocks = Sight(
+        cut(sight.q_pos_BS, i, q_size),
+        cut(sight.k_pos_BT, j, k_size, constant_values=_LAST),
+        cut(sight.q_segment_BS, i, q_size),
+        cut(sight.k_segment_BT, j, k_size),
         None if sight.window is None else jnp.asarray(sight.window),
+        sight.chosen and _cut_chosen(sight.chosen, i, q_size, j, k_size),
     )
     out_IBMQH = _attend(
-        q_IBMQH, k.transpose(2, 0, 1, 3, 4), v.transpose(2, 0, 1, 3, 4), sinks_MQ, cut
+        q_IBMQH, k.transpose(2, 0, 1, 3, 4), v.transpose(2, 0, 1, 3, 4), sinks_MQ, in_blocks
     )
     out = out_IBMQH.reshape(i, b, m, n // m, q_size, -1).transpose(1, 0, 4, 2, 3, 5)
     return out.reshape(b, i * q_size, n, -1)[:, :s]
 
 
-def _split(length: int, block: int) -> tuple[int, int]:
+def split(length: int, block: int) -> tuple[int, int]:
     """Number and size of the blocks: as even as they can be."""
     number = -(-length // block)
     return number, -(-length // number)
 
 
-def _pad(a, axis: int, length: int, **how):
+def pad(a, axis: int, length: int, **how):
     widths = [(0, length - a.shape[axis] if d == axis else 0) for d in range(a.ndim)]
     return a if a.shape[axis] == length else jnp.pad(a, widths, **how)
 
 
-def _cut(a_BS, number: int, size: int, **fill):
-    """[B,S] in blocks, [I,B,S/I]."""
+def cut(a_BS, number: int, size: int, **fill):
+    """[B,S,..] in blocks, [I,B,S/I,..]."""
     if a_BS is None:
         return None
-    a_BS = _pad(a_BS, 1, number * size, **(fill or {"mode": "edge"}))
-    return a_BS.reshape(a_BS.shape[0], number, size).swapaxes(0, 1)
+    a_BS = pad(a_BS, 1, number * size, **(fill or {"mode": "edge"}))
+    return a_BS.reshape(a_BS.shape[0], number, size, *a_BS.shape[2:]).swapaxes(0, 1)
+
+
+def _cut_chosen(chosen: Chosen, i: int, q_size: int, j: int, k_size: int) -> Chosen:
+    at_JK = pad(chosen.at_T, 0, j * k_size).reshape(j, k_size)
+    return Chosen(cut(chosen.bits_BSb, i, q_size), at_JK)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -168,6 +192,7 @@ def _at(sight: Sight, i, j) -> Sight:
         of(sight.q_segment_BS, i),
         of(sight.k_segment_BT, j),
         sight.window,
+        sight.chosen and Chosen(sight.chosen.bits_BSb[i], sight.chosen.at_T[j]),
     )
 
 

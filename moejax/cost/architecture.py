@@ -123,6 +123,7 @@ def table_part(name: str, size: int) -> Part:
 # The name of a part, and keys in the path of its parameters; in the order of the tables.
 PARTS = {
     "embedding": {"embed"},
+    "indexer": {"indexer"},
     "attention": {"attn"},
     "norms": {"attn_norm", "ffn_norm"},
     "hyper-connections": {"attn_streams", "ffn_streams"},

@@ -1,4 +1,4 @@
-"""DeepSeek-V3.2, V4 and V4.1: architectures we count and do not run, from their config.json.
+"""DeepSeek-V4 and V4.1: architectures we count and do not run, from their config.json; V3.2's published cache.
 
 Sources: V3.2 (2512.02556 section 2, the sparse-attention indexer), V4 (2606.19348 and the shapes
 of its released checkpoint), V4.1 (technical report of September 2026, no arXiv id).
@@ -38,29 +38,16 @@ def of_hf(hf: dict, name: str = "model") -> Architecture:
 
 
 def _v32(hf: dict, name: str) -> Architecture:
-    """V3 plus, in every layer, an indexer that picks `index_topk` keys for each query."""
-    n = fields.sizes(
-        hf, "deepseek_v32", "index_n_heads", "index_head_dim", "index_topk", "q_lora_rank"
-    )
-    rest = {k: v for k, v in hf.items() if not k.startswith("index_")}
-    v3 = of_model(zoo.config_from_hf({**rest, "model_type": "deepseek_v3"}), name)
-    assert v3.attention is not None
-    heads, width = n["index_n_heads"], n["index_head_dim"]
-    d, q = v3.d_model, n["q_lora_rank"]
-    # Query projection, one key, a weight per head; the key has a LayerNorm with bias.
-    matrix = heads * width * q + width * d + heads * d
-    attention = dataclasses.replace(
-        v3.attention[0],
-        macs=v3.attention[0].decode_macs,  # chosen latents are attended absorbed, in training too
-        topk=n["index_topk"],
-        index_macs=heads * width,
-        # FP8 latent with four float32 scales, BF16 rope key; FP8 index key with a float32 scale.
+    """V3.2, with the storage of its cache as published."""
+    model = of_model(zoo.config_from_hf(hf), name)
+    assert model.attention is not None
+    # FP8 latent with four float32 scales, BF16 rope key; FP8 index key with a float32 scale.
+    stored = dict(
         key_bytes=hf["kv_lora_rank"] + 16 + 2 * hf["qk_rope_head_dim"],
-        index_cache=width,
-        index_bytes=width + 4,
+        index_bytes=hf["index_head_dim"] + 4,
     )
-    indexer = dense_part("indexer", v3.num_layers, matrix, 2 * width)
-    return dataclasses.replace(v3, parts=(*v3.parts, indexer), attention=(attention,))
+    attention = tuple(dataclasses.replace(a, **stored) for a in model.attention)
+    return dataclasses.replace(model, attention=attention)
 
 
 def _v4_projections(n: dict) -> tuple[int, int]:

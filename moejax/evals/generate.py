@@ -85,14 +85,14 @@ def round_up(n: int, least: int = 16) -> int:
 def prepare(params: dict, dtype: str = "float32", layout: Layout | None = None) -> dict:
     """Prepare the parameters for decoding. Do it once before several calls of `stream`.
 
-    Casts them to the compute `dtype` if that is narrower; the router, norms, sinks and what mixes streams
-    stay in float32. On one device it also splits the stack of layers, so that no layer is copied out of it
-    for each token.
+    Casts them to the compute `dtype` if that is narrower; the router, norms, sinks, what mixes streams and the
+    weights of an indexer's heads stay in float32. On one device it also splits the stack of layers, so that no
+    layer is copied out of it for each token.
     """
 
     def cast(path, a):
         name = path_name(path)
-        wide = any(word in name for word in ("router", "norm", "sinks", "streams"))
+        wide = any(word in name for word in ("router", "norm", "sinks", "streams", "w_heads"))
         return a if wide or a.dtype.itemsize <= jnp.dtype(dtype).itemsize else a.astype(dtype)
 
     apart = any(isinstance(v, list) for v in params.values())

@@ -115,6 +115,31 @@ def deepseek_v3(c):
     return _with_mtp(c, lambda i: _norms(c) | _latent_attention(c) | _deepseek_ffn(c, i))
 
 
+def deepseek_v32(c):
+    q, d, n, width = (
+        c[k] for k in ("q_lora_rank", "hidden_size", "index_n_heads", "index_head_dim")
+    )
+    indexer = {
+        "self_attn.indexer.wq_b.weight": (n * width, q),
+        "self_attn.indexer.wk.weight": (width, d),
+        "self_attn.indexer.k_norm.weight": (width,),
+        "self_attn.indexer.k_norm.bias": (width,),
+        "self_attn.indexer.weights_proj.weight": (n, d),
+    }
+    types = c.get("indexer_types") or []
+
+    def layer(i):
+        shared = i < len(types) and types[i] == "shared"
+        own = {} if shared else indexer
+        return _norms(c) | _latent_attention(c) | own | _deepseek_ffn(c, i)
+
+    return _with_mtp(c, layer)
+
+
+def glm_moe_dsa(c):
+    return deepseek_v32(c)
+
+
 def glm4_moe(c):
     bias = "qkv" if c["attention_bias"] else ""
     attention = _attention(c, bias, "head" if c["use_qk_norm"] else None)
@@ -212,6 +237,7 @@ FAMILIES = {
     for f in (
         *(llama, deepseek, deepseek_v2, deepseek_v3, mixtral),
         *(qwen2_moe, qwen3_moe, olmoe, gpt_oss, gpt2, granitemoe, glm4_moe),
+        *(deepseek_v32, glm_moe_dsa),
     )
 }
 
@@ -231,6 +257,10 @@ _DEEPSEEK = dict(
     n_routed_experts=4, num_experts_per_tok=2, moe_intermediate_size=7, n_shared_experts=2,
     first_k_dense_replace=1, scoring_func="softmax",
 )  # fmt: skip
+_INDEXED = dict(
+    scoring_func="sigmoid", q_lora_rank=8, topk_method="noaux_tc", routed_scaling_factor=2.5,
+    num_nextn_predict_layers=1, index_n_heads=16, index_head_dim=7, index_topk=5,
+)  # fmt: skip
 _QWEN = dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=7)
 
 CONFIGS = {
@@ -241,6 +271,11 @@ CONFIGS = {
         **_BASE, **_MLA, **_DEEPSEEK, "scoring_func": "sigmoid", "q_lora_rank": 8,
         "topk_method": "noaux_tc", "n_group": 2, "topk_group": 1, "num_nextn_predict_layers": 2,
         "routed_scaling_factor": 2.5,
+    },
+    "deepseek_v32": {**_BASE, **_MLA, **_DEEPSEEK, **_INDEXED, "n_group": 2, "topk_group": 1},
+    "glm_moe_dsa": {
+        **_BASE, **_MLA, **_DEEPSEEK, **_INDEXED, "n_group": 1, "topk_group": 1,
+        "indexer_types": ["full", "shared", "full"],
     },
     "mixtral": {**_BASE, "num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 4},
     "qwen2_moe": {

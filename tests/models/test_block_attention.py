@@ -140,7 +140,7 @@ def test_bfloat16():
 
 def needed(sight: Sight, block: int) -> np.ndarray:
     """`_needed` of a sight in blocks, which divide it."""
-    cut = lambda a: None if a is None else block_attention._cut(a, a.shape[1] // block, block)  # noqa: E731
+    cut = lambda a: None if a is None else block_attention.cut(a, a.shape[1] // block, block)  # noqa: E731
     parts = map(cut, sight[:4])
     return np.asarray(block_attention._needed(Sight(*parts, sight.window)))
 

@@ -1,6 +1,6 @@
 """The models compared, continued: dense families with grouped queries, and MoE families of 2024 and later."""
 
-from parity_shapes import DECODER, FINE, GQA, GROUPS, MHA, MLA, NO_AUX, Case
+from parity_shapes import DECODER, FINE, GQA, GROUPS, MHA, MLA, NO_AUX, Case, yarn
 
 # 64 positions: of 3 frequencies of a head, one is kept, one is between and one is slowed.
 LLAMA3 = {
@@ -9,6 +9,10 @@ LLAMA3 = {
         "high_freq_factor": 4.0, "original_max_position_embeddings": 16,
     }
 }  # fmt: skip
+
+# Fewer keys than tokens. With few heads the relu makes every score 0 for some keys, and equal scores may be
+# ordered in either way.
+INDEXER = {"q_lora_rank": 14, "index_n_heads": 24, "index_head_dim": 10, "index_topk": 5}
 
 BASE: dict[str, dict] = {
     "mistral": {**DECODER, "intermediate_size": 53, "rope_theta": 1e4},
@@ -21,6 +25,8 @@ BASE: dict[str, dict] = {
     "glm4_moe_lite": {
         **DECODER, **MLA, **FINE, "num_hidden_layers": 3, "q_lora_rank": 14, "n_shared_experts": 1,
     },
+    "deepseek_v32": {**DECODER, **MLA, **FINE, **INDEXER, "num_hidden_layers": 3},
+    "glm_moe_dsa": {**DECODER, **MLA, **FINE, **INDEXER, "num_hidden_layers": 4},
     "ernie4_5_moe": {
         **DECODER, **NO_AUX, "num_hidden_layers": 3, "intermediate_size": 44, "moe_intermediate_size": 10,
         "moe_num_experts": 7, "moe_k": 3, "moe_num_shared_experts": 2, "tie_word_embeddings": False,
@@ -67,6 +73,11 @@ CASES = [
     Case("glm4_moe", "no-norm-shards", {**GQA, **GROUPS, "head_dim": 12, "use_qk_norm": False,
          "tie_word_embeddings": True}, shard="20KB"),
     Case("glm4_moe_lite", "latent", {"mlp_layer_types": ["sparse", "dense", "sparse"]}, gradient=True),
+    Case("deepseek_v32", "groups-yarn", {**GROUPS, "routed_scaling_factor": 2.5, **yarn(4.0, mscale=1.0,
+         mscale_all_dim=1.0)}, gradient=True),
+    Case("glm_moe_dsa", "shared-shards",
+         {"indexer_types": ["full", "shared", "full", "shared"], "n_group": 1, "topk_group": 1},
+         shard="20KB", gradient=True),
     Case("ernie4_5_moe", "pairs", {**GQA}, gradient=True),
     Case("ernie4_5_moe", "dense-around-shards", {**MHA, "num_hidden_layers": 4, "moe_layer_interval": 2,
          "moe_layer_start_index": 0, "moe_num_shared_experts": 1}, shard="20KB"),

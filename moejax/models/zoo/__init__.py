@@ -18,11 +18,13 @@ from moejax.models.zoo import (
     deepseek,
     deepseek_v2,
     deepseek_v3,
+    deepseek_v32,
     dots1,
     ernie4_5_moe,
     exaone_moe,
     glm4_moe,
     glm4_moe_lite,
+    glm_moe_dsa,
     gpt2,
     gpt_oss,
     granitemoe,
@@ -48,6 +50,7 @@ FAMILIES: dict[str, ModuleType] = {
     "deepseek_v2": deepseek_v2,
     "deepseek_v3": deepseek_v3,
     "kimi_k2": deepseek_v3,
+    "deepseek_v32": deepseek_v32,
     "gpt2": gpt2,
     "gpt_oss": gpt_oss,
     "llama": llama,
@@ -61,6 +64,7 @@ FAMILIES: dict[str, ModuleType] = {
     "dots1": dots1,
     "glm4_moe": glm4_moe,
     "glm4_moe_lite": glm4_moe_lite,
+    "glm_moe_dsa": glm_moe_dsa,
     "ernie4_5_moe": ernie4_5_moe,
     "hunyuan_v1_moe": hunyuan_v1_moe,
     "minimax_m2": minimax_m2,
@@ -69,7 +73,7 @@ FAMILIES: dict[str, ModuleType] = {
 }
 
 # Architectures that moejax counts (`moejax.cost`) and does not run.
-COUNTED_ONLY = ("deepseek_v32", "deepseek_v4", "deepseek_v41")
+COUNTED_ONLY = ("deepseek_v4", "deepseek_v41")
 
 # Model name -> file in configs/.
 PRESETS: dict[str, str] = {
@@ -87,6 +91,8 @@ PRESETS: dict[str, str] = {
     "deepseek-v3-0324": "deepseek-v3",
     "deepseek-v3.1": "deepseek-v3",
     "deepseek-r1": "deepseek-r1",
+    "deepseek-v3.2-exp": "deepseek-v3.2",
+    "deepseek-v3.2": "deepseek-v3.2",
     "moonlight-16b-a3b": "moonlight-16b-a3b",
     "kimi-k2": "kimi-k2",
     "llama-1-65b": "llama-1-65b",
@@ -126,14 +132,13 @@ PRESETS: dict[str, str] = {
     "k-exaone-236b-a23b": "k-exaone-236b-a23b",
     "solar-open-100b": "solar-open-100b",
     "glm-4.6": "glm-4.6",
+    "glm-5": "glm-5",
     "olmoe-1b-7b": "olmoe-1b-7b",
 }
 
 # As PRESETS, for models that are only counted: architectures in COUNTED_ONLY, weights that nobody has.
 COUNTED_PRESETS: dict[str, str] = {
     "gpt-3": "gpt3",
-    "deepseek-v3.2-exp": "deepseek-v3.2",
-    "deepseek-v3.2": "deepseek-v3.2",
     "deepseek-v4-flash": "deepseek-v4-flash",
     "deepseek-v4-flash-0731": "deepseek-v4-flash-0731",
     "deepseek-v4-pro": "deepseek-v4-pro",
