@@ -50,7 +50,7 @@ class AttentionConfig:
     """Multi-head and grouped-query attention ('mha'), multi-head latent attention ('mla'), or the latter among
     the keys that an indexer chooses ('dsa')."""
 
-    kind: str = choice("mha", "mla", "dsa")
+    kind: str = choice("mha", "mla", "dsa", "compressed")
     num_heads: int = number(4, least=1)
     # Equal to num_heads: MHA; smaller: GQA. Unused by 'mla'.
     num_kv_heads: int = 4
@@ -75,14 +75,25 @@ class AttentionConfig:
     qk_nope_head_dim: int = 0
     qk_rope_head_dim: int = 0
     v_head_dim: int = 0
-    # DeepSeek's sparse attention (2512.02556 section 2.1): heads of the indexer, their width (the first
-    # qk_rope_head_dim channels are rotated, in pairs or in halves), and the keys that it chooses for a query.
+    # The indexer ('dsa', 2512.02556 section 2.1, and 'compressed'): its heads, their width (the first
+    # qk_rope_head_dim channels are rotated, in pairs or in halves; 'compressed': the last, in pairs), and the
+    # keys that it chooses for a query.
     index_heads: int = number(0, least=0)
     index_head_dim: int = number(0, least=0)
     index_topk: int = number(0, least=0)
     index_interleaved: bool = False  # GLM-5
     # Layers without an indexer, which take what the layer before chose (2603.12201).
     index_shared_at: tuple[int, ...] = ()
+    # A window beside compressed keys ('compressed', DeepSeek-V4): see moejax.attention.compressed.
+    layer_kinds: tuple[str, ...] = ()  # of each layer: 'sliding', 'csa' or 'hca'
+    sliding_window: int = number(0, least=0)  # tokens that every layer sees
+    csa_rate: int = number(4, least=1)  # tokens of an entry
+    hca_rate: int = number(128, least=1)
+    compress_theta: float = number(
+        160_000.0, above=1
+    )  # of layers with entries; they alone have YaRN
+    o_groups: int = number(0, least=0)  # groups of heads with outputs of their own
+    o_lora_rank: int = number(0, least=0)  # outputs of a group
     rope: RopeConfig = RopeConfig()
 
     def window(self, layer: int) -> int:

@@ -19,7 +19,13 @@ DSA = {
     **MLA, "attention.kind": "dsa", "attention.q_lora_rank": 8, "attention.index_heads": 4,
     "attention.index_head_dim": 4, "attention.index_topk": 8,
 }  # fmt: skip
-BASES = ({}, MOE, GROUPS, DEVICES, BIAS, EXPERT_CHOICE, MLA, {**MLA, **GROUPS})
+COMPRESSED = {
+    "attention.kind": "compressed", "attention.layer_kinds": ("sliding", "csa", "hca", "csa"),
+    "attention.sliding_window": 8, "attention.q_lora_rank": 8, "attention.qk_rope_head_dim": 4,
+    "attention.o_groups": 2, "attention.o_lora_rank": 4, "attention.index_heads": 2,
+    "attention.index_head_dim": 8, "attention.index_topk": 2, "attention.rope.interleaved": True,
+}  # fmt: skip
+BASES = ({}, MOE, GROUPS, DEVICES, BIAS, EXPERT_CHOICE, MLA, {**MLA, **GROUPS}, COMPRESSED)
 MODEL = tuple(f.name for f in dataclasses.fields(ModelConfig))
 
 

@@ -6,7 +6,7 @@ import math
 import typing
 
 import pytest
-from config_case import BASES, BIAS, DSA, GROUPS, MLA, MOE, full, nested, problems
+from config_case import BASES, BIAS, COMPRESSED, DSA, GROUPS, MLA, MOE, full, nested, problems
 from flat import change
 from ml_collections import ConfigDict
 
@@ -68,12 +68,14 @@ def test_the_bases_are_valid(base):
 RANGES = {
     "at least 1":
         "d_model num_layers max_seq_len streams.count streams.sinkhorn_steps attention.num_heads "
-        "attention.rope.yarn_factor attention.rope.yarn_original_len objective.balance_groups data.vocab_size "
+        "attention.csa_rate attention.hca_rate attention.rope.yarn_factor "
+        "attention.rope.yarn_original_len objective.balance_groups data.vocab_size "
         "data.seq_len data.batch_size train.steps train.accumulation train.log_every train.eval_every "
         "train.eval_batches train.checkpoint_every train.keep_last train.max_bad_steps",
     "at least 0":
         "vocab_size mtp_depth attention.q_lora_rank attention.index_heads attention.index_head_dim "
         "attention.index_topk attention.scale attention.rope.width "
+        "attention.sliding_window attention.o_groups attention.o_lora_rank "
         "attention.rope.yarn_mscale "
         "attention.rope.yarn_mscale_all_dim moe.num_experts moe.shared_experts moe.d_shared moe.latent_dim "
         "moe.activation_limit objective.mtp_loss_weight objective.bias_rate objective.expert_loss "
@@ -87,7 +89,7 @@ RANGES = {
         "attention.rope.yarn_beta_slow attention.rope.yarn_beta_fast "
         "optimizer.learning_rate optimizer.eps "
         "optimizer.decay_factor",
-    "above 1": "attention.rope.theta",
+    "above 1": "attention.rope.theta attention.compress_theta",
     "above 0 and below 1": "data.validation_fraction",
     "at least 0 and below 1": "optimizer.b1 optimizer.b2 optimizer.momentum",
     "between 0 and 1": "optimizer.min_lr_ratio",
@@ -163,7 +165,7 @@ CHOICES = {
     "activation": "swiglu swiglu_clamped swiglu_oai gelu_tanh",
     "norm": "rmsnorm layernorm",
     "positions": "rope learned",
-    "attention.kind": "mha mla dsa",
+    "attention.kind": "mha mla dsa compressed",
     "attention.qk_norm": "none head full head_rotated",
     "attention.rope_layers": "all windowed",
     "attention.rope.yarn_ramp": "dimension turns",
@@ -186,6 +188,7 @@ CHOICES = {
 NEEDS = {
     ("attention.kind", "mla"): MLA,
     ("attention.kind", "dsa"): DSA,
+    ("attention.kind", "compressed"): COMPRESSED,
     ("attention.rope_layers", "windowed"): {"attention.windows": (8,)},
     **{
         (key, value): {**MOE, "moe.activation_limit": 7}

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 
-from moejax.attention import dsa, mha, mla
+from moejax.attention import compressed, dsa, mha, mla
 from moejax.attention.contract import AttentionKind
 from moejax.config import AttentionConfig
 
@@ -10,6 +10,7 @@ ATTENTIONS: Mapping[str, AttentionKind] = {
     "mha": mha.KIND,
     "mla": mla.KIND,
     "dsa": dsa.KIND,
+    "compressed": compressed.KIND,
 }
 
 

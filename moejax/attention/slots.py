@@ -23,26 +23,35 @@ def write(cache: Cache, layer, positions_BS: jax.Array, new: Cache, *, prefill: 
             for name, a in cache.items()
         }
     return jax.lax.platform_dependent(
-        cache, new, positions_BS, jnp.asarray(layer), cpu=_write_slices, default=_scatter
+        cache,
+        new,
+        positions_BS,
+        jnp.asarray(layer, positions_BS.dtype),
+        cpu=_write_slices,
+        default=_scatter,
     )
 
 
 def _write_slices(cache: Cache, new: Cache, positions_BS, layer) -> Cache:
     """Row by row: XLA:CPU copies the whole cache for a scatter, and not for this."""
 
+    zero = jnp.zeros(
+        (), positions_BS.dtype
+    )  # all indices have one dtype, also where ints are 64 bits
+
     def row(b, cache):
         return {
             name: jax.lax.dynamic_update_slice(
                 a,
                 jax.lax.dynamic_slice_in_dim(new[name], b, 1)[None],
-                (layer, b, *(0,) * (a.ndim - 4), positions_BS[b, 0], 0),
+                (layer, b, *(zero,) * (a.ndim - 4), positions_BS[b, 0], zero),
             )
             for name, a in cache.items()
         }
 
     # No position is negative, but XLA does not know that. It would unroll a loop of one turn, compute the
     # slice a second time where the cache is read, and copy the cache four times to have both.
-    end = jnp.where(positions_BS[0, 0] >= 0, positions_BS.shape[0], 0)
+    end = jnp.where(positions_BS[0, 0] >= 0, positions_BS.shape[0], 0).astype(positions_BS.dtype)
     return jax.lax.fori_loop(0, end, row, cache)
 
 

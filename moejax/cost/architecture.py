@@ -12,6 +12,7 @@ import math
 from collections.abc import Iterable
 
 import jax
+import jax.numpy as jnp
 
 from moejax import axes
 from moejax.attention import kind_of
@@ -19,7 +20,7 @@ from moejax.attention.contract import Attention as Attention
 from moejax.config import ModelConfig
 from moejax.mesh import MeshSizes
 from moejax.models.transformer import abstract_router_state, param_specs
-from moejax.params import Tree, count, is_spec
+from moejax.params import Tree, is_spec
 
 # Logical axes that split a part's parameters: of the dense ones, and of experts.
 _SPLIT = ((axes.EMBED, axes.MLP), (axes.EXPERT, axes.EXPERT_EMBED, axes.EXPERT_MLP))
@@ -125,6 +126,7 @@ PARTS = {
     "embedding": {"embed"},
     "indexer": {"indexer"},
     "attention": {"attn"},
+    "compressors and indexers": {"csa_attn", "hca_attn"},
     "norms": {"attn_norm", "ffn_norm"},
     "hyper-connections": {"attn_streams", "ffn_streams"},
     "final hyper-connection": {"streams_head"},
@@ -152,8 +154,15 @@ def _parts(specs: Tree, cfg: ModelConfig, biases: int, rest: str) -> tuple[Part,
         stacked = {axes.LAYERS, axes.EXPERT} if name == "routed experts" else {axes.LAYERS}
         size, dimensions = math.prod(spec.shape), sum(a not in stacked for a in spec.axes)
         total, matrix = found[name]
-        found[name] = total + size, matrix + size * (dimensions > 1)
+        multiplied = dimensions > 1 and spec.role != "vector"
+        found[name] = total + size, matrix + size * multiplied
     return tuple(_part(name, *sizes, cfg) for name, sizes in found.items() if sizes[0])
+
+
+def _biases(cfg: ModelConfig, stack: str) -> int:
+    """What a rule moves in the router state of a stack of layers; tables stand still."""
+    state = jax.tree.leaves(abstract_router_state(cfg).get(stack, {}))
+    return sum(a.size for a in state if jnp.issubdtype(a.dtype, jnp.floating) and a.ndim > 1)
 
 
 def _part(name: str, total: int, matrix: int, cfg: ModelConfig) -> Part:
@@ -184,7 +193,6 @@ def of_model(cfg: ModelConfig, name: str = "model") -> Architecture:
     """The description of a model that moejax runs."""
     specs = dict(param_specs(cfg))
     mtp = specs.pop("mtp", {})
-    state = abstract_router_state(cfg)
     trunk, depths = cfg.num_layers, cfg.num_layers + cfg.mtp_depth
     experts = cfg.moe.num_experts, cfg.experts_used
     return Architecture(
@@ -194,9 +202,9 @@ def of_model(cfg: ModelConfig, name: str = "model") -> Architecture:
         vocab_size=cfg.vocab_size,
         max_seq_len=cfg.max_seq_len,
         experts=experts if cfg.num_moe_layers else None,
-        parts=_parts(specs, cfg, count(state.get("moe_blocks", {})), "other"),
+        parts=_parts(specs, cfg, _biases(cfg, "moe_blocks"), "other"),
         attention=attention_of(cfg, range(trunk)),
-        mtp=_parts(mtp, cfg, count(state.get("mtp", {})), "MTP projection and norms"),
+        mtp=_parts(mtp, cfg, _biases(cfg, "mtp"), "MTP projection and norms"),
         mtp_attention=attention_of(cfg, range(trunk, depths)),
     )
 

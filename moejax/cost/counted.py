@@ -1,7 +1,7 @@
-"""DeepSeek-V4 and V4.1: architectures we count and do not run, from their config.json; V3.2's published cache.
+"""DeepSeek-V4.1, which we count and do not run, from its config.json; published caches of V3.2 and V4.
 
-Sources: V3.2 (2512.02556 section 2, the sparse-attention indexer), V4 (2606.19348 and the shapes
-of its released checkpoint), V4.1 (technical report of September 2026, no arXiv id).
+Sources: V3.2 (2512.02556 section 2, the sparse-attention indexer), V4.1 (technical report of September 2026, no
+arXiv id), which has V4's (2606.19348) projections and streams.
 """
 
 import dataclasses
@@ -78,7 +78,7 @@ def _sizes(n: dict[str, int]) -> dict:
 
 
 def _v4_common(n: dict, balance_biases: int) -> tuple[Part, ...]:
-    """What V4 and V4.1 share: embeddings, experts, norms, hyper-connections, plain projections."""
+    """What V4.1 has of V4: embeddings, experts, norms, hyper-connections, plain projections."""
     d, layers, experts = n["hidden_size"], n["num_hidden_layers"], n["n_routed_experts"]
     ffn, streams = 3 * d * n["moe_intermediate_size"], n["hc_mult"]
     # Each sub-layer reads, writes and mixes (n x n) its n streams: n(n+2) outputs of n d inputs.
@@ -99,55 +99,17 @@ def _v4_common(n: dict, balance_biases: int) -> tuple[Part, ...]:
 
 
 def _v4(hf: dict, name: str) -> Architecture:
-    """V4: window-only, CSA (a key per 4 tokens, an indexer) and HCA (a key per 128 tokens) layers."""
-    n = fields.sizes(hf, "deepseek_v4", *V4_SIZES)
-    layers = n["num_hidden_layers"]
-    hash_layers = fields.size(hf, "deepseek_v4", "num_hash_layers", 0, 0)
-    ratios = list(hf.get("compress_ratios") or [])[:layers]
-    if len(ratios) != layers or not set(ratios) <= {0, 4, 128}:
-        raise ConfigError(
-            f"deepseek_v4 config: compress_ratios must hold at least {layers} of 0, 4 and 128"
-        )
-    d, width, index = n["hidden_size"], n["head_dim"], INDEX_HEAD_DIM
-    # A compressor projects values and gates; CSA's has two overlapping series.
-    csa = (
-        4 * width * d  # compressor
-        + n["index_n_heads"] * (index * n["q_lora_rank"] + d)  # index queries and head weights
-        + 4 * index * d,  # the index keys' compressor
-        4 * 2 * width + width + 4 * 2 * index + index,  # position biases and norms
-    )
-    hca = 2 * width * d, 128 * width + width
-    local = n["sliding_window"]
-    macs = n["num_attention_heads"] * 2 * width  # keys are values
-    # FP8 with 64 BF16 rope numbers and 8 bytes of scales; an FP4 index key with its scales.
-    key = (width - 64) + 2 * 64 + 8
-    index_key = index / 2 + 4
-    no_bias = hash_layers * n["n_routed_experts"]  # hash-routed layers look experts up by token
-    return Architecture(
-        name=name,
-        **_sizes(n),
-        parts=(
-            *_v4_common(n, layers * n["n_routed_experts"] - no_bias),
-            dense_part("compressors and indexers", ratios.count(4), *csa),
-            dense_part("heavy compressors", ratios.count(128), *hca),
-        ),
-        attention=tuple(
-            a
-            for a in (
-                Attention(ratios.count(0), macs, macs, width, window=local, key_bytes=key),
-                Attention(
-                    ratios.count(4), macs, macs, width, stride=4, topk=n["index_topk"], local=local,
-                    index_macs=n["index_n_heads"] * index, index_cache=index, key_bytes=key,
-                    index_bytes=index_key,
-                ),
-                Attention(
-                    ratios.count(128), macs, macs, width, stride=128, local=local, key_bytes=key
-                ),
-            )
-            if a.layers
-        ),
-        missing="multi-token prediction",
-    )  # fmt: skip
+    """The model as it runs, with the storage of its cache that the paper counts."""
+    cfg = zoo.config_from_hf(hf)
+    arch, rope = of_model(cfg, name), cfg.attention.qk_rope_head_dim
+
+    def stored(a: Attention) -> Attention:
+        # FP8 with BF16 rope numbers and 8 bytes of scales; an FP4 index key with its scales.
+        index = a.index_cache / 2 + 4 if a.index_cache else None
+        return dataclasses.replace(a, key_bytes=a.cache + rope + 8, index_bytes=index)
+
+    assert arch.attention is not None
+    return dataclasses.replace(arch, attention=tuple(map(stored, arch.attention)))
 
 
 def _v41(hf: dict, name: str) -> Architecture:

@@ -18,6 +18,7 @@ from moejax.config import ComputeConfig, ExperimentConfig, ModelConfig, Optimize
 from moejax.cost.architecture import Architecture, Part, of_model
 from moejax.mesh import MeshSizes
 from moejax.models import transformer
+from moejax.models.zoo import FAMILIES
 from moejax.moe.experts import ACTIVATIONS
 from moejax.params import ParamSpec, by_path, roles
 
@@ -61,14 +62,17 @@ NOT_FP8 = ("embedding", "head", "router", "MTP projection and norms")
 def checkpoint_bytes(arch: Architecture, hf: dict) -> float:
     """Bytes of the published checkpoint's tensors, by its `quantization_config`; the rest is BF16.
 
-    DeepSeek's FP8 checkpoints repeat embedding and head in the MTP layer, and hold the balance
-    biases in float32; both are counted.
+    Where a family's files repeat embedding and head in the layers of multi-token prediction (DeepSeek-V3), they
+    are counted twice; balance biases are float32.
     """
     quant = hf.get("quantization_config") or {}
     method = quant.get("quant_method")
     parts = list(arch.parts)
     if method == "fp8" and arch.mtp:
-        parts += [*arch.mtp, *(p for p in arch.parts if p.name in ("embedding", "head"))]
+        parts += arch.mtp
+        family = FAMILIES.get(hf["model_type"])
+        if family is None or any(d.written for d in family.NAMES.duplicates):
+            parts += [p for p in arch.parts if p.name in ("embedding", "head")]
     return sum(_stored_bits(p, method, hf.get("expert_dtype")) for p in parts) / 8
 
 

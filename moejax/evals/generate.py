@@ -82,17 +82,20 @@ def round_up(n: int, least: int = 16) -> int:
     return math.ceil(n / step) * step
 
 
+WIDE = ("router", "norm", "sinks", "streams", "w_heads", "position_bias")  # stay float32
+
+
 def prepare(params: dict, dtype: str = "float32", layout: Layout | None = None) -> dict:
     """Prepare the parameters for decoding. Do it once before several calls of `stream`.
 
-    Casts them to the compute `dtype` if that is narrower; the router, norms, sinks, what mixes streams and the
-    weights of an indexer's heads stay in float32. On one device it also splits the stack of layers, so that no
-    layer is copied out of it for each token.
+    Casts them to the compute `dtype` if that is narrower; WIDE stay in float32: the router, norms, sinks, what
+    mixes streams, the weights of an indexer's heads, position biases. On one device it also splits the stack of
+    layers, so that no layer is copied out of it for each token.
     """
 
     def cast(path, a):
         name = path_name(path)
-        wide = any(word in name for word in ("router", "norm", "sinks", "streams", "w_heads"))
+        wide = any(word in name for word in WIDE)
         return a if wide or a.dtype.itemsize <= jnp.dtype(dtype).itemsize else a.astype(dtype)
 
     apart = any(isinstance(v, list) for v in params.values())

@@ -1,6 +1,7 @@
 """From a Hugging Face folder to parameters: streamed, sharded, every tensor accounted for."""
 
 import collections
+import functools
 import math
 import pathlib
 from collections.abc import Callable, Iterator
@@ -15,8 +16,10 @@ from moejax.interop import mapping
 from moejax.interop.files import InteropError
 from moejax.interop.hf_folder import HfFolder, open_folder
 from moejax.interop.mapping import Account, Bounds, Target
+from moejax.models import transformer
 from moejax.models.zoo import FAMILIES, config_from_hf
-from moejax.params import Tree
+from moejax.models.zoo.names import Table
+from moejax.params import Tree, path_name
 from moejax.sharding import Layout
 
 # What is held on the host at a time: read, transformed, put on its device. Small against any model
@@ -58,7 +61,7 @@ def read_model(
     for tensor, original in account.repeated:
         _check_equal(tensor, original)
     total = sum(math.prod(t.spec.shape) for t in wanted.values())
-    arrays = {}
+    arrays, fresh = {}, _fresh_state(cfg, wanted)
     with tqdm(
         total=total, desc="reading", unit="param", unit_scale=True, disable=not progress
     ) as bar:
@@ -66,19 +69,34 @@ def read_model(
             kept = dtype
             if path.startswith(mapping.ROUTER_STATE):
                 kept = target.spec.dtype
-            arrays[path] = _place(target, account, kept, layout, bar.update)
+            read = functools.partial(_read, cfg, table, target, account, fresh.get(path))
+            arrays[path] = _place(target, account, kept, layout, read, bar.update)
+    for path in fresh.keys() - arrays.keys():
+        where = None if layout is None else layout.replicated
+        arrays[path] = jax.device_put(fresh[path], where)
     return cfg, *mapping.as_trees(arrays, cfg), account
 
 
-def _place(target: Target, account: Account, dtype, layout: Layout | None, done) -> jax.Array:
-    """The values of one array, on its devices."""
+def _fresh_state(cfg: ModelConfig, wanted: dict[str, Target]) -> dict[str, np.ndarray]:
+    """A new model's router state, by path, where files do not have all of it."""
+    specs = mapping.array_specs(cfg)
+    if all(path in wanted and all(wanted[path].held) for path in specs):
+        return {}
+    leaves = jax.tree_util.tree_leaves_with_path(transformer.init_router_state(cfg))
+    return {f"{mapping.ROUTER_STATE}/{path_name(path)}": np.asarray(a) for path, a in leaves}
+
+
+def _place(
+    target: Target, account: Account, dtype, layout: Layout | None, read_part: Callable, done
+) -> jax.Array:
+    """The values of one array, on its devices. `read_part(bounds, dtype)` gives a part of them."""
     shape = target.spec.shape
     if dtype is None:
         kinds = {account.tensors[target.name(at)].dtype for at in target.blocks()}
         dtype = jnp.result_type(*kinds)
 
     def read(bounds: Bounds) -> np.ndarray:
-        return _read(target, account, bounds, np.dtype(dtype))
+        return read_part(bounds, np.dtype(dtype))
 
     if layout is None:
         return _stream(tuple((0, n) for n in shape), dtype, [None], read, done)[0]
@@ -138,17 +156,35 @@ def _pieces(bounds: Bounds, itemsize: int) -> Iterator[Bounds]:
         yield from _pieces(part, itemsize)
 
 
-def _read(target: Target, account: Account, bounds: Bounds, dtype: np.dtype) -> np.ndarray:
-    """A part of one array, from as many tensors of the file as it spans."""
+def _read(
+    cfg: ModelConfig,
+    table: Table,
+    target: Target,
+    account: Account,
+    fresh: np.ndarray | None,
+    bounds: Bounds,
+    dtype: np.dtype,
+) -> np.ndarray:
+    """A part of one array, from as many tensors of the file as it spans, and of a new model's array where there
+    is no tensor."""
     leading, block = bounds[: target.leading], bounds[target.leading :]
     transform = target.row.transform
     index = mapping.file_index(block, target.block, transform)
     out = np.empty([stop - start for start, stop in bounds], dtype)
     for at in np.ndindex(*(stop - start for start, stop in leading)):
-        name = target.name(tuple(i + start for i, (start, _) in zip(at, leading)))
+        here = tuple(i + start for i, (start, _) in zip(at, leading))
+        if here and not target.held[here[0]]:
+            assert fresh is not None
+            out[at] = fresh[here][tuple(slice(*b) for b in block)]
+            continue
+        name = target.name(here)
         value = account.tensors[name].read(index)
+        if problem := table.wrong(cfg, target.row.path, value):
+            raise InteropError(f"{name} {problem}")
         with np.errstate(over="ignore"):  # a value too large for `dtype` becomes infinite
             out[at] = np.swapaxes(value, -1, -2) if transform.transpose else value
+        if np.issubdtype(dtype, np.integer):
+            continue
         if not _finite(out[at]):
             raise InteropError(f"{name} holds NaN, infinity or values too large for {dtype}")
     return out

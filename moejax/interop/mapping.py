@@ -30,12 +30,14 @@ class Target:
       row: the row of the name table.
       layers: numbers in the whole model of the array's layers.
       leading: how many leading axes are separate tensors in the file.
+      held: which of `layers` files have a tensor of, see `Table.holds`.
     """
 
     spec: ParamSpec
     row: Row
     layers: Sequence[int]
     leading: int
+    held: tuple[bool, ...]
 
     @property
     def block(self) -> tuple[int, ...]:
@@ -43,13 +45,14 @@ class Target:
         return self.spec.shape[self.leading :]
 
     def blocks(self) -> Iterator[tuple[int, ...]]:
-        """Every (layer, expert) that the array has."""
-        return iter(np.ndindex(self.spec.shape[: self.leading]))
+        """Every (layer, expert) that files have a tensor of."""
+        every = np.ndindex(self.spec.shape[: self.leading])
+        return (at for at in every if not at or self.held[at[0]])
 
     def name(self, at: tuple[int, ...]) -> str:
         """The name in the file of block `at`."""
         layer, expert = (*at, 0, 0)[:2]
-        return self.row.hf.format(layer=self.layers[layer], expert=expert)
+        return self.row.hf.format(layer=self.layers[layer], depth=layer, expert=expert)
 
     @property
     def file_shape(self) -> tuple[int, ...]:
@@ -58,7 +61,9 @@ class Target:
 
     @property
     def count(self) -> int:
-        return math.prod(self.spec.shape[: self.leading])
+        if not self.leading:
+            return 1
+        return sum(self.held) * math.prod(self.spec.shape[1 : self.leading])
 
 
 def file_shape(block: tuple[int, ...], transform: Transform) -> tuple[int, ...]:
@@ -83,8 +88,8 @@ def file_index(bounds: Bounds, block: tuple[int, ...], transform: Transform) -> 
 
 
 def targets(cfg: ModelConfig, model_type: str, found: Container[str] = ()) -> dict[str, Target]:
-    """Every array of the model by path; InteropError if the family has no name for one. `found`: the names in
-    the file, where a family has several for one array."""
+    """Every array of the model that files have, by path; InteropError if the family has no name for one.
+    `found`: the names in the file, where a family has several for one array."""
     table: Table = FAMILIES[model_type].NAMES
     rows: dict[str, list[Row]] = {}
     for row in table.rows:
@@ -92,15 +97,21 @@ def targets(cfg: ModelConfig, model_type: str, found: Container[str] = ()) -> di
     layers = transformer.stacks(cfg)
     out = {}
     for path, spec in array_specs(cfg).items():
+        group = path.removeprefix(ROUTER_STATE + "/").split("/")[0]
+        numbers = layers.get(group, (0,))
+        held = tuple(table.holds(cfg, path, layer) for layer in numbers)
+        if not any(held):
+            continue
         if path not in rows:
             raise InteropError(f"{model_type} checkpoints have no tensor for {path}")
-        group = path.removeprefix(ROUTER_STATE + "/").split("/")[0]
-        every = [
-            Target(spec, r, layers.get(group, (0,)), ("{layer}" in r.hf) + ("{expert}" in r.hf))
-            for r in rows[path]
-        ]
-        out[path] = next((t for t in every if t.name((0, 0)) in found), every[0])
+        every = [Target(spec, r, numbers, _leading(r.hf), held) for r in rows[path]]
+        first = (held.index(True), 0)
+        out[path] = next((t for t in every if t.name(first) in found), every[0])
     return out
+
+
+def _leading(name: str) -> int:
+    return sum(axis in name for axis in ("{layer}", "{depth}", "{expert}"))
 
 
 def as_saved(cfg: ModelConfig, model_type: str, found: Mapping[str, Any]) -> ModelConfig:
@@ -112,7 +123,7 @@ def as_saved(cfg: ModelConfig, model_type: str, found: Mapping[str, Any]) -> Mod
     if not cfg.mtp_depth:
         return cfg
     rows = [row for row in FAMILIES[model_type].NAMES.rows if row.path.startswith("mtp/")]
-    names = (row.hf.format(layer=cfg.num_layers, expert=0) for row in rows)
+    names = (row.hf.format(layer=cfg.num_layers, depth=0, expert=0) for row in rows)
     return cfg if any(n in found for n in names) else dataclasses.replace(cfg, mtp_depth=0)
 
 
@@ -201,8 +212,10 @@ def account(
                 problems.append(
                     f"{name} has shape {list(tensor.shape)}, config.json asks for {list(shape)}"
                 )
-            elif not _is_float(tensor.dtype):
-                problems.append(f"{name} has dtype {tensor.dtype}; BF16, F16 or F32 would work")
+            elif not _fits(tensor.dtype, target.spec.dtype):
+                ints = np.issubdtype(target.spec.dtype, np.integer)
+                work = "I32 or I64" if ints else "BF16, F16 or F32"
+                problems.append(f"{name} has dtype {tensor.dtype}; {work} would work")
     repeated = []
     if not missing:
         for name, of, _ in duplicates(cfg, table, tensors):
@@ -232,6 +245,8 @@ def _canonical(name: str, table: Table) -> str:
     return name if name.startswith(table.prefix) or name in known else table.prefix + name
 
 
-def _is_float(dtype: np.dtype) -> bool:
-    """A float that an array of the model can be stored in."""
+def _fits(dtype: np.dtype, of_array: Any) -> bool:
+    """A dtype in which files may have an array of the model."""
+    if np.issubdtype(of_array, np.integer):
+        return dtype.name in ("int32", "int64")
     return dtype.name in ("bfloat16", "float16", "float32")

@@ -3,7 +3,7 @@
 import json
 import math
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -82,7 +82,7 @@ def model_tensors(
         raise InteropError(f"unknown model_type {model_type!r}; known: {', '.join(FAMILIES)}")
     arrays = _arrays(params, router_state)
     wanted = mapping.targets(cfg, model_type)
-    _check(arrays, wanted)
+    _check(arrays, wanted, mapping.array_specs(cfg))
     # Name in the file -> where its parts are; and its place in the order.
     parts: dict[str, list[tuple[Target, tuple[int, ...]]]] = {}
     order: dict[str, tuple[int, int]] = {}
@@ -103,9 +103,9 @@ def _arrays(params: Tree, router_state: Tree) -> dict[str, jax.Array]:
     return {path_name(p): a for p, a in jax.tree_util.tree_flatten_with_path(tree)[0]}
 
 
-def _check(arrays: dict[str, jax.Array], wanted: dict[str, Target]) -> None:
+def _check(arrays: dict[str, jax.Array], wanted: dict[str, Target], known: Collection[str]) -> None:
     problems = [f"no array {path}" for path in wanted if path not in arrays]
-    problems += [f"{path} is not in the model" for path in arrays if path not in wanted]
+    problems += [f"{path} is not in the model" for path in arrays if path not in known]
     for path in wanted.keys() & arrays.keys():
         array, shape = arrays[path], wanted[path].spec.shape
         if array.shape != shape:

@@ -160,7 +160,7 @@ BAD = {
     "mesh axis": (["gpt-2", "--mesh=pipeline=2"], "one of data, fsdp, expert, tensor"),
     "mesh size": (["gpt-2", "--mesh=fsdp=0"], "size at least 1"),
     "mesh does not divide": (["gpt-2", "--mesh=fsdp=7"], "their product may be 1, 2, 3, 4, 6"),
-    "counted mesh": (["deepseek-v4-pro", "--mesh=expert=7"], "expert may be 1, 2, 3, 4, 6, 8"),
+    "counted mesh": (["deepseek-v4.1-flash", "--mesh=expert=7"], "expert may be 1, 2, 3, 4, 6, 8"),
     "no file": (["--hf_config=/nowhere"], "/nowhere does not exist"),
     "context": (["gpt-2", "--context=5000"], "maximum of 1024"),
     "remat": (["gpt-2", "--remat=ful"], "did you mean 'full'"),

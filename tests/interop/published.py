@@ -8,6 +8,7 @@ import json
 
 import jax.numpy as jnp
 import numpy as np
+import published_v4
 from safetensors.numpy import save_file
 
 BF16 = np.dtype(jnp.bfloat16)
@@ -237,7 +238,7 @@ FAMILIES = {
     for f in (
         *(llama, deepseek, deepseek_v2, deepseek_v3, mixtral),
         *(qwen2_moe, qwen3_moe, olmoe, gpt_oss, gpt2, granitemoe, glm4_moe),
-        *(deepseek_v32, glm_moe_dsa),
+        *(deepseek_v32, glm_moe_dsa, published_v4.deepseek_v4),
     )
 }
 
@@ -277,6 +278,7 @@ CONFIGS = {
         **_BASE, **_MLA, **_DEEPSEEK, **_INDEXED, "n_group": 1, "topk_group": 1,
         "indexer_types": ["full", "shared", "full"],
     },
+    "deepseek_v4": published_v4.CONFIG,
     "mixtral": {**_BASE, "num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 4},
     "qwen2_moe": {
         **_BASE, **_QWEN, "head_dim": 4, "shared_expert_intermediate_size": 9,
@@ -307,8 +309,12 @@ def random_tensors(config, seed=0, dtype=BF16):
     shapes = FAMILIES[config["model_type"]](config)
     out = {n: rng.standard_normal(s, np.float32).astype(dtype) for n, s in shapes.items()}
     for name in out:
-        if name.endswith("e_score_correction_bias"):
+        if name.endswith(("e_score_correction_bias", "ffn.gate.bias")):
             out[name] = out[name].astype(np.float32)
+        if name.endswith("tid2eid"):  # a token's experts are distinct
+            tokens, k = out[name].shape
+            draws = rng.random((tokens, config["n_routed_experts"])).argsort(axis=1)
+            out[name] = draws[:, :k].astype(np.int32)
         if name.endswith(".embed_tokens.weight"):
             out[name] = out["model.embed_tokens.weight"]
         if name.endswith(".shared_head.head.weight"):

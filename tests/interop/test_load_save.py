@@ -47,7 +47,7 @@ def by_path(tree):
     ["deepseek-moe-16b", "deepseek-v2", "deepseek-v2-lite", "deepseek-v3", "moonlight-16b-a3b",
      "kimi-k2", "llama-2-70b", "gpt-2", "mixtral-8x7b", "qwen1.5-moe-a2.7b", "qwen3-30b-a3b",
      "olmoe-1b-7b", "gpt-oss-20b", "granite-3.0-3b-a800m",
-     "glm-4.5", "glm-4.5-air"],
+     "glm-4.5", "glm-4.5-air", "deepseek-v4-flash", "deepseek-v4-pro"],
 )  # fmt: skip
 def test_names_and_shapes_of_published_models(preset):
     hf = zoo.load_hf(preset)
@@ -198,9 +198,7 @@ def test_sharded(tmp_path, monkeypatch):
     layout = make_layout(ExperimentConfig(model=cfg, mesh=mesh))
     read = []
     original = load._read
-    monkeypatch.setattr(
-        load, "_read", lambda t, a, b, d: read.append(value := original(t, a, b, d)) or value
-    )
+    monkeypatch.setattr(load, "_read", lambda *args: read.append(value := original(*args)) or value)
     _, params, state = load_model(tmp_path, layout=layout)
     assert state == {"moe_blocks": {}}
     chex.assert_trees_all_equal(plain, params)

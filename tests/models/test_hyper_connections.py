@@ -28,7 +28,7 @@ CFG = ModelConfig(
     streams=StreamsConfig(count=N, sinkhorn_steps=STEPS, eps=EPS),
 )  # fmt: skip
 COMPUTE = ComputeConfig(dtype="float64")
-TOLERANCE = {"rtol": 1e-11, "atol": 1e-12}
+same = functools.partial(np.testing.assert_allclose, rtol=1e-11, atol=1e-12)
 TOKENS = np.random.default_rng(0).integers(0, 31, (2, 5))
 
 
@@ -87,7 +87,7 @@ def test_a_sub_layer_reads_and_writes_as_the_equations_say():
     p = values(hc.sub_layer_specs(CFG))
     x = np.random.default_rng(2).normal(size=(2, 3, N, 8))
     h, write = hc.read(p, jnp.asarray(x), CFG)
-    np.testing.assert_allclose(write(jnp.sin(h)), oracle(p, x, np.sin), **TOLERANCE)
+    same(write(jnp.sin(h)), oracle(p, x, np.sin))
 
 
 def test_the_head_reads_as_the_equations_say():
@@ -95,7 +95,7 @@ def test_the_head_reads_as_the_equations_say():
     x = np.random.default_rng(3).normal(size=(2, 3, N, 8))
     pre = lambda x_ID: sigmoid(scores(p, x_ID) * p["scale"][0] + p["base"]) + EPS  # noqa: E731
     want = [[pre(x[b, s]) @ x[b, s] for s in range(3)] for b in range(2)]
-    np.testing.assert_allclose(hc.head(p, jnp.asarray(x), CFG), want, **TOLERANCE)
+    same(hc.head(p, jnp.asarray(x), CFG), want)
 
 
 def test_sinkhorn_ends_on_columns():
@@ -108,7 +108,7 @@ def test_sinkhorn_ends_on_columns():
     for _ in range(19):
         want = want / (want.sum(axis=-1, keepdims=True) + 1e-6)
         want = want / (want.sum(axis=-2, keepdims=True) + 1e-6)
-    np.testing.assert_allclose(got, want, **TOLERANCE)
+    same(got, want)
 
 
 @functools.cache

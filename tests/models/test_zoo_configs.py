@@ -248,7 +248,7 @@ def test_unknown_names_and_types():
     with pytest.raises(ConfigError, match="must be an object with a model_type"):
         zoo.config_from_hf({"model_type": ["llama"]})
     with pytest.raises(ConfigError, match="can be counted"):
-        zoo.load_preset("deepseek-v4-pro")
+        zoo.load_preset("deepseek-v4.1-flash")
 
 
 def test_a_family_that_cannot_express_a_model_says_so():

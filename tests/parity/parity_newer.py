@@ -43,7 +43,24 @@ BASE: dict[str, dict] = {
         **DECODER, "n_routed_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 10,
         "n_shared_experts": 2, "head_dim": 10,
     },
+    # The clamp bites, there are more entries than the indexer picks, and so many of its heads that no two
+    # entries tie at 0.
+    "deepseek_v4": {
+        **DECODER, "hidden_size": 36, "num_hidden_layers": 3, "max_position_embeddings": 256,
+        "num_attention_heads": 4, "num_key_value_heads": 1, "head_dim": 20, "qk_rope_head_dim": 8,
+        "q_lora_rank": 14, "o_groups": 2, "o_lora_rank": 11, "sliding_window": 8, "index_n_heads": 24,
+        "index_head_dim": 16, "index_topk": 3, "compress_rope_theta": 1000.0, "hc_mult": 3,
+        "hc_sinkhorn_iters": 5, "hc_eps": 1e-3, "n_routed_experts": 8, "num_experts_per_tok": 3,
+        "moe_intermediate_size": 10, "n_shared_experts": 1, "swiglu_limit": 1.0,
+        "routed_scaling_factor": 1.5, "scoring_func": "sqrtsoftplus", "num_hash_layers": 1,
+        "compress_ratios": [0, 4, 128],
+        "compress_rates": {"compressed_sparse_attention": 4, "heavily_compressed_attention": 8},
+        "rope_scaling": {"type": "yarn", "factor": 4.0, "beta_fast": 32, "beta_slow": 1,
+                         "original_max_position_embeddings": 64},
+        "num_nextn_predict_layers": 0, "rms_norm_eps": 1e-6,
+    },
 }  # fmt: skip
+V4 = {"length": 37, "pads_left": False}
 
 CASES = [
     Case("mistral", "window", {**GQA, "sliding_window": 5}, gradient=True),
@@ -89,5 +106,9 @@ CASES = [
     Case("minimax_m2", "half-rotated", {**GQA, "head_dim": 8, "rotary_dim": 4}, gradient=True),
     Case("exaone_moe", "windows", {**GQA, "head_dim": 10, "sliding_window": 4,
          "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}, gradient=True),
+    Case("deepseek_v4", "published", {}, gradient=True, **V4),
+    Case("deepseek_v4", "modules", {"compress_ratios": [4, 4, 0], "hc_mult": 4, "rms_norm_eps": 1e-3}, **V4),
+    Case("deepseek_v4", "saved-shards", {"num_hidden_layers": 2, "compress_ratios": [128, 4],
+         "num_hash_layers": 0, "compress_rates": None, "rope_scaling": None}, shard="20KB", **V4),
     Case("solar_open", "all-moe", {**GQA, "attention_bias": True}, gradient=True),
 ]  # fmt: skip

@@ -5,6 +5,7 @@ import json
 import pathlib
 import zlib
 
+import parity_v4
 import torch
 import transformers
 from parity_cases import BASE
@@ -68,13 +69,20 @@ def randomise(model: torch.nn.Module, seed: int, config=None):
     config = config or model.config
     tied = config.tie_word_embeddings
     named = dict(model.named_parameters())
-    named |= {k: v for k, v in model.named_buffers() if k.endswith("e_score_correction_bias")}
+    buffers = ("e_score_correction_bias", "tid2eid")
+    named |= {k: v for k, v in model.named_buffers() if k.endswith(buffers)}
     with torch.no_grad():
         for name, p in named.items():
             noise = torch.randn(p.shape, generator=g)
             leaf = name.split(".")[-2]
             if name.endswith("sinks"):
                 p.copy_(noise)
+            elif name.endswith("tid2eid"):  # experts of a token are distinct
+                experts = torch.rand((len(p), config.n_routed_experts), generator=g).argsort(dim=1)
+                p.copy_(experts[:, : p.shape[1]])
+            elif "_hc." in name or "hc_head" in name:  # mixing matrices far from uniform
+                fn, scale = name.endswith("fn"), name.endswith("scale")
+                p.copy_(noise * p.shape[-1] ** -0.5 if fn else 0.5 * noise + scale)
             elif name.endswith("e_score_correction_bias"):
                 p.copy_(0.5 * noise)  # some biased scores are negative
             elif "norm" in leaf or leaf.startswith("ln_"):
@@ -96,6 +104,9 @@ def save(model: torch.nn.Module, case: Case, path: pathlib.Path):
     """Write `model` as its family is published."""
     if case.family == "deepseek":
         _save_deepseek(model, case, path)
+        return
+    if case.family == "deepseek_v4" and not case.shard:
+        parity_v4.save(model, {**BASE[case.family], **case.config}, case.name, path)
         return
     model.save_pretrained(path, **({"max_shard_size": case.shard} if case.shard else {}))
     if case.family in CLASS_OF:
@@ -173,7 +184,7 @@ def watch_routes(model):
     """Collects each MoE layer's chosen experts [T, K], in order of layers."""
     seen, hooks = [], []
     for _, module in model.named_modules():
-        if type(module).__name__.lower().endswith(("topkrouter", "gate")):
+        if type(module).__name__.lower().endswith(("topkrouter", "hashrouter", "gate")):
             hooks.append(module.register_forward_hook(lambda m, i, out: seen.append(out[2])))
     try:
         yield seen

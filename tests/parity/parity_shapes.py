@@ -13,6 +13,8 @@ class Case:
       config: keys of config.json besides those of the family's base.
       shard: largest file of the checkpoint, None for a single file.
       gradient: compare the gradient of the loss as well.
+      length: of the rows that are compared.
+      pads_left: the original handles padding before a row.
     """
 
     family: str
@@ -20,6 +22,8 @@ class Case:
     config: dict
     shard: str | None = None
     gradient: bool = False
+    length: int = 13
+    pads_left: bool = True
 
     @property
     def id(self) -> str:

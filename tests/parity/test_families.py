@@ -25,9 +25,14 @@ from moejax.models.loss import loss_fn
 # Both sides compute in float32 and sum in different orders. Logits are near 1 and three layers deep:
 # the differences seen are below 1e-5, a wrong term is above 1e-2.
 LOGITS = 1e-4
-TOKENS = np.random.default_rng(0).integers(0, 101, (3, 13))
-LENGTHS = np.array([13, 7, 1])
 NEW_TOKENS = 32
+
+
+def rows(case: Case):
+    """Tokens [3, length], and how many of each row are real where rows are padded."""
+    tokens = np.random.default_rng(0).integers(0, 101, (3, case.length))
+    return tokens, np.array([case.length, 7 * case.length // 13, 1])
+
 
 every_case = pytest.mark.parametrize("case", CASES, ids=lambda c: c.id)
 
@@ -96,44 +101,56 @@ def compare(pair: Pair, tokens, mask, positions):
 
 @every_case
 def test_logits_and_routes(case, pair_of, record, record_one):
-    pair = pair_of(case)
-    positions = np.broadcast_to(np.arange(TOKENS.shape[1]), TOKENS.shape)
-    mask = np.ones_like(TOKENS)
-    difference, routes = compare(pair, TOKENS, mask, positions)
+    pair, (tokens, _) = pair_of(case), rows(case)
+    positions = np.broadcast_to(np.arange(case.length), tokens.shape)
+    mask = np.ones_like(tokens)
+    difference, routes = compare(pair, tokens, mask, positions)
     record(case.family, "logits", difference)
     record_one(case.family, "routes equal", routes)
     assert difference <= LOGITS
-    scale = run_original(pair.original, TOKENS, mask)[0].std()
+    scale = run_original(pair.original, tokens, mask)[0].std()
     assert 0.5 < scale < 2  # the tolerance is absolute: it means something at this scale
 
 
 @every_case
 @pytest.mark.parametrize("side", ["right", "left"])
 def test_padded_batch(case, side, pair_of, record):
-    width = TOKENS.shape[1]
-    pad = (width - LENGTHS)[:, None] if side == "left" else np.zeros((3, 1), int)
-    positions = np.arange(width)[None] - pad
-    mask = ((positions >= 0) & (positions < LENGTHS[:, None])).astype(int)
-    difference, _ = compare(pair_of(case), TOKENS * mask, mask, positions.clip(0))
+    if side == "left" and not case.pads_left:
+        pytest.skip("the original reads padding before a row")
+    tokens, lengths = rows(case)
+    pad = (case.length - lengths)[:, None] if side == "left" else np.zeros((3, 1), int)
+    positions = np.arange(case.length)[None] - pad
+    mask = ((positions >= 0) & (positions < lengths[:, None])).astype(int)
+    difference, _ = compare(pair_of(case), tokens * mask, mask, positions.clip(0))
     record(case.family, "padded", difference)
     assert difference <= LOGITS
 
 
-@every_case
-def test_greedy_continuation(case, pair_of, record_one):
-    """Prefill and cached decoding of a padded batch: the same 32 tokens for every prompt."""
-    pair = pair_of(case)
-    prompts = [row[:n].tolist() for row, n in zip(TOKENS, LENGTHS)]
-    padded = np.stack([np.r_[np.zeros(13 - n, int), row[:n]] for row, n in zip(TOKENS, LENGTHS)])
-    mask = np.stack([np.r_[np.zeros(13 - n, int), np.ones(n, int)] for n in LENGTHS])
-    want = pair.original.generate(
+def continued(original, prompts):
+    """Greedy continuations of the original, of prompts padded on the left."""
+    width = max(map(len, prompts))
+    padded = np.array([[0] * (width - len(p)) + p for p in prompts])
+    mask = np.array([[0] * (width - len(p)) + [1] * len(p) for p in prompts])
+    tokens = original.generate(
         torch.tensor(padded),
         attention_mask=torch.tensor(mask),
         max_new_tokens=NEW_TOKENS,
         do_sample=False,
         eos_token_id=None,
         pad_token_id=0,
-    )[:, 13:].numpy()
+    )
+    return tokens[:, width:].numpy()
+
+
+@every_case
+def test_greedy_continuation(case, pair_of, record_one):
+    """Prefill and cached decoding of a padded batch: the same 32 tokens for every prompt."""
+    pair = pair_of(case)
+    prompts = [row[:n].tolist() for row, n in zip(*rows(case))]
+    if case.pads_left:
+        want = continued(pair.original, prompts)
+    else:
+        want = np.concatenate([continued(pair.original, [prompt]) for prompt in prompts])
     got = np.array(generate(pair.params, pair.router_state, pair.cfg, prompts, NEW_TOKENS))
     np.testing.assert_array_equal(got, want)
     record_one(case.family, "tokens equal", got.size)
@@ -142,13 +159,13 @@ def test_greedy_continuation(case, pair_of, record_one):
 @pytest.mark.parametrize("case", [c for c in CASES if c.gradient], ids=lambda c: c.id)
 def test_gradient(case, pair_of, record, tmp_path):
     """d loss / d weight, written in the published layout by both sides, tensor by tensor."""
-    pair = pair_of(case)
-    positions = np.broadcast_to(np.arange(13), TOKENS.shape)
-    segments = (positions < LENGTHS[:, None]).astype(np.int32)
-    targets = np.roll(TOKENS, -1, axis=1)
-    counted = (positions + 1 < LENGTHS[:, None]).astype(np.int32)
+    pair, (tokens, lengths) = pair_of(case), rows(case)
+    positions = np.broadcast_to(np.arange(case.length), tokens.shape)
+    segments = (positions < lengths[:, None]).astype(np.int32)
+    targets = np.roll(tokens, -1, axis=1)
+    counted = (positions + 1 < lengths[:, None]).astype(np.int32)
     batch = {
-        "tokens": TOKENS,
+        "tokens": tokens,
         "targets": targets,
         "positions": positions,
         "segment_ids": segments,
@@ -160,7 +177,7 @@ def test_gradient(case, pair_of, record, tmp_path):
     (loss, parts), grads = grad(pair.params, pair.router_state, batch)
     assert not parts.balance or max(map(abs, parts.balance.values())) == 0
 
-    logits = pair.original(torch.tensor(TOKENS), attention_mask=torch.tensor(segments)).logits
+    logits = pair.original(torch.tensor(tokens), attention_mask=torch.tensor(segments)).logits
     where = torch.tensor(counted, dtype=torch.bool)
     want_loss = torch.nn.functional.cross_entropy(logits[where], torch.tensor(targets)[where])
     np.testing.assert_allclose(loss, want_loss.item(), rtol=1e-5)
@@ -198,7 +215,8 @@ def test_export_is_the_original(case, pair_of, tmp_path):
     assert set(want) == set(got)
     for name in want:
         assert torch.equal(want[name], got[name]), name
-    mask = np.ones_like(TOKENS)
-    want, got = (run_original(m, TOKENS, mask)[0] for m in (pair.original, again))
+    tokens, _ = rows(case)
+    mask = np.ones_like(tokens)
+    want, got = (run_original(m, tokens, mask)[0] for m in (pair.original, again))
     # torch sums in another order where a tensor begins elsewhere in memory.
     np.testing.assert_allclose(got, want, atol=1e-5)

@@ -12,12 +12,13 @@ import json
 import pathlib
 from types import ModuleType
 
-from moejax.config import ConfigError, ModelConfig, ObjectiveConfig
+from moejax.config import ConfigError, ModelConfig, MoEConfig, ObjectiveConfig
 from moejax.config_checks import model_problems
 from moejax.models.zoo import (
     deepseek,
     deepseek_v2,
     deepseek_v3,
+    deepseek_v4,
     deepseek_v32,
     dots1,
     ernie4_5_moe,
@@ -51,6 +52,7 @@ FAMILIES: dict[str, ModuleType] = {
     "deepseek_v3": deepseek_v3,
     "kimi_k2": deepseek_v3,
     "deepseek_v32": deepseek_v32,
+    "deepseek_v4": deepseek_v4,
     "gpt2": gpt2,
     "gpt_oss": gpt_oss,
     "llama": llama,
@@ -73,7 +75,7 @@ FAMILIES: dict[str, ModuleType] = {
 }
 
 # Architectures that moejax counts (`moejax.cost`) and does not run.
-COUNTED_ONLY = ("deepseek_v4", "deepseek_v41")
+COUNTED_ONLY = ("deepseek_v41",)
 
 # Model name -> file in configs/.
 PRESETS: dict[str, str] = {
@@ -93,6 +95,9 @@ PRESETS: dict[str, str] = {
     "deepseek-r1": "deepseek-r1",
     "deepseek-v3.2-exp": "deepseek-v3.2",
     "deepseek-v3.2": "deepseek-v3.2",
+    "deepseek-v4-flash": "deepseek-v4-flash",
+    "deepseek-v4-flash-0731": "deepseek-v4-flash-0731",
+    "deepseek-v4-pro": "deepseek-v4-pro",
     "moonlight-16b-a3b": "moonlight-16b-a3b",
     "kimi-k2": "kimi-k2",
     "llama-1-65b": "llama-1-65b",
@@ -139,9 +144,6 @@ PRESETS: dict[str, str] = {
 # As PRESETS, for models that are only counted: architectures in COUNTED_ONLY, weights that nobody has.
 COUNTED_PRESETS: dict[str, str] = {
     "gpt-3": "gpt3",
-    "deepseek-v4-flash": "deepseek-v4-flash",
-    "deepseek-v4-flash-0731": "deepseek-v4-flash-0731",
-    "deepseek-v4-pro": "deepseek-v4-pro",
     "deepseek-v4.1-flash": "deepseek-v4.1-flash",
 }
 
@@ -247,6 +249,9 @@ def families_for(cfg: ModelConfig) -> list[str]:
 def lost_fields(cfg: ModelConfig, model_type: str) -> list[str]:
     """The architecture fields that change when `cfg` is written as `model_type` and read back."""
     family = FAMILIES[model_type]
+    router, theirs = cfg.moe.router.name, getattr(family, "ROUTER", MoEConfig().router.name)
+    if cfg.num_moe_layers and router != theirs:
+        return [f"moe.router.name={router!r} (would become {theirs!r})"]
     before = architecture(cfg)
     try:
         after = architecture(family.config_from_hf(family.config_to_hf(cfg, ObjectiveConfig())))

@@ -2,11 +2,17 @@
 
 A `Row` pairs a parameter's path with the name of its tensors in the file. `{layer}` and `{expert}` in
 the name are the parameter's leading axes, which the file keeps as separate tensors; `{layer}` counts
-through the whole model (dense blocks, then MoE blocks, then multi-token prediction). A row whose
+through the whole model (dense blocks, then MoE blocks, then multi-token prediction), `{depth}` the depths of
+multi-token prediction alone. A row whose
 parameter a config does not have is not used, so a table is the union over a family's configs.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
+
+import numpy as np
+
+from moejax.config import ModelConfig
 
 
 class Transform(NamedTuple):
@@ -40,7 +46,7 @@ EVEN, ODD = (Transform(part=i, parts=2, interleaved=True) for i in range(2))
 class Row(NamedTuple):
     """Attributes:
     path: of the parameter, '/'-separated; under 'router_state/' for what rules learn.
-    hf: name in the file, with {layer} and {expert}.
+    hf: name in the file, with {layer} or {depth}, and {expert}.
     transform: file to parameter.
     """
 
@@ -70,12 +76,17 @@ class Table(NamedTuple):
     duplicates: tensors that repeat others.
     ignorable: regular expressions of whole names that carry nothing learned (buffers).
     prefix: what some files leave out at the start of every name.
+    holds: (cfg, path, number of the layer) -> whether files have this array of this layer. Where they do not,
+      it is router state, and that of a new model.
+    wrong: (cfg, path, values of a tensor) -> what is wrong with them, '' if nothing is.
     """
 
     rows: tuple[Row, ...]
     duplicates: tuple[Duplicate, ...] = ()
     ignorable: tuple[str, ...] = ()
     prefix: str = ""
+    holds: Callable[[ModelConfig, str, int], bool] = lambda cfg, path, layer: True
+    wrong: Callable[[ModelConfig, str, np.ndarray], str] = lambda cfg, path, values: ""
 
 
 # Rotary frequencies, saved as a buffer by older versions of `transformers` (LLaMA 2, Kimi K2).

@@ -1,0 +1,315 @@
+"""Attention to a window and to compressed keys (DeepSeek-V4, 2606.19348 section 2.3) against float64 NumPy.
+
+The oracle goes document by document, token by token and head by head, and shares no code with moejax. Both
+sides are float64, but moejax's angles, up to 25 radians, are float32: 1e-5 of values near 1. Between two ways
+of moejax there is rounding alone, 1e-10.
+"""
+
+import dataclasses
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from moejax.attention import compressed, kind_of
+from moejax.attention.contract import Call, Where
+from moejax.config import AttentionConfig, ModelConfig, RopeConfig
+from moejax.config_checks import model_problems
+from moejax.params import map_specs
+
+KINDS = ("sliding", "csa", "hca")
+A = AttentionConfig(
+    kind="compressed", num_heads=4, head_dim=10, q_lora_rank=9, qk_rope_head_dim=4,
+    layer_kinds=KINDS, sliding_window=5, csa_rate=3, hca_rate=4, o_groups=2, o_lora_rank=6,
+    index_heads=16, index_head_dim=6, index_topk=2, compress_theta=50.0,
+    rope=RopeConfig(theta=20.0, interleaved=True, yarn_factor=4.0, yarn_original_len=16),
+)  # fmt: skip
+CFG = ModelConfig(
+    vocab_size=31, d_model=12, num_layers=3, num_dense_layers=3, norm_eps=1e-3, attention=A
+)
+near = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5)
+same = functools.partial(np.testing.assert_allclose, rtol=1e-9, atol=1e-10)
+# Documents shorter than a rate, no multiple of one, longer than the window, with more entries than are picked;
+# padding; a row of one document.
+LENGTHS = ((2, 13, 7, 1), (23,))
+S = 23 + 2
+
+
+@pytest.fixture(scope="module", autouse=True)
+def float64():
+    with jax.enable_x64():
+        yield
+
+
+def batch():
+    """x, positions, documents of rows of documents, 0 where there is none."""
+    x = np.random.default_rng(0).normal(size=(2, S, 12))
+    document, position = np.zeros((2, S), int), np.zeros((2, S), int)
+    for row, lengths in enumerate(LENGTHS):
+        start = 0
+        for number, n in enumerate(lengths, 1):
+            document[row, start : start + n] = number
+            position[row, start : start + n] = np.arange(n)
+            start += n
+    return x, position, document
+
+
+@functools.cache
+def params(kind):
+    noise = np.random.default_rng(1)
+    # Every bias, sink and scale away from where it begins.
+    values = lambda s: (s.init == "ones") + 0.5 * noise.normal(size=s.shape)  # noqa: E731
+    specs = compressed.specs(CFG) | compressed.own_specs(CFG, kind)
+    return map_specs(values, specs)
+
+
+def where_of(position, document=None):
+    position = jnp.asarray(position)
+    document = None if document is None else jnp.asarray(document)
+    return Where(position, document, kind_of(A).rotation(CFG, position))
+
+
+@functools.partial(jax.jit, static_argnames=("kind", "block", "cfg"))
+def run(p, x, where, kind, block=0, cfg=CFG):
+    return kind_of(A).attend(p, x, cfg, Call(where, kind, block=block)).y_BSD
+
+
+# --------------------------------------------------------------------------------------------------
+# The oracle. x_SD is one document.
+
+
+def rms_norm(x, scale):
+    return x / np.sqrt((x * x).mean(axis=-1, keepdims=True) + CFG.norm_eps) * scale
+
+
+def angles(kind):
+    """Radians per position; YaRN (2309.00071 section 3.2) in layers with entries."""
+    r, half = A.qk_rope_head_dim, A.qk_rope_head_dim // 2
+    theta = A.rope.theta if kind == "sliding" else A.compress_theta
+    f = theta ** (-2 * np.arange(half) / r)
+    if kind == "sliding":
+        return f
+    dim = lambda b: r * math.log(16 / (2 * math.pi * b)) / (2 * math.log(theta))  # noqa: E731
+    low, high = max(math.floor(dim(32)), 0), min(math.ceil(dim(1)), r - 1)
+    kept = 1 - np.clip((np.arange(half) - low) / (high - low), 0, 1)
+    return f / 4 * (1 - kept) + f * kept
+
+
+def turned(x_H, position, kind):
+    """The last channels as complex numbers times exp(i position f)."""
+    r = A.qk_rope_head_dim
+    z = (x_H[-r::2] + 1j * x_H[1 - r :: 2]) * np.exp(1j * position * angles(kind))
+    return np.concatenate([x_H[:-r], np.stack([z.real, z.imag], axis=-1).reshape(-1)])
+
+
+def compressor(p, x_SD, m, kind):
+    """The entries of a document, turned."""
+    c, z, bias = x_SD @ p["w_kv"], x_SD @ p["w_gate"], p["position_bias"]
+    h, out = p["norm"]["scale"].shape[0], []
+    for w in range(len(x_SD) // m):
+        slots = []  # (gate, value) of each
+        for j in range(m):
+            if kind == "hca":
+                slots.append((z[w * m + j] + bias[j], c[w * m + j]))
+                continue
+            slots.append((z[w * m + j, h:] + bias[j, h:], c[w * m + j, h:]))
+            if w:
+                t = (w - 1) * m + j
+                slots.append((z[t, :h] + bias[j, :h], c[t, :h]))
+        gates, values = (np.array(a) for a in zip(*slots))
+        weight = np.exp(gates) / np.exp(gates).sum(axis=0)
+        out.append(turned(rms_norm((weight * values).sum(axis=0), p["norm"]["scale"]), w * m, kind))
+    return np.array(out).reshape(-1, h)
+
+
+def chosen(p, x_D, c_C, t, keys, complete):
+    """The entries that the indexer picks for token t, of those that are complete."""
+    q = (c_C @ p["w_q"]).reshape(A.index_heads, -1)
+    weight = x_D @ p["w_heads"] * A.index_heads**-0.5
+    score = []
+    for k in keys[:complete]:
+        each = [max(0, turned(q[j], t, "csa") @ k) * A.index_head_dim**-0.5 for j in range(len(q))]
+        score.append(weight @ np.array(each))
+    return sorted(np.argsort(score)[::-1][: A.index_topk])
+
+
+def oracle(p, x_SD, kind):
+    m = A.csa_rate if kind == "csa" else A.hca_rate
+    latent = rms_norm(x_SD @ p["w_q_a"], p["q_norm"]["scale"])
+    q = (latent @ p["w_q_b"]).reshape(len(x_SD), A.num_heads, -1)
+    kv = [
+        turned(k, t, kind) for t, k in enumerate(rms_norm(x_SD @ p["w_kv"], p["kv_norm"]["scale"]))
+    ]
+    entries = [] if kind == "sliding" else compressor(p["compressor"], x_SD, m, kind)
+    index_keys = compressor(p["indexer"]["compressor"], x_SD, m, kind) if kind == "csa" else []
+    out = np.zeros((len(x_SD), A.num_heads, A.head_dim))
+    for t in range(len(x_SD)):
+        keys = kv[max(0, t - A.sliding_window + 1) : t + 1]
+        seen = range(min((t + 1) // m, len(entries)))
+        if kind == "csa":
+            seen = chosen(p["indexer"], x_SD[t], latent[t], t, index_keys, len(seen))
+        keys = np.array([*keys, *(entries[w] for w in seen)])
+        for n in range(A.num_heads):
+            query = turned(rms_norm(q[t, n], 1.0), t, kind)
+            weight = np.exp(keys @ query * A.head_dim**-0.5)
+            o = weight @ keys / (weight.sum() + np.exp(p["sinks"][n]))
+            out[t, n] = turned(o, -t, kind)
+    y, per = [], A.num_heads // A.o_groups
+    for g in range(A.o_groups):
+        columns = slice(g * A.o_lora_rank, (g + 1) * A.o_lora_rank)
+        y.append(out[:, g * per : (g + 1) * per].reshape(len(x_SD), -1) @ p["w_o_a"][:, columns])
+    return np.concatenate(y, axis=-1) @ p["w_o_b"]
+
+
+# --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("block", [0, 4])
+@pytest.mark.parametrize("kind", KINDS)
+def test_packed_documents_equal_the_equations_of_each_alone(kind, block):
+    """At once, and in blocks of 4 queries that the documents and windows do not respect."""
+    x, position, document = batch()
+    got = np.asarray(run(params(kind), x, where_of(position, document), kind, block))
+    for row in range(2):
+        for number in range(1, len(LENGTHS[row]) + 1):
+            here = document[row] == number
+            want = oracle(params(kind), x[row, here], kind)
+            near(got[row, here], want)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_padding_before_a_document_is_not_seen(kind):
+    """As a left-padded batch comes: padding at position 0, then the document from position 0 on."""
+    x = np.random.default_rng(3).normal(size=(1, 20, 12))
+    position = np.clip(np.arange(20) - 7, 0, None)[None]
+    document = (np.arange(20) >= 7).astype(int)[None]
+    got = run(params(kind), x, where_of(position, document), kind)[0, 7:]
+    near(got, oracle(params(kind), x[0, 7:], kind))
+
+
+def test_a_part_of_a_document_makes_entries_of_whole_windows_alone():
+    """A row may begin inside a document: the window that it cuts, and what overlaps with it, are not there."""
+    x = np.random.default_rng(4).normal(size=(1, 12, 12))
+    position = np.arange(4, 16)[None]
+    of = compressed.compress.windows(where_of(position), 3)
+    np.testing.assert_array_equal(of.at_BE[0, :3], [8, 11, 14])
+    np.testing.assert_array_equal(of.end_BE[0, :3], [4, 7, 10])
+    np.testing.assert_array_equal(of.alone_BE[0, :3], [True, False, False])
+    assert of.at_BE[0, 3] == compressed.NOWHERE
+    assert np.isfinite(run(params("csa"), x, where_of(position), "csa")).all()
+
+
+@pytest.mark.parametrize("kind", ["csa", "hca"])
+def test_gradients(kind):
+    """Against central differences along a random direction, in blocks too; the indexer learns nothing."""
+    x, position, document = batch()
+    where, p = where_of(position, document), jax.tree.map(jnp.asarray, params(kind))
+    noise = np.random.default_rng(5)
+    out = jnp.asarray(noise.normal(size=x.shape) * (document > 0)[..., None])
+
+    def loss(p, x, block=0):
+        return (run(p, x, where, kind, block) * out).sum()
+
+    at = (p, jnp.asarray(x))
+    grads = jax.grad(loss, (0, 1))(*at)
+    in_blocks = jax.grad(lambda p, x: loss(p, x, 4), (0, 1))(*at)
+    jax.tree.map(same, grads, in_blocks)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(grads[0]):
+        assert (np.abs(leaf).max() > 1e-6) == ("indexer" not in str(path)), path
+    # Nothing may step over a pick of the indexer: it stands still.
+    moves = jax.tree_util.tree_map_with_path(
+        lambda path, a: (
+            (0 if kind == "csa" and ("indexer" in str(path) or "q_" in str(path)) else 1)
+            * noise.normal(size=a.shape)
+        ),
+        at[0],
+    )
+    step = 1e-5
+    shift = lambda by: loss(jax.tree.map(lambda a, d: a + by * d, at[0], moves), x)  # noqa: E731
+    want = sum(jax.tree.leaves(jax.tree.map(lambda a, b: (a * b).sum(), grads[0], moves)))
+    np.testing.assert_allclose((shift(step) - shift(-step)) / (2 * step), want, rtol=1e-6)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("per_pass", [1, 2])
+def test_step_by_step_equals_one_pass(kind, per_pass):
+    """Right-padded prompts of 1, 8 and 14 tokens, then the rest by one or two tokens; what stands behind a
+    prompt is absurd, and of two tokens the second is first a wrong guess that is written over."""
+    kept = np.array([1, 8, 14])
+    x = np.random.default_rng(6).normal(size=(3, 26, 12))
+    p = jax.tree.map(jnp.asarray, params(kind))
+    position = np.broadcast_to(np.arange(26), (3, 26))
+    want = np.asarray(run(p, x, where_of(position), kind))
+    slots = kind_of(A).cache(CFG, kind, 3, 26)
+    cache = {
+        n: jnp.full((2, *s.shape), 7.0) for n, s in slots.items()
+    }  # two layers; the second is ours
+    prompt = np.where((position < kept[:, None])[..., None], x, 1e3)[:, :14]
+    attend = kind_of(A).attend
+    call = functools.partial(Call, layer_kind=kind, slot=1)
+
+    @jax.jit
+    def prefill(cache):
+        to = call(
+            where_of(position[:, :14]), cache=cache, prefill=True, lengths_B=jnp.asarray(kept)
+        )
+        return attend(p, jnp.asarray(prompt), CFG, to)[:2]
+
+    @jax.jit
+    def step(x, at, cache):
+        return attend(p, x, CFG, call(where_of(at), cache=cache))[:2]
+
+    y, cache = prefill(cache)
+    for row, n in enumerate(kept):
+        same(y[row, :n], want[row, :n])
+    rows = np.arange(3)
+    for i in range(10):
+        at = kept[:, None] + i + np.arange(per_pass)[None]
+        new = x[rows[:, None], at]
+        if per_pass == 2 and i % 3 < 2:
+            new[:, 1] = 50.0  # rejected: the next pass begins with the right one
+        y, cache = step(new, at, cache)
+        assert cache is not None
+        same(y[:, 0], want[rows, at[:, 0]])
+        if per_pass == 2 and i % 3 == 2:
+            same(y[:, 1], want[rows, at[:, 1]])
+    for a in cache.values():
+        assert (a[0] == 7).all()
+
+
+def test_all_entries_are_picked_where_there_are_few():
+    x, position, document = batch()
+    many = dataclasses.replace(A, index_topk=99)
+    p = params("csa")
+    wide = dataclasses.replace(CFG, attention=many)
+    few = run(p, x, where_of(position, document), "csa")
+    every = run(p, x, where_of(position, document), "csa", cfg=wide)
+    short = (document > 0) & (position < 3 * (A.index_topk + 1) - 1)
+    same(every[short], few[short])
+    assert np.abs(np.asarray(every - few)[~short & (document > 0)]).max() > 1e-3
+
+
+@pytest.mark.parametrize(
+    "changes, text",
+    [
+        (
+            {"layer_kinds": ("csa", "hca")},
+            "must name one of 'sliding', 'csa', 'hca' for each of the num_layers=3",
+        ),
+        ({"layer_kinds": ("csa", "hca", "full")}, "layer_kinds=('csa', 'hca', 'full') must name"),
+        ({"index_topk": 0}, "attention.index_topk=0 must be positive"),
+        ({"sliding_window": 0}, "attention.sliding_window=0 must be positive"),
+        (
+            {"o_groups": 3},
+            "num_heads=4 must be a multiple of attention.o_groups=3; 1, 2 or 4 would work",
+        ),
+        ({"qk_rope_head_dim": 8}, "qk_rope_head_dim=8 must be even, positive and at most 6"),
+        ({"windows": (4,)}, "windows=(4,) is not read by 'compressed'"),
+    ],
+)
+def test_what_does_not_fit_is_said(changes, text):
+    cfg = dataclasses.replace(CFG, attention=dataclasses.replace(A, **changes))
+    assert any(text in line for line in model_problems(cfg, "")), model_problems(cfg, "")
