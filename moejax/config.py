@@ -47,10 +47,11 @@ class RopeConfig:
 
 @dataclasses.dataclass(frozen=True)
 class AttentionConfig:
-    """Multi-head and grouped-query attention ('mha'), multi-head latent attention ('mla'), or the latter among
-    the keys that an indexer chooses ('dsa')."""
+    """Multi-head and grouped-query attention ('mha'), the same with other key heads in layers with a window
+    ('hybrid'), multi-head latent attention ('mla'), the latter among keys that an indexer chooses ('dsa'), and
+    among compressed ones (DeepSeek-V4's 'compressed')."""
 
-    kind: str = choice("mha", "mla", "dsa", "compressed")
+    kind: str = choice("mha", "mla", "dsa", "compressed", "hybrid")
     num_heads: int = number(4, least=1)
     # Equal to num_heads: MHA; smaller: GQA. Unused by 'mla'.
     num_kv_heads: int = 4
@@ -69,12 +70,17 @@ class AttentionConfig:
     windows: tuple[int, ...] = ()
     # The layers with rotary positions: 'windowed': those with a window, the others have none (EXAONE).
     rope_layers: str = choice("all", "windowed")
+    # 'hybrid': key heads, and the base of the rotation (0: rope.theta), of layers with a window; and what
+    # values are multiplied by. Sinks are in those layers alone, values are v_head_dim wide.
+    window_kv_heads: int = 0
+    window_theta: float = number(0.0, least=0)
+    value_scale: float = number(1.0, above=0)
     # MLA (2405.04434 section 2.1): widths of the latents and of the per-head parts.
     q_lora_rank: int = number(0, least=0)  # 0: full-rank queries (V2-Lite, Moonlight)
     kv_lora_rank: int = 0
     qk_nope_head_dim: int = 0
     qk_rope_head_dim: int = 0
-    v_head_dim: int = 0
+    v_head_dim: int = 0  # 'hybrid' too
     # The indexer ('dsa', 2512.02556 section 2.1, and 'compressed'): its heads, their width (the first
     # qk_rope_head_dim channels are rotated, in pairs or in halves; 'compressed': the last, in pairs), and the
     # keys that it chooses for a query.

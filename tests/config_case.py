@@ -25,7 +25,9 @@ COMPRESSED = {
     "attention.o_groups": 2, "attention.o_lora_rank": 4, "attention.index_heads": 2,
     "attention.index_head_dim": 8, "attention.index_topk": 2, "attention.rope.interleaved": True,
 }  # fmt: skip
-BASES = ({}, MOE, GROUPS, DEVICES, BIAS, EXPERT_CHOICE, MLA, {**MLA, **GROUPS}, COMPRESSED)
+HYBRID = {"attention.kind": "hybrid", "attention.windows": (8, 0), "attention.window_kv_heads": 2,
+          "attention.v_head_dim": 8}  # fmt: skip
+BASES = ({}, MOE, GROUPS, DEVICES, BIAS, EXPERT_CHOICE, MLA, {**MLA, **GROUPS}, COMPRESSED, HYBRID)
 MODEL = tuple(f.name for f in dataclasses.fields(ModelConfig))
 
 

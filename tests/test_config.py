@@ -6,7 +6,7 @@ import math
 import typing
 
 import pytest
-from config_case import BASES, BIAS, COMPRESSED, DSA, GROUPS, MLA, MOE, full, nested, problems
+from config_case import BASES, BIAS, COMPRESSED, DSA, GROUPS, HYBRID, MLA, MOE, full, nested, problems
 from flat import change
 from ml_collections import ConfigDict
 
@@ -74,7 +74,7 @@ RANGES = {
         "train.eval_batches train.checkpoint_every train.keep_last train.max_bad_steps",
     "at least 0":
         "vocab_size mtp_depth attention.q_lora_rank attention.index_heads attention.index_head_dim "
-        "attention.index_topk attention.scale attention.rope.width "
+        "attention.index_topk attention.scale attention.rope.width attention.window_theta "
         "attention.sliding_window attention.o_groups attention.o_lora_rank "
         "attention.rope.yarn_mscale "
         "attention.rope.yarn_mscale_all_dim moe.num_experts moe.shared_experts moe.d_shared moe.latent_dim "
@@ -86,7 +86,7 @@ RANGES = {
         "train.keep_every train.seed",
     "above 0":
         "norm_eps init_std streams.eps embedding_multiplier residual_multiplier logits_divisor "
-        "attention.rope.yarn_beta_slow attention.rope.yarn_beta_fast "
+        "attention.value_scale attention.rope.yarn_beta_slow attention.rope.yarn_beta_fast "
         "optimizer.learning_rate optimizer.eps "
         "optimizer.decay_factor",
     "above 1": "attention.rope.theta attention.compress_theta",
@@ -165,7 +165,7 @@ CHOICES = {
     "activation": "swiglu swiglu_clamped swiglu_oai gelu_tanh",
     "norm": "rmsnorm layernorm",
     "positions": "rope learned",
-    "attention.kind": "mha mla dsa compressed",
+    "attention.kind": "mha mla dsa compressed hybrid",
     "attention.qk_norm": "none head full head_rotated",
     "attention.rope_layers": "all windowed",
     "attention.rope.yarn_ramp": "dimension turns",
@@ -189,6 +189,7 @@ NEEDS = {
     ("attention.kind", "mla"): MLA,
     ("attention.kind", "dsa"): DSA,
     ("attention.kind", "compressed"): COMPRESSED,
+    ("attention.kind", "hybrid"): HYBRID,
     ("attention.rope_layers", "windowed"): {"attention.windows": (8,)},
     **{
         (key, value): {**MOE, "moe.activation_limit": 7}

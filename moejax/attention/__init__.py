@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 
-from moejax.attention import compressed, dsa, mha, mla
+from moejax.attention import compressed, dsa, hybrid, mha, mla
 from moejax.attention.contract import AttentionKind
 from moejax.config import AttentionConfig
 
@@ -11,6 +11,7 @@ ATTENTIONS: Mapping[str, AttentionKind] = {
     "mla": mla.KIND,
     "dsa": dsa.KIND,
     "compressed": compressed.KIND,
+    "hybrid": hybrid.KIND,
 }
 
 

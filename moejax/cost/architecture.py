@@ -125,7 +125,7 @@ def table_part(name: str, size: int) -> Part:
 PARTS = {
     "embedding": {"embed"},
     "indexer": {"indexer"},
-    "attention": {"attn"},
+    "attention": {"attn", "full_attn", "window_attn"},
     "compressors and indexers": {"csa_attn", "hca_attn"},
     "norms": {"attn_norm", "ffn_norm"},
     "hyper-connections": {"attn_streams", "ffn_streams"},

@@ -22,6 +22,10 @@ ATTENTION = {
     "mha": MHA,
     "gqa": GQA,
     "windowed": dataclasses.replace(GQA, windows=(3, 0)),
+    "hybrid": AttentionConfig(
+        kind="hybrid", num_heads=2, num_kv_heads=1, window_kv_heads=2, head_dim=8, v_head_dim=6,
+        windows=(3, 0), window_theta=100.0, value_scale=0.7, sinks=True,
+    ),
     "mla": AttentionConfig(
         kind="mla", num_heads=2, q_lora_rank=8, kv_lora_rank=8, qk_nope_head_dim=8,
         qk_rope_head_dim=4, v_head_dim=6,

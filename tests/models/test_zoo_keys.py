@@ -27,6 +27,7 @@ ONE_OF = {  # a published file of every family
     "hunyuan_v1_moe": "hunyuan-a13b",
     "kimi_k2": "kimi-k2",
     "llama": "llama-2-7b",
+    "mimo_v2_flash": "mimo-v2-flash",
     "minimax_m2": "minimax-m2",
     "mistral": "mistral-7b",
     "mixtral": "mixtral-8x7b",

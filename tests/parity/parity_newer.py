@@ -35,6 +35,16 @@ BASE: dict[str, dict] = {
     "minimax_m2": {
         **DECODER, **NO_AUX, "num_local_experts": 7, "num_experts_per_tok": 3, "intermediate_size": 10,
     },
+    "mimo_v2_flash": {
+        **DECODER, "num_hidden_layers": 4, "intermediate_size": 44, "moe_intermediate_size": 10,
+        "n_routed_experts": 8, "num_experts_per_tok": 3, "head_dim": 12, "v_head_dim": 10,
+        "num_attention_heads": 4, "num_key_value_heads": 1, "sliding_window": 4,
+        "layer_types": ["full_attention", "sliding_attention", "sliding_attention", "full_attention"],
+        "rope_parameters": {
+            kind: {"rope_type": "default", "rope_theta": theta, "partial_rotary_factor": 0.334}
+            for kind, theta in (("full_attention", 5e4), ("sliding_attention", 1e2))
+        },
+    },
     "exaone_moe": {
         **DECODER, "num_hidden_layers": 3, "intermediate_size": 44, "moe_intermediate_size": 10,
         "num_experts": 8, "num_experts_per_tok": 3, "num_shared_experts": 2,
@@ -104,6 +114,10 @@ CASES = [
           "rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "alpha": 10.0, "factor": 1.0}},
          shard="20KB"),
     Case("minimax_m2", "half-rotated", {**GQA, "head_dim": 8, "rotary_dim": 4}, gradient=True),
+    Case("mimo_v2_flash", "windows-with-heads-of-their-own", {}, gradient=True),
+    Case("mimo_v2_flash", "biases-dense-between-shards",
+         {**GROUPS, "attention_bias": True, "attention_value_scale": 1.3, "sliding_window": 5,
+          "mlp_layer_types": ["sparse", "dense", "sparse", "sparse"]}, shard="20KB"),
     Case("exaone_moe", "windows", {**GQA, "head_dim": 10, "sliding_window": 4,
          "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}, gradient=True),
     Case("deepseek_v4", "published", {}, gradient=True, **V4),

@@ -32,6 +32,7 @@ from moejax.models.zoo import (
     hunyuan_v1_moe,
     keys,
     llama,
+    mimo_v2_flash,
     minimax_m2,
     mistral,
     mixtral,
@@ -72,6 +73,7 @@ FAMILIES: dict[str, ModuleType] = {
     "minimax_m2": minimax_m2,
     "exaone_moe": exaone_moe,
     "solar_open": solar_open,
+    "mimo_v2_flash": mimo_v2_flash,
 }
 
 # Architectures that moejax counts (`moejax.cost`) and does not run.
@@ -138,6 +140,7 @@ PRESETS: dict[str, str] = {
     "solar-open-100b": "solar-open-100b",
     "glm-4.6": "glm-4.6",
     "glm-5": "glm-5",
+    "mimo-v2-flash": "mimo-v2-flash",
     "olmoe-1b-7b": "olmoe-1b-7b",
 }
 
