@@ -6,7 +6,19 @@ import math
 import typing
 
 import pytest
-from config_case import BASES, BIAS, COMPRESSED, DSA, GROUPS, HYBRID, MLA, MOE, full, nested, problems
+from config_case import (
+    BASES,
+    BIAS,
+    COMPRESSED,
+    DSA,
+    GROUPS,
+    HYBRID,
+    MLA,
+    MOE,
+    full,
+    nested,
+    problems,
+)
 from flat import change
 from ml_collections import ConfigDict
 
