@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from moejax.axes import EXPERT, LAYERS, ROLES, VOCAB
+from moejax.weights import is_weight
 
 Tree = Any  # a nested dict of arrays or specs
 
@@ -153,5 +154,5 @@ def abstract_params(specs: Tree) -> Tree:
 
 
 def count(specs: Tree) -> int:
-    """Number of scalars in a tree of specs or arrays."""
-    return sum(math.prod(s.shape) for s in jax.tree.leaves(specs, is_leaf=is_spec))
+    """Number of scalars in a tree of specs or weights, quantised or not."""
+    return sum(math.prod(s.shape) for s in jax.tree.leaves(specs, is_leaf=is_weight))

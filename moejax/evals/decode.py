@@ -46,8 +46,12 @@ class State(NamedTuple):
 
 
 # XLA:CPU multiplies bfloat16 in float32, and moves the conversion of *all* experts out of the loop that reads a
-# few of them: gigabytes a token. Without that pass only what is read is converted.
-CPU_OPTIONS = {"xla_disable_hlo_passes": "while-loop-invariant-code-motion"}
+# few of them: gigabytes a token. Without that pass only what is read is converted. Wide vectors, where there
+# are such, convert quantised weights in two thirds of the time.
+CPU_OPTIONS: dict[str, Any] = {
+    "xla_disable_hlo_passes": "while-loop-invariant-code-motion",
+    "xla_cpu_prefer_vector_width": 512,
+}
 
 
 class Program:

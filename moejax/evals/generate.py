@@ -28,6 +28,7 @@ from moejax.models.cache import cache_bytes
 from moejax.params import path_name
 from moejax.routers import ROUTERS
 from moejax.sharding import Layout
+from moejax.weights import as_bits, is_quantized
 
 
 @dataclasses.dataclass
@@ -89,18 +90,27 @@ def prepare(params: dict, dtype: str = "float32", layout: Layout | None = None) 
     """Prepare the parameters for decoding. Do it once before several calls of `stream`.
 
     Casts them to the compute `dtype` if that is narrower; WIDE stay in float32: the router, norms, sinks, what
-    mixes streams, the weights of an indexer's heads, position biases. On one device it also splits the stack of
-    layers, so that no layer is copied out of it for each token.
+    mixes streams, the weights of an indexer's heads, position biases. Quantised weights stay as they are. On
+    one device it also splits the stack of layers, so that no layer is copied out of it for each token. On CPU
+    the experts stay one stack, which is read where it lies, and matrices in bfloat16 become their bits
+    (`weights.as_bits`).
     """
+    on_cpu = jax.default_backend() == "cpu"
 
     def cast(path, a):
         name = path_name(path)
-        wide = any(word in name for word in WIDE)
-        return a if wide or a.dtype.itemsize <= jnp.dtype(dtype).itemsize else a.astype(dtype)
+        if is_quantized(a) or any(word in name for word in WIDE):
+            return a
+        if a.dtype.itemsize > jnp.dtype(dtype).itemsize:
+            a = a.astype(dtype)
+        is_matrix = name.rpartition("/")[2].startswith("w_")
+        return as_bits(a) if on_cpu and is_matrix and a.dtype == jnp.bfloat16 else a
 
     apart = any(isinstance(v, list) for v in params.values())
-    params = jax.tree_util.tree_map_with_path(cast, params)
-    return params if apart or layout is not None else transformer.unstack(params)
+    params = jax.tree_util.tree_map_with_path(cast, params, is_leaf=is_quantized)
+    if apart or layout is not None:
+        return params
+    return transformer.unstack(params, but_experts=on_cpu)
 
 
 def stream(

@@ -19,6 +19,7 @@ from moejax.models.transformer import abstract_router_state
 from moejax.moe import layer
 from moejax.params import abstract_params
 from moejax.routers.contract import tokens_of
+from moejax.weights import is_quantized
 
 
 class Model(NamedTuple):
@@ -81,6 +82,8 @@ def silence(model: Model, out_LE: np.ndarray) -> Model:
         if name not in ("w_down", "b_down"):
             return a
         out = jnp.asarray(out_LE).reshape(*out_LE.shape, *[1] * (a.ndim - 2))
+        if is_quantized(a):
+            return dataclasses.replace(a, scale=jnp.where(out, 0, a.scale).astype(a.scale.dtype))
         return jnp.where(out, jnp.zeros((), a.dtype), a)
 
     moe = model.params["moe_blocks"]["moe"]

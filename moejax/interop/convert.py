@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import math
 import pathlib
 from collections.abc import Collection
 from typing import NamedTuple
@@ -30,7 +29,7 @@ from moejax.interop.files import (
     whole_folder,
 )
 from moejax.interop.hf_folder import CONFIG, HfFolder, open_folder
-from moejax.interop.load import read_model
+from moejax.interop.load import plan_model, read_model
 from moejax.interop.mapping import as_saved
 from moejax.interop.own_files import as_json, own_files, token_ids
 from moejax.interop.prompts import (
@@ -41,6 +40,7 @@ from moejax.interop.prompts import (
     read_prompt_files,
     separators,
 )
+from moejax.interop.quantizer import Quantizer
 from moejax.interop.save import write_folder
 from moejax.mesh import RULES
 from moejax.models.zoo import (
@@ -56,6 +56,7 @@ from moejax.runs import folder as run_folder
 from moejax.runs.checkpoint import Checkpoints
 from moejax.runs.open import load_run
 from moejax.sharding import Layout, make_mesh
+from moejax.weights import Format, is_weight
 
 # Files of a checkpoint that a run keeps in folder.HF, so that `export` can write them again and
 # `generate` can read what it needs.
@@ -153,11 +154,14 @@ def _run_files(kept: dict[str, bytes], tokenizer: JsonTokenizer) -> dict[str, by
 
 
 def import_run(
-    hf_dir: pathlib.Path, workdir: pathlib.Path, ignore_keys: Collection[str] = ()
+    hf_dir: pathlib.Path,
+    workdir: pathlib.Path,
+    ignore_keys: Collection[str] = (),
+    quantize: Format | None = None,
 ) -> None:
     """Make `workdir` a run: config.json, tokenizer.json, separators.json, hf/, and a checkpoint of step 0.
 
-    The files are read, and kept, without `ignore_keys`.
+    The files are read, and kept, without `ignore_keys`. `quantize`: the format of matrices; None: as they are.
 
     It appears whole, when everything is written, or not at all. Nothing outside of it and of a
     temporary folder beside it is written.
@@ -167,10 +171,11 @@ def import_run(
     """
     source = open_source(hf_dir, ignore_keys)
     hf, experiment = source.opened.hf, dataclasses.replace(source.experiment, name=workdir.name)
+    quantizer = None if quantize is None else Quantizer(quantize)
+    size = plan_model(source.opened, quantizer).nbytes(quantizer)
     with whole_folder(workdir) as folder:
-        tensors = source.opened.tensors.values()
-        need_space(folder, sum(math.prod(t.shape) * t.dtype.itemsize for t in tensors))
-        model = read_model(source.opened, layout=_host(), progress=True)
+        need_space(folder, size)
+        model = read_model(source.opened, layout=_host(), quantizer=quantizer, progress=True)
         cfg, params, router_state, account = model
         checkpoints = Checkpoints(folder, experiment, packed=False)
         checkpoints.save_model(params, router_state)
@@ -180,6 +185,8 @@ def import_run(
         print("the files hold no layers for multi-token prediction: imported without them")
     if source.prompts.unused():
         print(f"{GENERATION_CONFIG}: not used here: {', '.join(source.prompts.unused())}")
+    if quantizer is not None:
+        print(quantizer.table())
     print(
         f"{account.table()}\n{workdir}: {hf['model_type']}, {count(params):,} parameters, computed in "
         f'{experiment.compute.dtype}. Try moejax generate --workdir={workdir} --prompt="..."'
@@ -227,7 +234,7 @@ def export_run(workdir: pathlib.Path, hf_dir: pathlib.Path, model_type: str | No
             run.tokenizer
         )
         config = {**config_to_hf(run.cfg.model, model_type, run.cfg.objective), **tokens}
-    config = _stored_as(config, jax.tree.leaves(run.params))
+    config = _stored_as(config, jax.tree.leaves(run.params, is_leaf=is_weight))
     extra = dict(kept)
     if config != own:
         extra[CONFIG] = as_json(config)

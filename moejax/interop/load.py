@@ -5,6 +5,7 @@ import functools
 import math
 import pathlib
 from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,11 +17,13 @@ from moejax.interop import mapping
 from moejax.interop.files import InteropError
 from moejax.interop.hf_folder import HfFolder, open_folder
 from moejax.interop.mapping import Account, Bounds, Target
+from moejax.interop.quantizer import Quantizer, takes
 from moejax.models import transformer
 from moejax.models.zoo import FAMILIES, config_from_hf
 from moejax.models.zoo.names import Table
 from moejax.params import Tree, path_name
 from moejax.sharding import Layout
+from moejax.weights import Quantized
 
 # What is held on the host at a time: read, transformed, put on its device. Small against any model
 # for which memory matters, large enough that the per-piece cost does not.
@@ -48,16 +51,49 @@ def load_model(
     return cfg, params, router_state
 
 
-def read_model(
-    opened: HfFolder, dtype=None, layout: Layout | None = None, *, progress: bool = False
-) -> tuple[ModelConfig, Tree, Tree, Account]:
-    """`load_model` of an opened folder, with the account of its tensors and a progress bar."""
+class Planned(NamedTuple):
+    """What is to be read. Attributes: the config, the arrays by path, and where their tensors are."""
+
+    cfg: ModelConfig
+    wanted: dict[str, Target]
+    account: Account
+
+    def nbytes(self, quantizer: Quantizer | None) -> int:
+        """Of the arrays, each in the dtype of its tensors or quantised."""
+        total = 0
+        for target in self.wanted.values():
+            if quantizer is not None and takes(target.spec):
+                total += quantizer.nbytes(target)
+            else:
+                total += math.prod(target.spec.shape) * _dtype(target, self.account).itemsize
+        return total
+
+
+def plan_model(opened: HfFolder, quantizer: Quantizer | None = None) -> Planned:
+    """Match a folder's tensors with its model, from their headers; raises as `load_model`."""
     cfg = config_from_hf(opened.hf)
     model_type = opened.hf["model_type"]
     cfg = mapping.as_saved(cfg, model_type, opened.tensors)
     wanted = mapping.targets(cfg, model_type, opened.tensors)
     table = FAMILIES[model_type].NAMES
     account = mapping.account(cfg, table, wanted, opened.tensors, str(opened.folder))
+    if quantizer is not None:
+        quantizer.check(wanted, account)
+    return Planned(cfg, wanted, account)
+
+
+def read_model(
+    opened: HfFolder,
+    dtype=None,
+    layout: Layout | None = None,
+    *,
+    quantizer: Quantizer | None = None,
+    progress: bool = False,
+) -> tuple[ModelConfig, Tree, Tree, Account]:
+    """`load_model` of an opened folder, with the account of its tensors and a progress bar. With `quantizer`,
+    on one device only."""
+    cfg, wanted, account = plan_model(opened, quantizer)
+    table = FAMILIES[opened.hf["model_type"]].NAMES
     for tensor, original in account.repeated:
         _check_equal(tensor, original)
     total = sum(math.prod(t.spec.shape) for t in wanted.values())
@@ -70,7 +106,12 @@ def read_model(
             if path.startswith(mapping.ROUTER_STATE):
                 kept = target.spec.dtype
             read = functools.partial(_read, cfg, table, target, account, fresh.get(path))
-            arrays[path] = _place(target, account, kept, layout, read, bar.update)
+            if quantizer is not None and takes(target.spec):
+                arrays[path] = _place_quantized(
+                    target, account, quantizer, layout, read, bar.update
+                )
+            else:
+                arrays[path] = _place(target, account, kept, layout, read, bar.update)
     for path in fresh.keys() - arrays.keys():
         where = None if layout is None else layout.replicated
         arrays[path] = jax.device_put(fresh[path], where)
@@ -92,8 +133,7 @@ def _place(
     """The values of one array, on its devices. `read_part(bounds, dtype)` gives a part of them."""
     shape = target.spec.shape
     if dtype is None:
-        kinds = {account.tensors[target.name(at)].dtype for at in target.blocks()}
-        dtype = jnp.result_type(*kinds)
+        dtype = _dtype(target, account)
 
     def read(bounds: Bounds) -> np.ndarray:
         return read_part(bounds, np.dtype(dtype))
@@ -111,6 +151,29 @@ def _place(
         for shard in _stream(bounds, dtype, devices, read, done)
     ]
     return jax.make_array_from_single_device_arrays(shape, sharding, shards)
+
+
+def _dtype(target: Target, account: Account) -> np.dtype:
+    """That of the tensors of an array, or the one that holds all of theirs."""
+    kinds = {account.tensors[target.name(at)].dtype for at in target.blocks()}
+    return np.dtype(jnp.result_type(*kinds))
+
+
+def _place_quantized(
+    target: Target,
+    account: Account,
+    quantizer: Quantizer,
+    layout: Layout | None,
+    read_part: Callable,
+    done,
+) -> Quantized:
+    """`_place` in fewer bits. A matrix is read as a whole: its scales are of all its inputs."""
+    *leading, inputs, outputs = target.spec.shape
+    dtype = _dtype(target, account)
+    pieces = _pieces(tuple((0, n) for n in leading), inputs * outputs * dtype.itemsize)
+    read = functools.partial(read_part, dtype=dtype)
+    sharding = None if layout is None else layout.replicated
+    return quantizer.place(target, pieces, read, sharding, done)
 
 
 def _stream(
@@ -142,9 +205,9 @@ _fill = jax.jit(jax.lax.dynamic_update_slice, donate_argnums=0)
 
 
 def _pieces(bounds: Bounds, itemsize: int) -> Iterator[Bounds]:
-    """`bounds` cut along its leading axes into parts of at most PIECE_BYTES."""
+    """`bounds` cut along its leading axes into parts of at most PIECE_BYTES, or one element."""
     sizes = [stop - start for start, stop in bounds]
-    if math.prod(sizes) * itemsize <= PIECE_BYTES:
+    if math.prod(sizes) * itemsize <= PIECE_BYTES or math.prod(sizes) == 1:
         yield bounds
         return
     axis = next(i for i, n in enumerate(sizes) if n > 1)

@@ -18,6 +18,7 @@ from moejax.interop.mapping import Target
 from moejax.interop.safetensors_file import NAMES, NewTensor, shards, write_file
 from moejax.models.zoo import FAMILIES, config_to_hf
 from moejax.params import Tree, path_name
+from moejax.weights import Weight, is_weight
 
 MAX_SHARD_BYTES = 5 * 10**9
 
@@ -33,7 +34,8 @@ def write_folder(
     extra_files: Mapping[str, bytes] | None = None,
     progress: bool = False,
 ) -> None:
-    """Write config.json and safetensors that `transformers` loads; every array in its own dtype.
+    """Write config.json and safetensors that `transformers` loads; every array in its own dtype, quantised ones
+    in bfloat16.
 
     One tensor at a time is held on the host. The folder appears whole or not at all.
 
@@ -52,7 +54,8 @@ def write_folder(
     """
     tensors = model_tensors(cfg, params, router_state, model_type)
     extra = dict(extra_files or {})
-    dtype = jnp.result_type(*jax.tree.leaves(params)).name  # `transformers` knows one
+    weights = jax.tree.leaves(params, is_leaf=is_weight)
+    dtype = jnp.result_type(*(w.dtype for w in weights)).name  # `transformers` knows one
     config = {**config_to_hf(cfg, model_type), "torch_dtype": dtype}
     extra.setdefault(CONFIG, (json.dumps(config, indent=2) + "\n").encode())
     files = shards(tensors, max_shard_bytes)
@@ -98,12 +101,13 @@ def model_tensors(
     return [_tensor(name, parts[name], arrays) for name in sorted(parts, key=order.__getitem__)]
 
 
-def _arrays(params: Tree, router_state: Tree) -> dict[str, jax.Array]:
+def _arrays(params: Tree, router_state: Tree) -> dict[str, Weight]:
     tree = {**params, mapping.ROUTER_STATE: router_state}
-    return {path_name(p): a for p, a in jax.tree_util.tree_flatten_with_path(tree)[0]}
+    flat = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_weight)[0]
+    return {path_name(p): a for p, a in flat}
 
 
-def _check(arrays: dict[str, jax.Array], wanted: dict[str, Target], known: Collection[str]) -> None:
+def _check(arrays: dict[str, Weight], wanted: dict[str, Target], known: Collection[str]) -> None:
     problems = [f"no array {path}" for path in wanted if path not in arrays]
     problems += [f"{path} is not in the model" for path in arrays if path not in known]
     for path in wanted.keys() & arrays.keys():
@@ -120,7 +124,7 @@ def _check(arrays: dict[str, jax.Array], wanted: dict[str, Target], known: Colle
         )
 
 
-def _tensor(name: str, parts: list, arrays: dict[str, jax.Array]) -> NewTensor:
+def _tensor(name: str, parts: list, arrays: dict[str, Weight]) -> NewTensor:
     """A tensor of the file from the one array, or the several, that it holds a part of."""
     values = [(arrays[target.row.path], target, at) for target, at in parts]
     dtype = np.dtype(values[0][0].dtype)
@@ -133,7 +137,7 @@ def _tensor(name: str, parts: list, arrays: dict[str, jax.Array]) -> NewTensor:
     def value() -> np.ndarray:
         out = np.empty(shape, dtype)
         for array, target, at in values:
-            block = np.asarray(array[at])
+            block = np.asarray(array[at].astype(dtype))
             whole = tuple((0, n) for n in target.block)
             index = mapping.file_index(whole, target.block, target.row.transform)
             out[index] = np.swapaxes(block, -1, -2) if target.row.transform.transpose else block

@@ -229,17 +229,20 @@ def run_blocks(
     layer_kind: str,
     carried: Carried,
     cache=None,
+    stack=None,
 ):
     """A stack (or list) of blocks of one layer kind.
 
     Returns x, what the next block receives, the cache, and aux stacked over layers or None.
+
+    `stack`: the stack that the experts of a list of layers lie in, and the place of the first one.
     """
 
     def body(carry, layer):
         x, carried, kv = carry
-        stack = None if experts is None else (experts, layer.index - layers.index[0])
+        here = None if stack is None else (stack[0], stack[1] + layer.index - layers.index[0])
         x, carried, kv, aux = block(
-            x, layer, ctx, layer_kind=layer_kind, carried=carried, cache=kv, stack=stack
+            x, layer, ctx, layer_kind=layer_kind, carried=carried, cache=kv, stack=here
         )
         return (x, carried, kv), aux
 
@@ -250,7 +253,8 @@ def run_blocks(
             "a list of caches (init_layers) needs lists of layers (unstack) or scan_layers=False"
         )
     is_moe = "moe" in (layers.params[0] if listed else layers.params)
-    experts = layers.params["moe"]["experts"] if is_moe and not listed else None
+    if is_moe and not listed:
+        stack = layers.params["moe"]["experts"], 0
     if cache is None:
         body = rematerialised(body, ctx.compute, prevent_cse=unrolled)
     if not unrolled:

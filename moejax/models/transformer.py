@@ -6,7 +6,8 @@
 and for each layer kind of the attention with parameters of its own "<layer kind>_attn", a stack of these.
 Blocks of one kind are stacked on a leading layer axis and scanned over (`compute.scan_layers`) or unrolled.
 A *list* of per-layer trees (`unstack`) is unrolled too: decoding uses it, so that no layer's weights are
-copied out of a stack for every token.
+copied out of a stack for every token. The experts may stay one stack, `params["experts"]`, of which each layer
+reads its own.
 """
 
 import itertools
@@ -140,8 +141,15 @@ def update_router_state(
     }
 
 
-def unstack(params: dict) -> dict:
-    """The same parameters with every stack of blocks as a list of layers."""
+def unstack(params: dict, *, but_experts: bool = False) -> dict:
+    """The same parameters with every stack of blocks as a list of layers; `but_experts` leaves the experts a
+    stack, of which no copy is made."""
+    params = dict(params)
+    if but_experts and "moe_blocks" in params:
+        block = params["moe_blocks"]
+        rest = {k: v for k, v in block["moe"].items() if k != "experts"}
+        params["moe_blocks"] = {**block, "moe": rest}
+        params["experts"] = block["moe"]["experts"]
     stacked = lambda name: name.endswith(("_blocks", own_stack("")))  # noqa: E731
     return {k: blocks.unstack(v) if stacked(k) else v for k, v in params.items()}
 
@@ -193,6 +201,14 @@ def _with_own(blocks, own):
     if isinstance(blocks, list):
         return [_with_own(*of) for of in zip(blocks, own)]
     return {**blocks, "attn": {**blocks["attn"], **own}}
+
+
+def _with_experts(layers, experts: dict, at: int) -> list[dict]:
+    """The layers with their experts out of the stack. What is not read out of these slices is not made."""
+    return [
+        {**p, "moe": {**p["moe"], "experts": jax.tree.map(lambda a, i=i: a[at + i], experts)}}
+        for i, p in enumerate(layers)
+    ]
 
 
 def forward(
@@ -272,9 +288,12 @@ def forward(
         of_run = next(pieces[run.stack])
         if own_stack(run.layer_kind) in pieces:
             of_run = _with_own(of_run, next(pieces[own_stack(run.layer_kind)]))
+        is_moe, stack = run.stack == "moe_blocks", None
+        if is_moe and "experts" in params:
+            stack = params["experts"], list(cfg.layers["moe_blocks"]).index(run.start)
+            of_run = _with_experts(of_run, *stack)
         slot_L = jnp.arange(run.slot, run.slot + run.count)
         layers = LayerInput(of_run, index_L, slot_L, window=window_L)
-        is_moe = run.stack == "moe_blocks"
         if is_moe:
             layers = layers._replace(**next(routers))
         here = run.layer_kind, run.start, end
@@ -285,6 +304,7 @@ def forward(
             layer_kind=run.layer_kind,
             carried=carried,
             cache=of_layers(cache, *here),
+            stack=stack,
         )
         cache = with_layers(cache, *here, new)
         if is_moe:

@@ -1,15 +1,16 @@
 """Activations, FFN parameters, the dense FFN, and expert FFNs over fixed slots. For routed tokens see
 `routed_ffn`.
 
-Gated:      y = down(act(gate x, up x))      SwiGLU (2002.05202) and its clamped variants
-Not gated:  y = down(act(up x))              GPT-2's tanh GELU
+Gated:      y = down(weight act(gate x, up x))      SwiGLU (2002.05202) and its clamped variants
+Not gated:  y = down(weight act(up x))              GPT-2's tanh GELU
 
-An activation is a line of ACTIVATIONS, not an `if`.
+This equation stands once, in `Activation`; what differs is the product by which rows meet their matrices. An
+activation is a line of ACTIVATIONS, not an `if`.
 """
 
 import functools
 import types
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -32,6 +33,21 @@ class Activation(NamedTuple):
 
     gated: bool
     apply: Callable[..., jax.Array]
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        """The projections that it reads."""
+        return ("gate", "up") if self.gated else ("up",)
+
+    def hidden(self, inputs: Sequence[jax.Array], weight: jax.Array | None = None) -> jax.Array:
+        """What the down projection reads, of the values of `inputs`, in their dtype. The weight meets the
+        hidden values, which are fewer than the result's, in its own precision."""
+        h = self.apply(inputs[0] if self.gated else None, inputs[-1])
+        return h if weight is None else (h * weight).astype(h.dtype)
+
+    def ffn(self, product: Callable[[str, jax.Array], jax.Array], x: jax.Array, weight=None):
+        """The FFN of x by `product(name, x)`, the projection of that name."""
+        return product("down", self.hidden([product(n, x) for n in self.inputs], weight))
 
 
 def _swiglu(gate, up, limit):
@@ -102,15 +118,11 @@ def ffn(
     `weights` (..., S): the FFN is S equal ones side by side, and this is the weight of each one's output.
     b_down, which is of all of them, is added as it is. S divides the width.
     """
-    gate = _linear(params, "gate", x) if act.gated else None
-    h = act.apply(gate, _linear(params, "up", x))
     if weights is not None:
-        h = h * jnp.repeat(weights.astype(h.dtype), h.shape[-1] // weights.shape[-1], axis=-1)
-    return _linear(params, "down", h)
-
-
-def _linear(params, name, x):
-    return linear(x, params[f"w_{name}"], params.get(f"b_{name}"))
+        width = params["w_down"].shape[0]
+        weights = jnp.repeat(weights.astype(x.dtype), width // weights.shape[-1], axis=-1)
+    product = lambda name, x: linear(x, params[f"w_{name}"], params.get(f"b_{name}"))  # noqa: E731
+    return act.ffn(product, x, weights)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -134,7 +146,7 @@ def expert_param_specs(moe: MoEConfig, d_model: int, std: float) -> dict[str, Pa
 def _specs(leading, names, d_model, width, activation, bias, std):
     expert = (axes.EXPERT,) * len(leading)
     embed, mlp = names
-    into = {"gate": width, "up": width} if ACTIVATIONS[activation].gated else {"up": width}
+    into = {name: width for name in ACTIVATIONS[activation].inputs}
     specs = {
         f"w_{n}": ParamSpec((*leading, d_model, f), (*expert, embed, mlp), std=std)
         for n, f in into.items()
@@ -150,11 +162,10 @@ def _specs(leading, names, d_model, width, activation, bias, std):
 def expert_ffn_slots(params: Params, x_ECD: jax.Array, act: Activation) -> jax.Array:
     """Expert e's FFN over its C slots: (E, C, D) -> (E, C, D) in x's dtype."""
 
-    def linear(name, x):
+    def product(name, x):
         y = jnp.einsum("ecd,edf->ecf", x, params[f"w_{name}"].astype(x.dtype))
         if f"b_{name}" in params:
             y = y + params[f"b_{name}"].astype(x.dtype)[:, None]
         return y
 
-    gate_ECF = linear("gate", x_ECD) if act.gated else None
-    return linear("down", act.apply(gate_ECF, linear("up", x_ECD)))
+    return act.ffn(product, x_ECD)

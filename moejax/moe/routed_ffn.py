@@ -14,6 +14,7 @@ from moejax.moe.experts import Activation, Params
 from moejax.moe.grouped_matmul import grouped_matmul
 from moejax.moe.rows import SortedRoutes, take, to_rows, to_tokens
 from moejax.moe.varying import vary_together
+from moejax.weights import is_quantized
 
 
 @jax.named_scope("experts")
@@ -30,7 +31,7 @@ def routed_ffn(
 
     Args:
       params: as `experts.expert_param_specs`; E is read from the arrays, so a slice of the experts works
-        too.
+        too. Quantised weights get no gradient.
       x_TD: tokens.
       weights_TK: combine weights.
       routes: the rows; routes without a row (empty slots, dropped ones) contribute nothing and get no
@@ -47,7 +48,7 @@ def routed_ffn(
     params, x_TD, weights_TK, routes = vary_together(dict(params), x_TD, weights_TK, routes)
     if implementation != "auto":
         x_RD, weight_R = to_rows(x_TD, routes), _weight_of_rows(weights_TK, routes)
-        inputs = _project(params, x_RD, routes.group_sizes_E, implementation)
+        inputs = _project(params, x_RD, routes.group_sizes_E, act, implementation)
         y_RD = _finish(params, inputs, weight_R, routes.group_sizes_E, act, implementation)
         return to_tokens(y_RD, routes)
     if stack is not None:
@@ -109,7 +110,7 @@ def _rows(params, stack, x_TD, weights_TK, routes):
     first, stacked = jnp.zeros((), jnp.int32), params
     if stack is not None:
         first = jnp.asarray(stack[1] * routes.group_sizes_E.shape[0], jnp.int32)
-        stacked = {k: w.reshape(-1, *w.shape[2:]) for k, w in stack[0].items()}
+        stacked = jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), stack[0])
     weight_R = _weight_of_rows(weights_TK, routes)
     return stacked, first, x_TD, weight_R, routes.token_R, routes.group_sizes_E
 
@@ -125,7 +126,7 @@ def _weight_of_rows(weights_TK, routes):
 def _grouped_forward(act, params, stack, x_TD, weights_TK, routes):
     del stack
     weight_R = _weight_of_rows(weights_TK, routes)
-    inputs = _project(params, to_rows(x_TD, routes), routes.group_sizes_E, "ragged")
+    inputs = _project(params, to_rows(x_TD, routes), routes.group_sizes_E, act, "ragged")
     y_RD = _finish(params, inputs, weight_R, routes.group_sizes_E, act, "ragged")
     return to_tokens(y_RD, routes), inputs
 
@@ -134,32 +135,35 @@ def _grouped_backward(act, params, stack, x_TD, weights_TK, routes, inputs, dy_T
     del stack
     sizes_E, weight_R = routes.group_sizes_E, _weight_of_rows(weights_TK, routes)
     # The values of both halves are not used, and XLA drops the products that compute them.
+    learned = {k: w for k, w in params.items() if not is_quantized(w)}
     _, finish_pullback = jax.vjp(
-        lambda p, inputs, weight: _finish(p, inputs, weight, sizes_E, act, "ragged"),
-        params,
+        lambda p, inputs, weight: _finish({**params, **p}, inputs, weight, sizes_E, act, "ragged"),
+        learned,
         inputs,
         weight_R,
     )
     dparams_down, dinputs, dweight_R = finish_pullback(to_rows(dy_TD, routes))
     _, project_pullback = jax.vjp(
-        lambda p, x_RD: _project(p, x_RD, sizes_E, "ragged"), params, to_rows(x_TD, routes)
+        lambda p, x_RD: _project({**params, **p}, x_RD, sizes_E, act, "ragged"),
+        learned,
+        to_rows(x_TD, routes),
     )
     dparams_up, dx_RD = project_pullback(dinputs)
     # Each half has zeros for the other's parameters.
-    return jax.tree.map(jnp.add, dparams_down, dparams_up), dx_RD, dweight_R
+    dparams = jax.tree.map(jnp.add, dparams_down, dparams_up)
+    return {k: dparams.get(k) for k in params}, dx_RD, dweight_R
 
 
-def _project(params, x_RD, group_sizes_E, implementation):
+def _project(params, x_RD, group_sizes_E, act: Activation, implementation):
     """The inputs of the activation: (gate_RF, up_RF), or (up_RF,) where not gated."""
-    names = [n for n in ("gate", "up") if f"w_{n}" in params]
-    return tuple(_grouped_linear(params, n, x_RD, group_sizes_E, implementation) for n in names)
+    return tuple(
+        _grouped_linear(params, n, x_RD, group_sizes_E, implementation) for n in act.inputs
+    )
 
 
 def _finish(params, inputs, weight_R, group_sizes_E, act: Activation, implementation):
     """From the inputs of the activation to the weighted result."""
-    gate_RF = inputs[0] if act.gated else None
-    hidden_RF = act.apply(gate_RF, inputs[-1])
-    hidden_RF = (hidden_RF * weight_R[:, None]).astype(hidden_RF.dtype)
+    hidden_RF = act.hidden(inputs, weight_R[:, None])
     return _grouped_linear(params, "down", hidden_RF, group_sizes_E, implementation, weight_R)
 
 

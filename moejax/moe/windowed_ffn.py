@@ -15,6 +15,7 @@ import jax.numpy as jnp
 
 from moejax.moe.grouped_matmul import windows as win
 from moejax.moe.varying import vary, varying_axes
+from moejax.weights import is_quantized
 
 
 def forward(stack: dict, first, x_TD, weight_R, token_R, group_sizes_E, act):
@@ -32,17 +33,17 @@ def forward(stack: dict, first, x_TD, weight_R, token_R, group_sizes_E, act):
     Returns:
       y_RD, and the activation's inputs: (gate_RF, up_RF), or (up_RF,) where not gated.
     """
-    axes = varying_axes(x_TD, group_sizes_E, *stack.values())
+    axes = varying_axes(x_TD, group_sizes_E, *jax.tree.leaves(stack))
     width, num_rows = stack["w_up"].shape[2], token_R.shape[0]
     zeros = _Zeros(group_sizes_E, axes)
     y_RD = zeros((num_rows, x_TD.shape[1]), x_TD.dtype)
-    inputs = tuple(zeros((num_rows, width), x_TD.dtype) for _ in range(1 + act.gated))
+    inputs = tuple(zeros((num_rows, width), x_TD.dtype) for _ in act.inputs)
 
     def body(carry, windows):
         y_RD, inputs = carry
         params_S = {k: win.read_experts(w, windows, x_TD.dtype, first) for k, w in stack.items()}
         x_SCD, weight_SC = _read(windows, x_TD, weight_R, token_R)
-        inputs_S = _project(params_S, x_SCD)
+        inputs_S = _project(params_S, x_SCD, act)
         y_SCD = _finish(params_S, inputs_S, weight_SC, act)
         inputs = tuple(win.write_rows(a, b, windows) for a, b in zip(inputs, inputs_S))
         return win.write_rows(y_RD, y_SCD, windows), inputs
@@ -51,14 +52,15 @@ def forward(stack: dict, first, x_TD, weight_R, token_R, group_sizes_E, act):
 
 
 def backward(stack: dict, first, x_TD, weight_R, token_R, group_sizes_E, inputs, dy_TD, act):
-    """Gradients, given that of sum_rows y: of the E experts (in their dtype), of the token in every row
-    (dx_RD) and of weight_R."""
-    axes = varying_axes(x_TD, group_sizes_E, dy_TD, *stack.values())
+    """Gradients, given that of sum_rows y: of the E experts (in their dtype; None of quantised weights), of the
+    token in every row (dx_RD) and of weight_R."""
+    axes = varying_axes(x_TD, group_sizes_E, dy_TD, *jax.tree.leaves(stack))
     num_experts, num_rows = group_sizes_E.shape[0], token_R.shape[0]
     zeros = _Zeros(group_sizes_E, axes)
     dparams = {
         k: zeros((num_experts, *w.shape[1:]), jnp.promote_types(w.dtype, jnp.float32))
         for k, w in stack.items()
+        if not is_quantized(w)
     }
     dx_RD = zeros((num_rows, x_TD.shape[1]), x_TD.dtype)
     dweight_R1 = zeros((num_rows, 1), weight_R.dtype)
@@ -78,7 +80,7 @@ def backward(stack: dict, first, x_TD, weight_R, token_R, group_sizes_E, inputs,
             weight_SC,
         )
         dparams_down, dinputs_S, dweight_SC = finish_pullback(dy_SCD)
-        _, project_pullback = jax.vjp(_project, params_S, x_SCD)
+        _, project_pullback = jax.vjp(lambda p, x: _project(p, x, act), params_S, x_SCD)
         dparams_up, dx_SCD = project_pullback(dinputs_S)
         dparams = {
             k: win.add_experts(w, (dparams_down if k.endswith("_down") else dparams_up)[k], windows)
@@ -90,7 +92,7 @@ def backward(stack: dict, first, x_TD, weight_R, token_R, group_sizes_E, inputs,
     carry = _run(stack, group_sizes_E, num_rows, (dparams, dx_RD, dweight_R1), body)
     dparams, dx_RD, dweight_R1 = carry
     dparams = {k: g.astype(stack[k].dtype) for k, g in dparams.items()}
-    return dparams, dx_RD, dweight_R1[:, 0]
+    return {k: dparams.get(k) for k in stack}, dx_RD, dweight_R1[:, 0]
 
 
 class _Zeros:
@@ -128,9 +130,9 @@ def _run(stack, group_sizes_E, num_rows, carry, body):
     return win.for_each_set(group_sizes_E, num_rows, at_once, carry, body)
 
 
-def _project(params_S, x_SCD):
+def _project(params_S, x_SCD, act):
     """The activation's inputs, gate and up by one product."""
-    names = [n for n in ("gate", "up") if f"w_{n}" in params_S]
+    names = act.inputs
     w_SDF = jnp.concatenate([params_S[f"w_{n}"] for n in names], axis=2)
     both = _batched_rows(x_SCD, w_SDF)
     if "b_up" in params_S:
@@ -140,11 +142,8 @@ def _project(params_S, x_SCD):
 
 
 def _finish(params_S, inputs, weight_SC, act):
-    """From the activation's inputs to the weighted result. The weight meets the hidden values, which are
-    fewer than the result's, in its own precision."""
-    gate = inputs[0] if act.gated else None
-    hidden_SCF = act.apply(gate, inputs[-1])
-    hidden_SCF = (hidden_SCF * weight_SC[..., None]).astype(hidden_SCF.dtype)
+    """From the activation's inputs to the weighted result."""
+    hidden_SCF = act.hidden(inputs, weight_SC[..., None])
     y_SCD = _batched_rows(hidden_SCF, params_S["w_down"])
     if "b_down" not in params_S:
         return y_SCD

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import jax
 import orbax.checkpoint as ocp
-from jax.sharding import SingleDeviceSharding
+from jax.sharding import NamedSharding, SingleDeviceSharding
 
 from moejax.config import ConfigError, ExperimentConfig, ModelConfig
 from moejax.models import transformer
@@ -24,6 +24,7 @@ from moejax.params import abstract_params, path_name
 from moejax.runs import agree, folder, hush, lock
 from moejax.runs.checksums import add_up, local_sums
 from moejax.sharding import Layout
+from moejax.weights import Quantized, partition
 
 META_FILE = "meta/metadata"
 ITEMS = ("model", "training")
@@ -327,9 +328,11 @@ def _fit(ours: dict, path: pathlib.Path, meta: dict, stored_dtype: bool) -> dict
     """`ours` (abstract, placed) if the item 'model' has the same arrays, in the dtype stored if asked for.
 
     Raises Damaged naming the first arrays that differ: the config, which agrees, says what they are.
+    ConfigError if some are quantised and it is not asked for what is stored, or the mesh does not divide them.
     """
-    here = {path_name(p): a for p, a in jax.tree_util.tree_flatten_with_path(ours)[0]}
     there = _stored(path, meta)
+    ours = _quantized(ours, there, path, stored_dtype)
+    here = {path_name(p): a for p, a in jax.tree_util.tree_flatten_with_path(ours)[0]}
     names = sorted(there.keys() | here.keys())
     differ = [n for n in names if n not in here or tuple(here[n].shape) != there.get(n, (None,))[0]]
     if differ:
@@ -346,6 +349,42 @@ def _fit(ours: dict, path: pathlib.Path, meta: dict, stored_dtype: bool) -> dict
         return jax.ShapeDtypeStruct(a.shape, there[path_name(path)][1], sharding=a.sharding)
 
     return jax.tree_util.tree_map_with_path(one, ours)
+
+
+def _quantized(ours: dict, there: dict[str, tuple], path: pathlib.Path, wanted: bool) -> dict:
+    """`ours` with a `Quantized` in place of each matrix that is stored as one."""
+
+    def one(key, a):
+        name = path_name(key)
+        if name in there or f"{name}/q" not in there or f"{name}/scale" not in there:
+            return a
+        if not wanted:
+            raise ConfigError(
+                f"the weights in {path} are quantised, so they cannot be trained. A run that was imported "
+                "without --quantize can be"
+            )
+        parts = (jax.ShapeDtypeStruct(*there[f"{name}/{part}"]) for part in ("q", "scale"))
+        found = Quantized(*parts)
+        return laid_out(found, a.sharding, name) if found.fits(a.shape) else a
+
+    return jax.tree_util.tree_map_with_path(one, ours)
+
+
+def laid_out(w: Quantized, sharding, name: str) -> Quantized:
+    """Shapes with the shardings of a matrix that lies as `sharding` says."""
+    if not isinstance(sharding, NamedSharding):
+        return placed(w, Quantized(sharding, sharding))
+    parts = partition(w, sharding.spec)
+    shardings = jax.tree.map(lambda p: NamedSharding(sharding.mesh, p), parts)
+    for a, s in zip((w.q, w.scale), (shardings.q, shardings.scale)):
+        try:
+            s.shard_shape(a.shape)
+        except ValueError:
+            raise ConfigError(
+                f"{name} is quantised in blocks of {w.block} of its {w.shape[-2]} inputs, which cannot be "
+                f"split as the mesh asks for ({s.spec}); a mesh that splits them fewer times would work"
+            ) from None
+    return placed(w, shardings)
 
 
 def _stored(path: pathlib.Path, meta: dict) -> dict[str, tuple[tuple, Any]]:

@@ -34,6 +34,7 @@ from moejax.moe.rows import SortedRoutes, sort_routes, to_rows, to_tokens
 from moejax.moe.varying import vary, vary_together, varying_axes
 from moejax.routers.contract import Routing
 from moejax.sharding import Layout
+from moejax.weights import partition
 
 Axes = tuple[str, ...]
 
@@ -78,10 +79,11 @@ def expert_parallel(
     param_axes = {k: [mesh_axes[name] for name in names] for k, names in logical.items()}
 
     def local(params_e, x_tD, index_tK, weights_tK):
-        params_e = {
-            k: _gather_weights(w.astype(x_tD.dtype) if gathered else w, param_axes[k], gathered)
-            for k, w in params_e.items()
-        }
+        if gathered:
+            params_e = {
+                k: _gather_weights(w.astype(x_tD.dtype), param_axes[k], gathered)
+                for k, w in params_e.items()
+            }
         split = tuple(a for a in width if a not in batch)
         params_e = _bias_once(params_e, split)
         routing_tK = Routing(index_tK, weights_tK)
@@ -94,7 +96,10 @@ def expert_parallel(
         return y_tD, _sum_everywhere(dropped)
 
     token = PartitionSpec(batch or None)
-    param_specs = {k: PartitionSpec(*(a or None for a in dims)) for k, dims in param_axes.items()}
+    param_specs = {
+        k: partition(params[k], PartitionSpec(*(a or None for a in dims)))
+        for k, dims in param_axes.items()
+    }
     return jax.shard_map(
         local,
         mesh=layout.mesh,

@@ -19,6 +19,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from moejax.weights import Weight
+
 
 class Window(NamedTuple):
     """Rows of one expert, as scalars inside the loop.
@@ -134,12 +136,12 @@ def write_rows(y_RD: jax.Array, y_SCD: jax.Array, windows: Sequence[Window]) -> 
 
 
 def read_experts(
-    w_E: jax.Array, windows: Sequence[Window], dtype: Any, first: jax.Array | int = 0
+    w_E: Weight, windows: Sequence[Window], dtype: Any, first: jax.Array | int = 0
 ) -> jax.Array:
     """(S, ...) the parameter of each window's expert, as `dtype`; `first` is the index of expert 0."""
-    return jnp.stack(
-        [jax.lax.dynamic_index_in_dim(w_E, first + w.expert, keepdims=False) for w in windows]
-    ).astype(dtype)
+    read = lambda a, w: jax.lax.dynamic_index_in_dim(a, first + w.expert, keepdims=False)  # noqa: E731
+    w_S = jax.tree.map(lambda a: jnp.stack([read(a, w) for w in windows]), w_E)
+    return w_S.astype(dtype)
 
 
 def add_experts(w_E: jax.Array, w_S: jax.Array, windows: Sequence[Window]) -> jax.Array:
