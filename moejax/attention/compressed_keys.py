@@ -2,7 +2,7 @@
 
 Rows longer than a block go in blocks of queries, which the backward pass computes again. A block holds its
 scores with the tokens in its reach and with all entries; there are m times fewer of these than tokens. Which
-entries are picked is a mask: they are not gathered.
+entries are picked is a mask. Only those of a single query, as in decoding, are gathered, and no others read.
 
 Here: T keys, E entries, J heads of the indexer, I blocks of queries.
 """
@@ -44,11 +44,28 @@ class Keys(NamedTuple):
     document_BT: jax.Array | None
 
 
+def _best(index: Index, seen_BSE: jax.Array, topk: int) -> jax.Array:
+    """The `topk` best entries for each query, BS by topk: 2606.19348 equations 13 to 17. Where a query sees
+    fewer, the rest are entries that it does not see."""
+    return jax.lax.top_k(jnp.where(seen_BSE, scores(index), -jnp.inf), topk)[1]
+
+
 def picked(index: Index, seen_BSE: jax.Array, topk: int) -> jax.Array:
-    """The entries that each query sees among its `topk` best, as a mask BSE: 2606.19348 equations 13 to 17."""
-    best = jax.lax.top_k(jnp.where(seen_BSE, scores(index), -jnp.inf), topk)[1]
+    """The entries that each query sees among its `topk` best, as a mask BSE."""
+    best = _best(index, seen_BSE, topk)
     return seen_BSE & jnp.put_along_axis(
         jnp.zeros(seen_BSE.shape, bool), best, True, axis=-1, inplace=False
+    )
+
+
+def gathered(entries: Keys, best_BK: jax.Array) -> Keys:
+    """These entries of each row."""
+    at_BT = jnp.broadcast_to(entries.at_BT, entries.kv_BTH.shape[:2])
+    document = entries.document_BT
+    return Keys(
+        jnp.take_along_axis(entries.kv_BTH, best_BK[..., None], axis=1),
+        jnp.take_along_axis(at_BT, best_BK, axis=1),
+        None if document is None else jnp.take_along_axis(document, best_BK, axis=1),
     )
 
 
@@ -97,7 +114,10 @@ def _at_once(q_BSNH, where: Where, tokens: Keys, entries, index: Index | None, s
     mask, kv = seen(tokens, a.sliding_window), tokens.kv_BTH
     if entries is not None:
         of_entries = seen(entries, None)
-        if index is not None:
+        if index is not None and q_BSNH.shape[1] == 1:
+            entries = gathered(entries, _best(index, of_entries, a.index_topk)[:, 0])
+            of_entries = seen(entries, None)
+        elif index is not None:
             of_entries = picked(index, of_entries, a.index_topk)
         mask = jnp.concatenate([mask, of_entries], axis=-1)
         kv = jnp.concatenate([kv, entries.kv_BTH], axis=1)
