@@ -287,11 +287,12 @@ def cost(cfg: ModelConfig, layer_kind: str) -> Attention:
 
 
 def saved(cfg: ModelConfig, number: float, tensor: float) -> float:
-    """Of a layer with a compressor: queries before and after their norm, latents, keys, and what makes
-    entries."""
     a, wide = cfg.attention, 4.0  # norms and entries work in float32
     heads, out = a.num_heads / tensor * a.head_dim, a.o_groups / tensor * a.o_lora_rank
     kept = number * (3 * heads + out + a.q_lora_rank + 6 * a.head_dim + 2 * cfg.d_model)
+    # Slots of an entry with their weights: two for each token of CSA, one for each of HCA. Counted: 16 and 10.
+    slots_of = 16 * a.layer_kinds.count(CSA) + 10 * a.layer_kinds.count(HCA)
+    kept += wide * slots_of / cfg.num_layers * a.head_dim
     return kept + wide * (heads + 3 * a.q_lora_rank + 8 * a.head_dim)
 
 

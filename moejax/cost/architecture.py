@@ -126,7 +126,7 @@ PARTS = {
     "embedding": {"embed"},
     "indexer": {"indexer"},
     "attention": {"attn", "full_attn", "window_attn"},
-    "compressors and indexers": {"csa_attn", "hca_attn"},
+    "compressors": {"csa_attn", "hca_attn"},
     "norms": {"attn_norm", "ffn_norm"},
     "hyper-connections": {"attn_streams", "ffn_streams"},
     "final hyper-connection": {"streams_head"},

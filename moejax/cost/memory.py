@@ -70,8 +70,7 @@ def checkpoint_bytes(arch: Architecture, hf: dict) -> float:
     parts = list(arch.parts)
     if method == "fp8" and arch.mtp:
         parts += arch.mtp
-        family = FAMILIES.get(hf["model_type"])
-        if family is None or any(d.written for d in family.NAMES.duplicates):
+        if any(d.written for d in FAMILIES[hf["model_type"]].NAMES.duplicates):
             parts += [p for p in arch.parts if p.name in ("embedding", "head")]
     return sum(_stored_bits(p, method, hf.get("expert_dtype")) for p in parts) / 8
 
@@ -238,9 +237,12 @@ def layer_bytes(cfg: ExperimentConfig, seq_len: int, mesh: MeshSizes) -> float:
         moe += b * 6 * m.shared_width / tensor + b * into * d * bool(m.shared_width)
         moe += wide * (d + m.num_experts * (model.routes_per_token + 1))
     share = model.num_moe_layers / model.num_layers
-    streams = model.streams.count
-    # Both sub-layers: the state, and in float32 the same, normed, and mixed.
-    state = 2 * (b + 3 * wide) * streams * d if streams > 1 else 0.0
+    streams, steps = model.streams.count, model.streams.sinkhorn_steps - 1
+    state = 0.0
+    if (
+        streams > 1
+    ):  # both sub-layers: it, in float32 the same, normed, and mixed; every Sinkhorn step
+        state = 2 * (b + 3 * wide) * streams * d + 2 * wide * steps * 2 * streams * (streams + 2)
     return 2 * 3 * wide * d + state + attention + share * moe + (1 - share) * dense
 
 

@@ -280,6 +280,23 @@ def test_step_by_step_equals_one_pass(kind, per_pass):
         assert (a[0] == 7).all()
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_memory_grows_with_the_length_of_a_row(kind):
+    """Forward and backward in blocks of 32: twice the tokens take twice the memory. All scores at once would be
+    four times those of half the row: 4 heads, 8 bytes."""
+    p = jax.tree.map(jnp.asarray, params(kind))
+
+    def peak(length):
+        where = where_of(np.arange(length)[None])
+        loss = lambda p, x: run(p, x, where, kind, 32).sum()  # noqa: E731
+        x = jax.ShapeDtypeStruct((1, length, 12), "float64")
+        return jax.jit(jax.grad(loss)).lower(p, x).compile().memory_analysis().temp_size_in_bytes
+
+    small, large = peak(512), peak(1024)
+    assert large < 2.2 * small
+    assert large < 1024 * 1024 * 4 * 8 / 3
+
+
 def test_all_entries_are_picked_where_there_are_few():
     x, position, document = batch()
     many = dataclasses.replace(A, index_topk=99)
