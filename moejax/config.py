@@ -227,6 +227,12 @@ class ObjectiveConfig(BalanceConfig):
     """What a model is trained for besides the next token. Evaluation and generation know nothing of it."""
 
     mtp_loss_weight: float = number(0.3, least=0)  # lambda of 2412.19437 eq. 25
+    # Weight of the loss by which indexers learn to rank keys as attention does, mean over layers that have one
+    # (2512.02556 section 2.1.1); 0: they do not learn.
+    index_loss: float = number(0.0, least=0)
+    # Their warm-up: attention sees all keys, and they are to rank them all. Freeze the rest of the model with
+    # optimizer.groups=('path=* frozen', 'path=*/indexer/* trained').
+    index_dense: bool = False
     # Token choice in training: slots per expert = ceil(factor * T * K / E), and what finds none is dropped and
     # counted. Later tokens (and those of other sequences) may take a slot, each micro-batch has its own. 0: no
     # drops.

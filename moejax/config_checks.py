@@ -20,6 +20,9 @@ CLAMPED = ("swiglu_clamped", "swiglu_oai")  # the activations with a limit
 # Fields of BalanceConfig that only say how: without a loss or rule they mean nothing.
 _PARAMETERS = ("bias_rate", "balance_groups")
 
+# ... and those that the kind of attention reads.
+_OF_ATTENTION = frozenset().union(*(kind.objectives for kind in ATTENTIONS.values()))
+
 # The options that an optimiser reads, besides those that all of them read.
 READS = {
     "adamw": ("b1", "b2", "eps", "weight_decay"),
@@ -54,7 +57,7 @@ def model_problems(
     dense = cfg.num_moe_layers < cfg.num_layers
     if dense:
         out.need(cfg.d_ff > 0, f"{p}d_ff={cfg.d_ff} must be positive: there are dense layers")
-    out += _attention_problems(cfg, p)
+    out += _attention_problems(cfg, p, objective or ObjectiveConfig())
     limit = m.activation_limit
     for key, name, used in (
         ("activation", cfg.activation, dense),
@@ -75,10 +78,21 @@ def model_problems(
     return out
 
 
-def _attention_problems(cfg: ModelConfig, p: str) -> list[str]:
+def _attention_problems(cfg: ModelConfig, p: str, objective: ObjectiveConfig) -> list[str]:
     out, a = Problems(), cfg.attention
     if a.kind in ATTENTIONS:  # the choices beside the field say so
         out += ATTENTIONS[a.kind].problems(cfg, p)
+        for key in sorted(_OF_ATTENTION - ATTENTIONS[a.kind].objectives):
+            value, default = getattr(objective, key), getattr(ObjectiveConfig(), key)
+            out.need(
+                value == default,
+                f"objective.{key}={value!r} is not read by {p}attention.kind={a.kind!r}: leave it at "
+                f"{default!r}",
+            )
+    out.need(
+        not objective.index_dense or objective.index_loss > 0,
+        "objective.index_dense needs objective.index_loss > 0: it is the warm-up of what that loss teaches",
+    )
     windows = a.windows
     out.need(all(w >= 0 for w in windows), f"{p}attention.windows={windows} must not be negative")
     out.need(
@@ -133,7 +147,7 @@ def _moe_problems(cfg: ModelConfig, p: str, objective: ObjectiveConfig) -> list[
     )
     for field in dataclasses.fields(objective):
         value = getattr(objective, field.name)
-        read = field.name in (*router.balance, *_PARAMETERS, "mtp_loss_weight")
+        read = field.name in (*router.balance, *_PARAMETERS, "mtp_loss_weight", *_OF_ATTENTION)
         if field.name == "capacity_factor":
             read = router.form == "token"
         out.need(

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, Protocol
 
 import jax
 
-from moejax.config import AttentionConfig, ModelConfig
+from moejax.config import AttentionConfig, ModelConfig, ObjectiveConfig
 
 ALL = "all"  # the layer kind where all layers are alike
 
@@ -59,6 +59,8 @@ class Call(NamedTuple):
       lengths_B: tokens of each row in a prefill, what stands behind is padding; None: all.
       block: static; queries and keys of a block of attention, 0: by their number, see `block_size`.
       carried: what the layer before passed on, see `AttentionKind.carries`.
+      mask_BS: 1 = token, 0 = padding, or None.
+      objective: static; what the model is trained for, or None.
     """
 
     where: Where
@@ -70,6 +72,8 @@ class Call(NamedTuple):
     lengths_B: Any = None
     block: int = 0
     carried: Any = None
+    mask_BS: jax.Array | None = None
+    objective: ObjectiveConfig | None = None
 
 
 class Attended(NamedTuple):
@@ -77,11 +81,13 @@ class Attended(NamedTuple):
     y_BSD: what the sub-layer gives.
     cache: as it came, with the new tokens; or None.
     carried: for the next layer.
+    losses: name -> loss of this layer, a sum over tokens with its coefficient; names of `AttentionKind.losses`.
     """
 
     y_BSD: jax.Array
     cache: dict[str, jax.Array] | None = None
     carried: Any = None
+    losses: dict[str, jax.Array] | None = None
 
 
 class Widths(NamedTuple):
@@ -160,6 +166,9 @@ class AttentionKind(NamedTuple):
     carries: (cfg, rows, queries, cache) -> shape and dtype of what each layer passes to the next
       (`Call.carried`); the first layer gets zeros. `cache`: of the first layer's kind if keys are read from it,
       else None. None: nothing.
+    losses: (cfg, objective) -> names of the losses that its layers have when trained for this objective. They
+      are divided by the number of tokens and added up over layers.
+    objectives: fields of ObjectiveConfig that only some kinds read, and this one does.
     """
 
     specs: Callable[[ModelConfig], dict]
@@ -177,3 +186,5 @@ class AttentionKind(NamedTuple):
     carries: Callable[[ModelConfig, int, int, dict | None], jax.ShapeDtypeStruct | None] = (
         lambda cfg, rows, queries, cache: None
     )
+    losses: Callable[[ModelConfig, ObjectiveConfig], tuple[str, ...]] = lambda cfg, objective: ()
+    objectives: frozenset[str] = frozenset()

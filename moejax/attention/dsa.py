@@ -4,6 +4,9 @@ An indexer scores every key for a query, and the query attends to the `index_top
 choice: those of `index_shared_at` have no indexer and take what the layer before chose (2603.12201). Where
 there are no more keys than `index_topk`, this is 'mla'.
 
+The choice has no gradient. With `objective.index_loss` the indexer learns to rank keys as attention does, from
+inputs without gradient: nothing but its own parameters learns from that loss, and they from nothing else.
+
 Here: J heads of the indexer, I width of each.
 """
 
@@ -16,6 +19,7 @@ from moejax import axes
 from moejax.attention import mla
 from moejax.attention.contract import Attended, Attention, AttentionKind, Call, Slots
 from moejax.attention.core import named_linear, seen, turned
+from moejax.attention.index_loss import index_loss
 from moejax.attention.rope import rotate
 from moejax.attention.selection import Index, choose, chosen, num_bytes
 from moejax.config import AttentionConfig, ModelConfig
@@ -24,6 +28,7 @@ from moejax.options import Problems
 from moejax.params import ParamSpec
 
 INDEXED, SHARED = "indexed", "shared"
+INDEX = "index"  # its loss
 INDEX_NORM_EPS = 1e-6  # whatever config.json's rms_norm_eps says
 
 
@@ -66,20 +71,32 @@ def _index(indexer: dict, x_BSD, latent_BSC, k_BTI, cfg: ModelConfig, cos_sin) -
 @jax.named_scope("attention")
 def _attend(params: dict, x_BSD: jax.Array, cfg: ModelConfig, call: Call) -> Attended:
     a, cos_sin, indexer = cfg.attention, turned(cfg, call), params.get("indexer")
-    q, bits = mla.project(params, x_BSD, cfg, cos_sin), call.carried
-    new = q.keys
+    q, bits, index = mla.project(params, x_BSD, cfg, cos_sin), call.carried, None
+    new, losses = q.keys, {}
+    still_BSD, latent_BSC = jax.lax.stop_gradient((x_BSD, q.latent_BSC))
     if indexer is not None:
-        new = {**new, "index_key": _key(indexer, x_BSD, cfg, cos_sin)}
+        new = {**new, "index_key": _key(indexer, still_BSD, cfg, cos_sin)}
     keys, cache, sight, cached = seen(new, call)
+    if indexer is not None:
+        index = _index(indexer, still_BSD, latent_BSC, keys["index_key"], cfg, cos_sin)
     length = keys["latent"].shape[1]
     if length > a.index_topk:
-        if indexer is not None:
-            index = _index(indexer, x_BSD, q.latent_BSC, keys["index_key"], cfg, cos_sin)
+        if index is not None:
             bits = choose(index, sight, a.index_topk, call.block)
-        sight = sight._replace(chosen=chosen(bits, length))
+        if call.objective is None or not call.objective.index_dense:
+            sight = sight._replace(chosen=chosen(bits, length))
+    if index is not None and call.objective is not None and call.objective.index_loss:
+        query, key = mla.of_heads(params, q, keys, a)
+        loss = index_loss(index, query, key, mla.scale(a), sight, call.mask_BS, call.block)
+        losses = {INDEX: call.objective.index_loss / _indexers(cfg) * loss}
     out_BSNH = mla.among(params, q, keys, sight, a, call.block, absorbed=cached)
     y_BSD = named_linear(params, out_BSNH.reshape(*x_BSD.shape[:2], -1), "o")
-    return Attended(y_BSD, cache, bits if a.index_shared_at else None)
+    return Attended(y_BSD, cache, bits if a.index_shared_at else None, losses)
+
+
+def _indexers(cfg: ModelConfig) -> int:
+    """Layers with an indexer, depths of multi-token prediction included."""
+    return cfg.num_layers - len(cfg.attention.index_shared_at) + cfg.mtp_depth
 
 
 def _carries(cfg: ModelConfig, rows: int, queries: int, cache: dict | None):
@@ -109,7 +126,7 @@ def _cost(cfg: ModelConfig, layer_kind: str) -> Attention:
 
 
 def _saved(cfg: ModelConfig, number: float, tensor: float) -> float:
-    """The indexer has no gradient of its own here, and keeps nothing but bits."""
+    """The indexer's loss computes again what it needs, and the choice is bits."""
     return mla.saved(cfg, number, tensor)
 
 
@@ -153,4 +170,6 @@ KIND = AttentionKind(
     layer_kind=layer_kind,
     own_specs=own_specs,
     carries=_carries,
+    losses=lambda cfg, objective: (INDEX,) if objective.index_loss else (),
+    objectives=frozenset({"index_loss", "index_dense"}),
 )

@@ -83,26 +83,40 @@ def project(params, x_BSD, cfg: ModelConfig, cos_sin) -> Projected:
     return Projected(q_nope, q_rope, {"latent": latent, "rope_key": rope_key}, q_latent)
 
 
-def among(params, q: Projected, keys, sight: Sight, a: AttentionConfig, block: int, absorbed: bool):
-    """What the queries see of these keys, [B,S,N,H of v]. `absorbed`: in the latent space."""
+def _latents(params, q: Projected, keys, a: AttentionConfig):
+    """Latents, rotated keys, and the two parts of w_kv_b, [C,N,H] each."""
     latent, rope_key = (keys[name].astype(q.q_nope_BSNH.dtype) for name in ("latent", "rope_key"))
     w_kv_b = params["w_kv_b"].astype(latent.dtype)
     w = w_kv_b.reshape(a.kv_lora_rank, a.num_heads, a.qk_nope_head_dim + a.v_head_dim)
-    w_k, w_v = w[..., : a.qk_nope_head_dim], w[..., a.qk_nope_head_dim :]
-    scale = softmax_scale(a, widths(a).query)
+    return latent, rope_key, w[..., : a.qk_nope_head_dim], w[..., a.qk_nope_head_dim :]
+
+
+def of_heads(params, q: Projected, keys, a: AttentionConfig):
+    """Queries [B,S,N,H], and keys [B,N,T,H] of every head."""
+    latent, rope_key, w_k, _ = _latents(params, q, keys, a)
+    k_nope = jnp.einsum("BTC,CNH->BNTH", latent, w_k)
+    rope_key = jnp.broadcast_to(rope_key[:, None], (*k_nope.shape[:3], a.qk_rope_head_dim))
+    query = jnp.concatenate([q.q_nope_BSNH, q.q_rope_BSNH], axis=-1)
+    return query, jnp.concatenate([k_nope, rope_key], axis=-1)
+
+
+def scale(a: AttentionConfig) -> float:
+    """Of the products of queries and keys."""
+    return softmax_scale(a, widths(a).query)
+
+
+def among(params, q: Projected, keys, sight: Sight, a: AttentionConfig, block: int, absorbed: bool):
+    """What the queries see of these keys, [B,S,N,H of v]. `absorbed`: in the latent space."""
+    latent, rope_key, w_k, w_v = _latents(params, q, keys, a)
     if absorbed:
         # q^T (W_k c) = (W_k^T q)^T c: attend in the latent space, one key "head" for all queries.
         nope = jnp.einsum("BSNH,CNH->BSNC", q.q_nope_BSNH, w_k)
         query = jnp.concatenate([nope, q.q_rope_BSNH], axis=-1)
         key = jnp.concatenate([latent, rope_key], axis=-1)[:, None]
-        out = attend(query, key, latent[:, None], sight, scale, block=block)
+        out = attend(query, key, latent[:, None], sight, scale(a), block=block)
         return jnp.einsum("BSNC,CNH->BSNH", out, w_v)
-    k_nope = jnp.einsum("BTC,CNH->BNTH", latent, w_k)
     v = jnp.einsum("BTC,CNH->BNTH", latent, w_v)
-    rope_key = jnp.broadcast_to(rope_key[:, None], (*k_nope.shape[:3], a.qk_rope_head_dim))
-    query = jnp.concatenate([q.q_nope_BSNH, q.q_rope_BSNH], axis=-1)
-    key = jnp.concatenate([k_nope, rope_key], axis=-1)
-    return attend(query, key, v, sight, scale, block=block)
+    return attend(*of_heads(params, q, keys, a), v, sight, scale(a), block=block)
 
 
 @jax.named_scope("attention")

@@ -75,7 +75,7 @@ def guess(
         cfg=cfg, compute=compute, where=where, mask_BS=mask_BS, token_ids_BS=next_BS, **options
     )
     state = first(router_state.get("mtp", {}))
-    _, normed_BSD, cache, _ = mtp_step(
+    _, normed_BSD, cache, *_ = mtp_step(
         params, first(params["mtp"]), 0, state, trunk, next_BS, ctx, cache=cache
     )
     last_BSD = jnp.take_along_axis(normed_BSD, at_B[:, None, None], axis=1)

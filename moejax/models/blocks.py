@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from moejax import axes
 from moejax.attention import kind_of
-from moejax.attention.contract import Call, Where
+from moejax.attention.contract import ALL, Call, Where
 from moejax.config import ComputeConfig, ModelConfig, ObjectiveConfig
 from moejax.models import hyper_connections as hc
 from moejax.moe import layer as moe_layer
@@ -102,14 +102,17 @@ class Carried(NamedTuple):
     Attributes:
       router: what the MoE layer before passed on, see `moe.layer.nothing_carried`.
       attention: what the layer before passed on, see `AttentionKind.carries`.
+      losses: those of the layers before, see `AttentionKind.losses`.
     """
 
     router: Any = None
     attention: Any = None
+    losses: dict[str, jax.Array] | None = None
 
 
-def nothing_carried(x, cfg: ModelConfig, layout: Layout | None, cache=None) -> Carried:
+def nothing_carried(x, ctx: Context, cache=None) -> Carried:
     """What the first block receives: zeros, of the right shape. `cache`: as for `AttentionKind.carries`."""
+    cfg, layout = ctx.cfg, ctx.layout
     router = moe_layer.nothing_carried(x, cfg) if cfg.num_moe_layers else None
     if router is not None:
         router = constrain(router, layout, None)
@@ -118,7 +121,14 @@ def nothing_carried(x, cfg: ModelConfig, layout: Layout | None, cache=None) -> C
     attention = None
     if shape is not None:
         attention = constrain(jnp.zeros(shape.shape, shape.dtype), layout, None)
-    return Carried(router, attention)
+    return Carried(router, attention, no_losses(x, ctx))
+
+
+def no_losses(x, ctx: Context) -> dict[str, jax.Array]:
+    """A zero for each loss of attention."""
+    kind, wide = kind_of(ctx.cfg.attention), jnp.promote_types(x.dtype, jnp.float32)
+    names = kind.losses(ctx.cfg, ctx.objective) if ctx.objective else ()
+    return {name: jnp.zeros((), wide) for name in names}
 
 
 def constrain(x: jax.Array, layout: Layout | None, last: str | None = axes.ACT_EMBED):
@@ -133,8 +143,8 @@ def block(
     layer: LayerInput,
     ctx: Context,
     *,
-    layer_kind: str,
-    carried: Carried,
+    layer_kind: str = ALL,
+    carried: Carried = Carried(),  # noqa: B008 (immutable)
     cache=None,
     stack=None,
 ):
@@ -164,9 +174,13 @@ def block(
         lengths_B=ctx.mask_BS.sum(axis=1) if ctx.prefill and ctx.mask_BS is not None else None,
         block=ctx.compute.attention_block,
         carried=carried.attention,
+        mask_BS=ctx.mask_BS,
+        objective=ctx.objective,
     )
     attended = kind_of(cfg.attention).attend(p["attn"], h, cfg, call)
-    cache, carried = attended.cache, carried._replace(attention=attended.carried)
+    losses, new = carried.losses or {}, attended.losses or {}
+    losses = {name: total + new.get(name, 0.0) for name, total in losses.items()}
+    cache, carried = attended.cache, Carried(carried.router, attended.carried, losses)
     x = constrain(write(attended.y_BSD), ctx.layout)
     h, write = hc.read(p.get("ffn_streams"), x, cfg)
     h = norm(p["ffn_norm"], h, cfg.norm_eps)

@@ -1,8 +1,8 @@
 """The training loss of a batch, or of one micro-batch as its exact share of the batch.
 
 loss = cross-entropy + lambda * mean over depths of the MTP cross-entropy + mean over MoE layers of the
-balance losses. Every mean is over the *global* batch: `StepTotals` carries the denominators, so that the
-shares of the micro-batches add up to the whole, whatever their number.
+balance losses + losses of attention. Every mean is over the *global* batch: `StepTotals` carries the
+denominators, so that the shares of the micro-batches add up to the whole, whatever their number.
 
 Here: R positions of a chunk, over all rows.
 """
@@ -51,6 +51,7 @@ class LossParts(NamedTuple):
       cross_entropy: share of the mean, in nats per target.
       mtp: the same of the MTP depths (mean over depths), 0 without.
       balance: balance losses by name, mean over layers, coefficients applied.
+      attention: losses of attention by name, mean over tokens and layers, coefficients applied.
       nll_BS: each position's negative log-likelihood, 0 where it does not count; no gradient.
       aux: name -> MoEAux stacked over layers.
     """
@@ -58,6 +59,7 @@ class LossParts(NamedTuple):
     cross_entropy: jax.Array
     mtp: jax.Array
     balance: dict[str, jax.Array]
+    attention: dict[str, jax.Array]
     nll_BS: jax.Array
     aux: dict[str, MoEAux]
 
@@ -121,6 +123,8 @@ def loss_fn(
     ce = total / jnp.maximum(totals.targets, 1.0)
 
     mtp, aux = jnp.zeros_like(ce), dict(out.aux)
+    per_token = lambda total, n: total / jnp.maximum(n.num_tokens, 1.0)  # noqa: E731
+    attention = {name: per_token(total, totals.tokens) for name, total in out.losses.items()}
     if with_mtp:
         ctx = Context(
             cfg=cfg,
@@ -134,17 +138,21 @@ def loss_fn(
         depths = []
         stats = totals.of("mtp").stats if cfg.num_moe_layers else None
         args = (params, router_state, out.trunk, batch, ctx, totals.mtp_tokens)
-        for i, (hidden, of, depth_aux) in enumerate(mtp_forward(*args, stats, mtp_forced_LTK)):
+        every = mtp_forward(*args, stats, mtp_forced_LTK)
+        for i, (hidden, of, depth_aux, losses) in enumerate(every):
             total, _ = cross_entropy(hidden, w_DV, of.targets_BS, of.mask_BS, compute)
             mtp = mtp + total / jnp.maximum(totals.mtp_targets[i], 1.0) / cfg.mtp_depth
             depths.append(depth_aux)
+            for name, total in losses.items():
+                attention[name] += per_token(total, totals.mtp_tokens[i])
         if cfg.num_moe_layers:
             aux["mtp"] = jax.tree.map(lambda *a: jnp.stack(a), *depths)
 
     balance = mean_over_layers(aux)
     weight = objective.mtp_loss_weight if objective else 0.0
-    loss = ce + weight * mtp + sum(balance.values(), jnp.zeros_like(ce))
-    return loss, LossParts(ce, mtp, balance, nll_BS, aux)
+    loss = ce + weight * mtp
+    loss += sum((*balance.values(), *attention.values()), jnp.zeros_like(ce))
+    return loss, LossParts(ce, mtp, balance, attention, nll_BS, aux)
 
 
 def mean_over_layers(aux: dict[str, MoEAux]) -> dict[str, jax.Array]:

@@ -20,15 +20,14 @@ from moejax.config import ModelConfig
 from moejax.linear import linear
 from moejax.models import hyper_connections as hc
 from moejax.models.blocks import (
-    Carried,
     Context,
     LayerInput,
     block,
     block_specs,
+    nothing_carried,
     rematerialised,
 )
 from moejax.models.embedding import embed, last_norm
-from moejax.moe.layer import nothing_carried
 from moejax.norm import norm, norm_specs
 from moejax.params import ParamSpec
 from moejax.routers.contract import BatchTotals
@@ -78,7 +77,7 @@ def mtp_step(
     forced_TK: jax.Array | None = None,
     cache=None,
 ):
-    """One depth: (h^k, normed hidden for the head, cache, aux).
+    """One depth: (h^k, normed hidden for the head, cache, aux, losses of attention as sums over tokens).
 
     Args:
       params: the model's parameters (embedding).
@@ -104,16 +103,17 @@ def mtp_step(
         x = e_BSD[:, :, None] + linear(h, depth_params["hidden_proj"])
     index = cfg.num_layers + depth
     layer = LayerInput(depth_params["block"], index, depth, state, stats=stats, forced_TK=forced_TK)
-    x, _, cache, aux = block(
+    x, carried, cache, aux = block(
         x,
         layer,
         ctx,
         layer_kind=kind_of(cfg.attention).layer_kind(cfg, index),
-        carried=Carried(nothing_carried(x, cfg) if cfg.num_moe_layers else None),
+        carried=nothing_carried(x, ctx, None if ctx.prefill else cache),
         cache=cache,
     )
     hidden_BSD = hc.head(depth_params.get("streams_head"), x, cfg)
-    return x, last_norm(depth_params["norm"], hidden_BSD, cfg), cache, aux
+    normed_BSD = last_norm(depth_params["norm"], hidden_BSD, cfg)
+    return x, normed_BSD, cache, aux, carried.losses or {}
 
 
 class Targets(NamedTuple):
@@ -156,7 +156,7 @@ def mtp_forward(
 ):
     """All depths in training. `hidden`: h^0; `totals`: of each depth over the global batch; `stats`: of their
     routers, stacked, or None; `forced_LTK`: routes to force in each depth. Yields (hidden for the head,
-    Targets, aux) for each depth."""
+    Targets, aux, losses) for each depth."""
 
     def step(depth_params, depth, state, hidden, tokens, real_BS, totals, rest):
         here = dataclasses.replace(ctx, mask_BS=real_BS, totals=totals)
@@ -168,5 +168,5 @@ def mtp_forward(
         of = mtp_targets(batch, k + 1)
         here = (pick(params["mtp"]), k, pick(router_state.get("mtp", {})), hidden)
         rest = pick(dict(stats=stats, forced_TK=forced_LTK))
-        hidden, normed, _, aux = step(*here, of.tokens_BS, of.real_BS, totals[k], rest)
-        yield normed, of, aux
+        hidden, normed, _, aux, losses = step(*here, of.tokens_BS, of.real_BS, totals[k], rest)
+        yield normed, of, aux, losses

@@ -38,12 +38,14 @@ class Output(NamedTuple):
     trunk: what multi-token prediction goes on from: hidden_BSD, or several streams before their head.
     aux: `{"moe_blocks": MoEAux stacked over layers}`, empty for a dense model.
     cache: the cache, or None.
+    losses: those of attention by name, sums over tokens and layers.
     """
 
     hidden_BSD: jax.Array
     trunk: jax.Array
     aux: dict[str, MoEAux]
     cache: Any
+    losses: dict[str, jax.Array]
 
 
 def param_specs(cfg: ModelConfig) -> dict:
@@ -270,7 +272,7 @@ def forward(
     runs, auxes, first = _runs(cfg), [], None
     if cache is not None and not prefill:
         first = cache[0] if isinstance(cache, list) else cache[runs[0].layer_kind]
-    carried = nothing_carried(x, cfg, layout, first)
+    carried = nothing_carried(x, ctx, first)
     counts = lambda key: [r.count for r in runs if key in (r.stack, own_stack(r.layer_kind))]  # noqa: E731
     pieces = {name: _pieces(params[name], counts(name)) for name in stacks(cfg) if name in params}
     of_moe = dict(
@@ -314,4 +316,5 @@ def forward(
         aux["moe_blocks"] = jax.tree.map(lambda *a: jnp.concatenate(a), *auxes)
     hidden_BSD = hc.head(params.get("streams_head"), x, cfg)
     hidden_BSD = embedding.last_norm(params["final_norm"], hidden_BSD, cfg)
-    return Output(hidden_BSD, hidden_BSD if cfg.streams.count == 1 else x, aux, cache)
+    trunk = hidden_BSD if cfg.streams.count == 1 else x
+    return Output(hidden_BSD, trunk, aux, cache, carried.losses or {})

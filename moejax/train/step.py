@@ -177,6 +177,7 @@ def train_step(
         "skipped": new_state.skipped,
         "bad_in_a_row": new_state.bad_in_a_row,
         **{f"balance/{name}": value for name, value in parts.balance.items()},
+        **{f"attention/{name}": value for name, value in parts.attention.items()},
         **domain_sums(parts.nll_BS, batch, num_domains),
     }
     if cfg.model.mtp_depth:

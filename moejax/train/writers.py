@@ -48,7 +48,7 @@ GROUPS = {
         "experts_per_token",
     ),
     "speed": ("*_per_second",),
-    "loss": ("loss", "cross_entropy", "perplexity", "bits_per_byte", "mtp*"),
+    "loss": ("loss", "cross_entropy", "perplexity", "bits_per_byte", "mtp*", "attention/*"),
     "optimiser": ("learning_rate", "grad_norm", "skipped", "bad_in_a_row", "*norm*"),
 }
 

@@ -10,6 +10,7 @@ MESH = dict(data=2, fsdp=2, tensor=2)
 DSA = dict(
     kind="dsa", q_lora_rank=4, kv_lora_rank=4, qk_nope_head_dim=4, qk_rope_head_dim=2, v_head_dim=4,
     index_heads=16, index_head_dim=4, index_topk=2, index_shared_at=(1,), mtp=1,
+    index_loss=0.5,
 )  # fmt: skip
 
 

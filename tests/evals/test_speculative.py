@@ -25,6 +25,9 @@ MHA = AttentionConfig(num_heads=2, num_kv_heads=1, head_dim=8)
 MLA = AttentionConfig(
     kind="mla", num_heads=2, kv_lora_rank=8, qk_nope_head_dim=8, qk_rope_head_dim=4, v_head_dim=8
 )
+DSA = dataclasses.replace(
+    MLA, kind="dsa", q_lora_rank=8, index_heads=16, index_head_dim=8, index_topk=4
+)
 CFG = ModelConfig(
     vocab_size=16,
     d_model=16,
@@ -87,7 +90,7 @@ def both(model, cfg, **options):
     return stats
 
 
-@pytest.mark.parametrize("attention", [MHA, MLA], ids=["mha", "mla"])
+@pytest.mark.parametrize("attention", [MHA, MLA, DSA], ids=["mha", "mla", "dsa"])
 def test_random_model_says_the_greedy_text(attention):
     """Nearly every guess is rejected: whatever it left in the caches must not be seen."""
     cfg = dataclasses.replace(CFG, attention=attention)

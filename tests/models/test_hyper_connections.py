@@ -159,7 +159,7 @@ def test_the_model_goes_through_the_streams():
     p = of_layer(params["mtp"], 1)
     following = np.roll(TOKENS, -1, axis=1)
     ctx = blocks.Context(cfg=CFG, compute=COMPUTE, where=where)
-    got, normed, _, _ = mtp.mtp_step(params, p, 1, {}, out.trunk, following, ctx)
+    got, normed, *_ = mtp.mtp_step(params, p, 1, {}, out.trunk, following, ctx)
     e = (
         rms_norm(p["embed_norm"], np.asarray(params["embed"]["tokens"])[following])
         @ p["embed_proj"]

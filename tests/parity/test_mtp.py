@@ -93,7 +93,7 @@ def test_mtp(case, record, record_one, tmp_path):
         hidden = transformer.forward(params, state, tokens, cfg).hidden_BSD
         first = lambda tree: jax.tree.map(lambda a: a[0], tree)  # noqa: E731
         ctx = Context(cfg=cfg, compute=ComputeConfig(), where=locate(tokens, cfg))
-        _, normed, _, aux = mtp_step(
+        _, normed, _, aux, _ = mtp_step(
             params, first(params["mtp"]), 0, first(state["mtp"]), hidden, next_tokens, ctx
         )
         assert aux is not None  # a layer with experts
