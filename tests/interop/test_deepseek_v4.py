@@ -1,5 +1,9 @@
 """DeepSeek-V4's folders: what is in two spellings, tables of hash-routed layers, and what is refused."""
 
+import json
+
+import jax
+import jax.numpy as jnp
 import numpy as np
 import published
 import pytest
@@ -7,9 +11,11 @@ import pytest
 from moejax.config import ConfigError
 from moejax.interop.files import InteropError
 from moejax.interop.load import load_model
+from moejax.interop.safetensors_file import NewTensor, write_file
 from moejax.models import transformer, zoo
 
 CONFIG = published.config("deepseek_v4")
+E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6])
 
 
 def test_what_files_do_not_hold_is_that_of_a_new_model(tmp_path):
@@ -129,3 +135,43 @@ def test_both_spellings_of_a_config_are_one_model():
     yarn = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
     assert zoo.config_from_hf(spelled) == zoo.config_from_hf(CONFIG | {"rope_scaling": yarn})
     assert zoo.config_from_hf(spelled).attention.rope.yarn_factor == 4
+
+
+def test_a_folder_in_fp8_and_fp4(tmp_path):
+    """As published: experts in FP4, projections in FP8, what makes entries, streams and norms as they are."""
+    config = CONFIG | {"hidden_size": 32, "moe_intermediate_size": 64, "expert_dtype": "fp4"}
+    tensors, plain = published.random_tensors(config), {}
+    packed, rng = {}, np.random.default_rng(1)
+    whole = ("compressor.wkv", "wgate", "weights_proj", "gate", "embed", "head")
+    for name, value in tensors.items():
+        rows, cols = value.shape if value.ndim == 2 else (0, 0)
+        base = name.removesuffix(".weight")
+        if ".experts." in name:
+            packed[name] = rng.integers(-128, 128, (rows, cols // 2)).astype(np.int8)
+            scale = rng.integers(120, 134, (rows, cols // 32)).astype(np.uint8)
+            low, high = packed[name].view(np.uint8) & 15, packed[name].view(np.uint8) >> 4
+            value = E2M1[np.stack([low, high], axis=-1).reshape(rows, cols)]
+            value = value * np.repeat(2.0 ** (scale.astype(int) - 127), 32, axis=1)
+        elif rows and base != name and not base.endswith(whole):
+            packed[name] = value.astype(jnp.float8_e4m3fn)
+            scale = rng.integers(120, 134, (-(-rows // 4), -(-cols // 8))).astype(np.uint8)
+            spread = np.repeat(np.repeat(2.0 ** (scale.astype(int) - 127), 4, 0), 8, 1)[
+                :rows, :cols
+            ]
+            value = packed[name].astype(np.float32) * spread
+        else:
+            packed[name] = plain[name] = value
+            continue
+        packed[base + ".scale"] = scale.view(jnp.float8_e8m0fnu)
+        plain[name] = value.astype(published.BF16)
+    quantization = {"quant_method": "fp8", "scale_fmt": "ue8m0", "weight_block_size": [4, 8]}
+    for folder, stored in (("packed", packed), ("plain", plain)):
+        published.write(tmp_path / folder, config, {})
+        new = [NewTensor(n, a.dtype, a.shape, lambda a=a: a) for n, a in stored.items()]
+        with (tmp_path / folder / "model.safetensors").open("wb") as f:
+            write_file(f, new, lambda _: None)
+    published_config = json.dumps(config | {"quantization_config": quantization})
+    (tmp_path / "packed" / "config.json").write_text(published_config)
+    (_, a, a_state), (_, b, b_state) = (load_model(tmp_path / n) for n in ("packed", "plain"))
+    assert sum(n.endswith(".scale") for n in packed) > 60
+    jax.tree.map(np.testing.assert_array_equal, (a, a_state), (b, b_state))
