@@ -8,6 +8,7 @@ Prints how far dots and curves are apart, at the longest context and at each. No
 beside other work.
 """
 
+import dataclasses
 import functools
 import math
 import sys
@@ -44,6 +45,9 @@ ATTENTIONS = {
     "multi-head": AttentionConfig(),
     "grouped-query": AttentionConfig(num_kv_heads=1),
     "latent": LATENT,
+    "latent, indexed": dataclasses.replace(
+        LATENT, kind="dsa", index_heads=4, index_head_dim=32, index_topk=128
+    ),
     "compressed": AttentionConfig(
         kind="compressed",
         num_heads=4,

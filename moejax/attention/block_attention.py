@@ -21,7 +21,7 @@ import jax.numpy as jnp
 BLOCK = 256  # queries, and keys, of a block at most
 SHORT = 512  # up to so many queries, all scores at once are fast and small enough
 
-_LAST = jnp.iinfo(jnp.int32).max
+NOWHERE = jnp.iinfo(jnp.int32).max  # the position of a key that no query sees
 
 
 def block_size(queries: int, asked: int = 0) -> int:
@@ -91,7 +91,7 @@ def attend_in_blocks(
     # Queries that fill up the last block stand where its last one stands, keys after all queries.
     in_blocks = Sight(
         cut(sight.q_pos_BS, i, q_size),
-        cut(sight.k_pos_BT, j, k_size, constant_values=_LAST),
+        cut(sight.k_pos_BT, j, k_size, constant_values=NOWHERE),
         cut(sight.q_segment_BS, i, q_size),
         cut(sight.k_segment_BT, j, k_size),
         None if sight.window is None else jnp.asarray(sight.window),
@@ -136,9 +136,9 @@ def _ends(position, segment):
     """Of every block and row: the first document and the first position in it, the last and the last in it."""
     if segment is None:
         segment = jnp.zeros_like(position)
-    segment = jnp.where(segment == 0, _LAST, segment)  # padding ends a row
+    segment = jnp.where(segment == 0, NOWHERE, segment)  # padding ends a row
     low, high = segment.min(axis=-1), segment.max(axis=-1)
-    first = jnp.where(segment == low[..., None], position, _LAST).min(axis=-1)
+    first = jnp.where(segment == low[..., None], position, NOWHERE).min(axis=-1)
     last = jnp.where(segment == high[..., None], position, -1).max(axis=-1)
     return low, first, high, last
 

@@ -19,12 +19,11 @@ import jax
 import jax.numpy as jnp
 
 from moejax import axes
+from moejax.attention.block_attention import NOWHERE
 from moejax.attention.contract import Where
 from moejax.linear import linear
 from moejax.norm import norm, norm_specs
 from moejax.params import ParamSpec
-
-NOWHERE = jnp.iinfo(jnp.int32).max  # the position of a key that no query sees
 
 
 def specs(d_model: int, width: int, m: int, overlap: bool, std: float) -> dict:

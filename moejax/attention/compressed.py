@@ -26,7 +26,7 @@ import jax.numpy as jnp
 
 from moejax import axes
 from moejax.attention import compress, slots
-from moejax.attention.compress import NOWHERE
+from moejax.attention.block_attention import NOWHERE
 from moejax.attention.compressed_keys import Keys, see, turn
 from moejax.attention.contract import Attended, Attention, AttentionKind, Call, Slots, Widths
 from moejax.attention.rope import rotation

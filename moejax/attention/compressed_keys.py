@@ -12,8 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from moejax.attention.block_attention import Sight, block_size
-from moejax.attention.compress import NOWHERE
+from moejax.attention.block_attention import NOWHERE, Sight, block_size
 from moejax.attention.contract import Where
 from moejax.attention.core import attend
 from moejax.attention.selection import Index, scores

@@ -21,7 +21,7 @@ from moejax.attention.contract import Attended, Attention, AttentionKind, Call, 
 from moejax.attention.core import named_linear, seen, turned
 from moejax.attention.index_loss import index_loss
 from moejax.attention.rope import rotate
-from moejax.attention.selection import Index, choose, chosen, num_bytes
+from moejax.attention.selection import Index, choose, chosen, gathered, num_bytes
 from moejax.config import AttentionConfig, ModelConfig
 from moejax.norm import norm, norm_specs
 from moejax.options import Problems
@@ -83,7 +83,10 @@ def _attend(params: dict, x_BSD: jax.Array, cfg: ModelConfig, call: Call) -> Att
     if length > a.index_topk:
         if index is not None:
             bits = choose(index, sight, a.index_topk, call.block)
-        if call.objective is None or not call.objective.index_dense:
+        if cached and x_BSD.shape[1] == 1:
+            latents = {name: keys[name] for name in ("latent", "rope_key")}
+            keys, sight = gathered(latents, bits, sight, a.index_topk)
+        elif call.objective is None or not call.objective.index_dense:
             sight = sight._replace(chosen=chosen(bits, length))
     if index is not None and call.objective is not None and call.objective.index_loss:
         query, key = mla.of_heads(params, q, keys, a)

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from moejax.attention.block_attention import Chosen, Sight, block_size, cut, split
+from moejax.attention.block_attention import NOWHERE, Chosen, Sight, block_size, cut, split
 
 
 class Index(NamedTuple):
@@ -82,3 +82,20 @@ def _best(score_BST, mask_BST, topk: int):
 def chosen(bits_BSb: jax.Array, keys: int) -> Chosen:
     """A choice as `Sight` takes it."""
     return Chosen(bits_BSb, jnp.arange(keys))
+
+
+def gathered(
+    keys: dict[str, jax.Array], bits_B1b: jax.Array, sight: Sight, topk: int
+) -> tuple[dict[str, jax.Array], Sight]:
+    """The chosen ones of `keys` (name -> [B,T,..]) for a single query, [B,topk,..], and its sight of them.
+
+    As in decoding, where the rest need not be read. Where fewer than `topk` are chosen, the query does not see
+    what fills them up.
+    """
+    length = next(iter(keys.values())).shape[1]
+    on_BT = jnp.unpackbits(bits_B1b[:, 0], axis=-1, count=length, bitorder="little")
+    on_BK, at_BK = jax.lax.top_k(on_BT.astype(jnp.int32), topk)
+    of = lambda a: jnp.take_along_axis(a, at_BK.reshape(*at_BK.shape, *[1] * (a.ndim - 2)), axis=1)  # noqa: E731
+    k_pos_BT = jnp.broadcast_to(sight.k_pos_BT, (len(at_BK), length))
+    seen = sight._replace(k_pos_BT=jnp.where(on_BK > 0, of(k_pos_BT), NOWHERE), chosen=None)
+    return {name: of(a) for name, a in keys.items()}, seen
