@@ -16,6 +16,8 @@ Two CPU cores, 7 layers (4.03 billion parameters):
 | moejax import, the run's checkpoint written | 8.06 | 8.37 |
 """
 
+import dataclasses
+import functools
 import json
 import multiprocessing
 import os
@@ -24,15 +26,65 @@ import shutil
 import tempfile
 import time
 
+import numpy as np
 from absl import app, flags
 
 from benchmarks.common import report
-from benchmarks.random_checkpoint import resident_bytes, write_checkpoint
-from moejax.interop.hf_folder import CONFIG
+from moejax.interop import mapping
+from moejax.interop.hf_folder import CONFIG, INDEX
+from moejax.interop.safetensors_file import DTYPES, NewTensor, shards, write_file
+from moejax.models.zoo import config_to_hf, load_preset
+from moejax.weights import FORMATS, Format
 
 LAYERS = flags.DEFINE_integer("layers", 8, "1.17 GB each, and 0.84 GB for embedding and head.")
 FOLDER = flags.DEFINE_string("folder", "", "Written, and removed at the end [a temporary one].")
+QUANTIZE = flags.DEFINE_enum("quantize", None, list(FORMATS), "Measure importing in it, alone.")
 JSON = flags.DEFINE_string("json", "", "File for the results.")
+
+SHARD_BYTES = 5 * 10**9
+BLOCK = 2**24  # random numbers that are repeated: what is in them does not matter
+
+
+def write_checkpoint(folder: pathlib.Path, layers: int) -> int:
+    """A random checkpoint; returns the bytes of its tensors."""
+    cfg = dataclasses.replace(load_preset("deepseek-moe-16b"), num_layers=layers)
+    # Exponents below 2^1: finite numbers, of both signs.
+    noise = np.random.default_rng(0).integers(0, 2**16, BLOCK, np.uint16) & 0xBFFF
+
+    def values(shape):
+        return np.resize(noise, shape).view(DTYPES["BF16"])
+
+    tensors = [
+        NewTensor(t.name(at), DTYPES["BF16"], t.file_shape, lambda s=t.file_shape: values(s))
+        for t in mapping.targets(cfg, "deepseek").values()
+        for at in t.blocks()
+    ]
+    groups = shards(tensors, SHARD_BYTES)
+    folder.mkdir(parents=True)
+    weight_map = {}
+    for i, group in enumerate(groups):
+        name = f"model-{i + 1:05}-of-{len(groups):05}.safetensors"
+        with (folder / name).open("wb") as f:
+            write_file(f, group, lambda n: None)
+        weight_map |= {t.name: name for t in group}
+    (folder / INDEX).write_text(json.dumps({"weight_map": weight_map}))
+    (folder / CONFIG).write_text(json.dumps(config_to_hf(cfg, "deepseek")))
+    (folder / "tokenizer.json").write_text(_tokenizer())
+    return sum(t.nbytes for t in tensors)
+
+
+def _tokenizer() -> str:
+    import tokenizers
+
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    tokenizer.add_special_tokens(["<|endoftext|>"])
+    return tokenizer.to_str()
+
+
+def resident_bytes() -> int:
+    """Resident memory of this process now."""
+    return int(pathlib.Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 def _held(params) -> int:
@@ -61,18 +113,25 @@ def _sharded(hf: str, work: str) -> int:
     return _held(load_model(hf, layout=make_layout(ExperimentConfig(model=cfg, mesh=mesh)))[1])
 
 
-def _command(hf: str, work: str) -> int:
+def _command(hf: str, work: str, how: Format | None = None) -> int:
     from moejax.interop.convert import import_run
 
-    import_run(pathlib.Path(hf), pathlib.Path(work))
-    # As many bytes as the files have: one device, and all of it in their dtype.
-    return sum(f.stat().st_size for f in pathlib.Path(hf).glob("*.safetensors"))
+    import_run(pathlib.Path(hf), pathlib.Path(work), quantize=how)
+    # As many bytes as arrays are stored in.
+    return sum(
+        f.stat().st_size
+        for f in (pathlib.Path(work) / "checkpoints/0/model").rglob("*")
+        if f.is_file()
+    )
 
 
 WAYS = {
     "load_model, one device": (_plain, 1),
     "load_model, 8 devices (fsdp 2, expert 2, tensor 2)": (_sharded, 8),
     "moejax import (and the run's checkpoint written)": (_command, 1),
+} | {
+    f"moejax import --quantize={name}": (functools.partial(_command, how=how), 1)
+    for name, how in FORMATS.items()
 }
 
 
@@ -103,6 +162,10 @@ def main(argv):
         written = write_checkpoint(folder / "hf", LAYERS.value)
         context = multiprocessing.get_context("spawn")
         for way, (_, devices) in WAYS.items():
+            if ("quantize" in way) != (QUANTIZE.value is not None) or not way.endswith(
+                QUANTIZE.value or ""
+            ):
+                continue
             os.environ["JAX_PLATFORMS"] = "cpu"
             os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={devices}"
             out = context.Queue()

@@ -1,16 +1,15 @@
 """Decoding at real widths: DeepSeekMoE 16B (2401.06066), random weights, against how fast this machine reads.
 
     python -m benchmarks.real_size                             # a few layers, in every form of a weight
-    python -m benchmarks.real_size --whole --quantize=int4     # all 28: import, then generate
+    python -m benchmarks.real_size --whole --quantize=int4     # all 28, from a run on disk
     python -m benchmarks.real_size --tiny                      # seconds; the same code on toy sizes
 
 A few layers: bytes of the weights that a token uses over the time of a token, beside a plain read of memory in
 the same run, by processor time too, for on a busy machine only that says something. A row reads its experts by
 itself, so in a batch an expert counts once for every row.
 
-All of them: writes a checkpoint as published (bfloat16, 33 GB), imports it in a child process, removes it, and
-generates in another child; prints both peaks of memory and the tokens per second. Needs 45 GB of disk for int4,
-and 52 GB for int8.
+All of them: makes a quantised checkpoint of random numbers (9.3 GB in int4, 17 GB in int8), and generates with
+it, each in a process of its own; prints the peak of memory and the tokens per second.
 """
 
 import dataclasses
@@ -28,15 +27,17 @@ import numpy as np
 from absl import app, flags
 
 from benchmarks import common
-from benchmarks.random_checkpoint import resident_bytes, write_checkpoint
-from moejax.config import ComputeConfig, ModelConfig
+from moejax.config import ComputeConfig, DataConfig, ExperimentConfig, ModelConfig
+from moejax.data import load_tokenizer
 from moejax.evals.generate import Stats, generate, prepare
 from moejax.models import transformer
 from moejax.models.zoo import load_preset
 from moejax.params import map_specs
+from moejax.runs import folder as run_folder
+from moejax.runs.checkpoint import Checkpoints
 from moejax.weights import FORMATS, quantized_like
 
-LAYERS = flags.DEFINE_integer("layers", 2, "One of them is dense.")
+LAYERS = flags.DEFINE_integer("layers", 2, "One of them is dense; with --whole all, unless given.")
 FORMS = flags.DEFINE_list("forms", ["float32", "bfloat16", *FORMATS], "Forms of the matrices.")
 BATCHES = flags.DEFINE_list("batches", ["1", "8"], "Rows.")
 DTYPE = flags.DEFINE_string("dtype", "float32", "To compute in.")
@@ -65,25 +66,31 @@ def config() -> ModelConfig:
 
 
 def random_params(cfg: ModelConfig, form: str) -> dict:
-    """Weights of the model, its matrices in a form, made in it."""
-    rng = np.random.default_rng(0)
-    noise = rng.integers(0, 256, 2**20, np.uint8)
+    """Weights of the model, its matrices in a form, made in it. One random matrix stands in every place of a
+    stack: only where it is read from matters."""
 
     def make(shape, dtype):
+        dtype = jnp.dtype(dtype)
         if jnp.issubdtype(dtype, jnp.floating):
-            return jnp.full(shape, 1e-4, dtype)
-        return jnp.asarray(np.resize(noise, shape).view(dtype))
+            one = lambda key: 0.02 * jax.random.normal(key, shape[-2:], dtype)  # noqa: E731
+        else:
+            kind = jnp.uint8
+            one = lambda key: jax.random.bits(key, shape[-2:], kind).astype(dtype)  # noqa: E731
+        return jax.jit(lambda key: jnp.broadcast_to(one(key), shape))(jax.random.key(0))
 
-    def one(spec):
-        if spec.role == "matrix" and form in FORMATS:
-            how = FORMATS[form].of(spec.shape[-2])
-            assert how is not None
-            return quantized_like(spec.shape, how, make)
-        dtype = jnp.dtype(form) if spec.role == "matrix" and form not in FORMATS else jnp.float32
-        small = np.resize(rng.normal(0, 0.02, 2**16).astype(np.float32), spec.shape)
-        return jnp.asarray(small, dtype) if spec.init == "normal" else jnp.ones(spec.shape, dtype)
+    def leaf(spec):
+        if spec.role in ("router", "vector") or spec.init != "normal":
+            return jnp.ones(spec.shape) if spec.init == "ones" else make(spec.shape, jnp.float32)
+        if spec.role != "matrix":
+            return make(spec.shape, jnp.bfloat16 if form != "float32" else jnp.float32)
+        if form not in FORMATS:
+            return make(spec.shape, form)
+        how = FORMATS[form].of(spec.shape[-2])
+        assert how is not None
+        w = quantized_like(spec.shape, how, make)
+        return dataclasses.replace(w, scale=w.scale * 0.01)
 
-    return map_specs(one, transformer.param_specs(cfg))
+    return map_specs(leaf, transformer.param_specs(cfg))
 
 
 def bytes_of_token(params: dict, cfg: ModelConfig) -> tuple[int, int]:
@@ -92,6 +99,11 @@ def bytes_of_token(params: dict, cfg: ModelConfig) -> tuple[int, int]:
     experts = nbytes(params["moe_blocks"]["moe"]["experts"])
     used = nbytes(params) - experts - nbytes(params["embed"])
     return used, experts * cfg.moe.experts_per_token // cfg.moe.num_experts
+
+
+def resident_bytes() -> int:
+    """Resident memory of this process now."""
+    return int(pathlib.Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 def plain_read(size: int):
@@ -135,11 +147,18 @@ def layers() -> list[dict]:
 # All layers, through a checkpoint.
 
 
-def _import(folder: str, how: str) -> dict:
-    from moejax.interop.convert import import_run
-
-    root = pathlib.Path(folder)
-    import_run(root / "hf", root / "run", quantize=FORMATS[how])
+def _make(folder: str, cfg: ModelConfig, how: str) -> dict:
+    """A run with random integers for weights: no array of floats of that size is ever made."""
+    experiment = ExperimentConfig(
+        model=cfg,
+        data=DataConfig(tokenizer="byte"),
+        compute=ComputeConfig(dtype="bfloat16"),
+    )
+    workdir = pathlib.Path(folder) / "run"
+    checkpoints = Checkpoints(workdir, experiment, packed=False)
+    checkpoints.save_model(random_params(cfg, how), transformer.init_router_state(cfg))
+    checkpoints.close()
+    run_folder.claim_workdir(workdir, experiment, load_tokenizer(experiment.data))
     return {}
 
 
@@ -168,8 +187,7 @@ def _child(function, args, out) -> None:
     """Runs it and reports its peak resident memory above what Python and JAX occupy."""
     import resource
 
-    import moejax.evals.writer
-    import moejax.interop.convert  # noqa: F401  (what is loaded does not count)
+    import moejax.evals.writer  # noqa: F401  (what is loaded does not count)
 
     jnp.zeros(1).block_until_ready()
     before, started = resident_bytes(), time.monotonic()
@@ -199,21 +217,23 @@ def whole() -> list[dict]:
     if FOLDER.value and pathlib.Path(FOLDER.value).exists():
         raise app.UsageError(f"{FOLDER.value} exists; it would be removed at the end")
     folder = pathlib.Path(FOLDER.value or tempfile.mkdtemp(prefix="real_size_"))
-    count = 1 + LAYERS.value if TINY.value else load_preset("deepseek-moe-16b").num_layers
+    cfg = config() if TINY.value else load_preset("deepseek-moe-16b")
+    if LAYERS.present:
+        cfg = dataclasses.replace(cfg, num_layers=LAYERS.value)
     rows = []
     try:
-        written = write_checkpoint(folder / "hf", count, config() if TINY.value else None)
-        print(f"{count} layers, {written / 1e9:.1f} GB in bfloat16", flush=True)
-        found = _in_child(_import, str(folder), QUANTIZE.value)
-        shutil.rmtree(folder / "hf")
+        for what, function, args in (
+            (f"make the checkpoint in {QUANTIZE.value}", _make, (cfg, QUANTIZE.value)),
+            ("generate, batch 1", _generate, (NEW.value,)),
+        ):
+            found = _in_child(function, str(folder), *args)
+            rows.append({"what": what, **found})
+            print(rows[-1], flush=True)
         on_disk = sum(f.stat().st_size for f in (folder / "run").rglob("*") if f.is_file())
-        size = f"{on_disk / 1e9:.2f}"
-        rows.append({"what": f"import in {QUANTIZE.value}", "on disk, GB": size, **found})
-        print(rows[-1], flush=True)
-        found = _in_child(_generate, str(folder), NEW.value)
-        rows.append({"what": "generate, batch 1", "on disk, GB": size, **found})
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+    for row in rows:
+        row["on disk, GB"] = f"{on_disk / 1e9:.2f}"
     columns = dict.fromkeys(key for row in rows for key in row)
     return [{c: row.get(c, "") for c in columns} for row in rows]
 

@@ -50,3 +50,15 @@ def test_the_gpu_script_runs_on_a_cpu_and_says_what_failed(tmp_path):
     assert len(errors) == 6 and max(errors) < 0.01
     failed = [r for rows in tables.values() for r in rows if r.get("failed")]
     assert [r["attention"] for r in failed] == ["cuDNN"]  # there is none on a CPU
+
+
+@pytest.mark.product
+@pytest.mark.parametrize("mode", [["--forms=bfloat16,int4", "--batches=1"], ["--whole"]])
+def test_decoding_at_real_widths_at_toy_sizes(tmp_path, mode):
+    output = tmp_path / "sizes.json"
+    command = [sys.executable, "-m", "benchmarks.real_size", "--tiny", "--repeats=1", "--new=4"]
+    subprocess.run([*command, *mode, f"--json={output}"], cwd=ROOT, check=True)
+    rows = json.loads(output.read_text())["rows"]
+    assert len(rows) == 2
+    speed = rows[1].get("tokens/s") or rows[1]["measured"]
+    assert float(speed) > 0
