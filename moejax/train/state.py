@@ -10,8 +10,8 @@ from jax.sharding import SingleDeviceSharding
 from moejax.config import ConfigError, ExperimentConfig
 from moejax.models import transformer
 from moejax.params import by_path, init_params, path_name
+from moejax.runs.arrays import placed
 from moejax.runs.checkpoint import Checkpoints
-from moejax.runs.restore import placed
 from moejax.sharding import Layout
 from moejax.train.optimizer import optimizer_of, split_trained
 

@@ -29,10 +29,11 @@ from moejax.config import (
     TrainConfig,
 )
 from moejax.routers import router_options
-from moejax.runs import lock, restore
+from moejax.runs import arrays, lock, restore
+from moejax.runs.arrays import abstract_model
 from moejax.runs.checkpoint import Checkpoints
 from moejax.runs.checksums import checksums
-from moejax.runs.restore import abstract_model, model_at, newest_model, seal
+from moejax.runs.restore import model_at, newest_model, seal
 from moejax.sharding import make_layout
 from moejax.train.state import (
     abstract_state,
@@ -298,11 +299,11 @@ def test_an_error_of_the_system_moves_nothing(tmp_path, state, monkeypatch):
 
 def test_a_mistake_in_moejax_is_no_damage(tmp_path, state, monkeypatch):
     saved(tmp_path, state, steps=(1, 2))
-    monkeypatch.setattr(restore, "_fit", lambda *_: restore._stored(None, None))  # pyright: ignore
+    monkeypatch.setattr(restore, "fit", lambda *_: arrays.stored(None, None))  # pyright: ignore
     with pytest.raises(TypeError):
         newest_model(tmp_path, CFG)
     monkeypatch.setattr(restore, "_read", lambda *_: bytearray(1 << 62))
-    monkeypatch.setattr(restore, "_fit", lambda *_: {})
+    monkeypatch.setattr(restore, "fit", lambda *_: {})
     with pytest.raises(MemoryError):
         newest_model(tmp_path, CFG)
 
