@@ -228,8 +228,9 @@ def dot_of_few(x_TD: jax.Array, stack: Weight, at: jax.Array | int) -> jax.Array
         rows, read = _reader(stack, dtype)
         x_TCG = x.reshape(x.shape[0], math.gcd(x.shape[1], AT_ONCE), -1)
         count, groups = x_TCG.shape[1:]
+        zero = jnp.zeros_like(at)  # all indices have one dtype, also where ints are 64 bits
         slices = (
-            jax.lax.dynamic_slice(rows, (at, c * groups, 0), (1, groups, rows.shape[2]))
+            jax.lax.dynamic_slice(rows, (at, zero + c * groups, zero), (1, groups, rows.shape[2]))
             for c in range(count)
         )
         sums_TGF = sum(x_TCG[:, c, :, None] * read(s) for c, s in enumerate(slices))
@@ -260,7 +261,9 @@ def _products_of_nibbles(x_TGC, stack: Quantized, at):
     groups, outputs = stack.scale.shape[1:]
     half = stack.block // 2
     bytes_eGCF = stack.q.reshape(-1, groups, half, outputs)
+    zero = jnp.zeros_like(at)
     for c in range(half):
-        part = jax.lax.dynamic_slice(bytes_eGCF, (at, 0, c, 0), (1, groups, 1, outputs))[:, :, 0]
+        start = at, zero, zero + c, zero
+        part = jax.lax.dynamic_slice(bytes_eGCF, start, (1, groups, 1, outputs))[:, :, 0]
         yield x_TGC[:, :, c, None] * (part & 15).astype(x_TGC.dtype)
         yield x_TGC[:, :, c + half, None] * (part >> 4).astype(x_TGC.dtype)
