@@ -21,6 +21,7 @@ import jax.numpy as jnp
 from moejax import axes
 from moejax.attention.block_attention import NOWHERE
 from moejax.attention.contract import Where
+from moejax.attention.slots import take
 from moejax.linear import linear
 from moejax.norm import norm, norm_specs
 from moejax.params import ParamSpec
@@ -69,7 +70,7 @@ def windows(where: Where, m: int) -> Windows:
     ends = whole(m) & (at_BS % m == m - 1)
     order_BE = jnp.sort(jnp.where(ends, index_S, length), axis=1)[:, : length // m]
     end_BE = jnp.minimum(order_BE, length - 1)
-    of = lambda a: jnp.take_along_axis(a, end_BE, axis=1)  # noqa: E731
+    of = lambda a: take(a, end_BE)  # noqa: E731
     return Windows(
         end_BE,
         jnp.where(order_BE < length, of(at_BS), NOWHERE),
@@ -91,7 +92,6 @@ def pooled(params: dict, raw_BTC, end_BE, alone_BE, eps: float) -> jax.Array:
     m, channels = bias_MC.shape
     wide = jnp.promote_types(raw_BTC.dtype, jnp.float32)
     kv_BTC, gate_BTC = jnp.split(raw_BTC, 2, axis=-1)
-    take = jax.vmap(lambda a, index: a[index])
     own_BEM = end_BE[:, :, None] + jnp.arange(m)[None, None] - (m - 1)
 
     def part(at_BEM, here: slice):
@@ -124,11 +124,11 @@ def ring_positions(first_B: jax.Array, size: int) -> jax.Array:
 def ring_of(a_BTX: jax.Array, lengths_B: jax.Array, size: int) -> jax.Array:
     """The ring [B,R,X] after the first `lengths_B` tokens of each row."""
     at_BR = jnp.clip(ring_positions(lengths_B, size), 0)
-    return jax.vmap(lambda a, index: a[index])(a_BTX, at_BR)
+    return take(a_BTX, at_BR)
 
 
 def in_order(ring_BRX: jax.Array, first_B: jax.Array) -> jax.Array:
     """The R tokens before `first_B`, oldest first."""
     size = ring_BRX.shape[1]
     slot_BR = (first_B[:, None] + jnp.arange(size)[None]) % size
-    return jax.vmap(lambda a, index: a[index])(ring_BRX, slot_BR)
+    return take(ring_BRX, slot_BR)

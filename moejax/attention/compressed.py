@@ -138,9 +138,9 @@ def _get(cache: dict, name: str, call: Call) -> jax.Array:
 
 
 def _lengths(call: Call):
-    """Tokens of each row in a prefill."""
+    """Tokens of each row in a prefill; what stands behind them is padding."""
     b, s = call.where.positions_BS.shape
-    return jnp.full(b, s) if call.lengths_B is None else call.lengths_B
+    return jnp.full(b, s) if call.mask_BS is None else call.mask_BS.sum(axis=1)
 
 
 def _tokens(kv_BSH, call: Call, cache: CacheOf) -> tuple[Keys, CacheOf]:

@@ -16,6 +16,7 @@ from moejax.attention.block_attention import NOWHERE, Sight, block_size
 from moejax.attention.contract import Where
 from moejax.attention.core import attend
 from moejax.attention.selection import Index, scores
+from moejax.attention.slots import take
 from moejax.config import AttentionConfig
 
 
@@ -62,9 +63,9 @@ def gathered(entries: Keys, best_BK: jax.Array) -> Keys:
     at_BT = jnp.broadcast_to(entries.at_BT, entries.kv_BTH.shape[:2])
     document = entries.document_BT
     return Keys(
-        jnp.take_along_axis(entries.kv_BTH, best_BK[..., None], axis=1),
-        jnp.take_along_axis(at_BT, best_BK, axis=1),
-        None if document is None else jnp.take_along_axis(document, best_BK, axis=1),
+        take(entries.kv_BTH, best_BK),
+        take(at_BT, best_BK),
+        None if document is None else take(document, best_BK),
     )
 
 

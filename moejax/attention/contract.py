@@ -56,7 +56,6 @@ class Call(NamedTuple):
       cache: name -> array of all layers of this kind, their number first; or None.
       slot: of this layer in those arrays.
       prefill: static; the cache is empty and positions are 0, 1, 2, ..: attend among the new tokens.
-      lengths_B: tokens of each row in a prefill, what stands behind is padding; None: all.
       block: static; queries and keys of a block of attention, 0: by their number, see `block_size`.
       carried: what the layer before passed on, see `AttentionKind.carries`.
       mask_BS: 1 = token, 0 = padding, or None.
@@ -69,7 +68,6 @@ class Call(NamedTuple):
     cache: dict[str, jax.Array] | None = None
     slot: Any = 0
     prefill: bool = False
-    lengths_B: Any = None
     block: int = 0
     carried: Any = None
     mask_BS: jax.Array | None = None

@@ -10,11 +10,12 @@ import dataclasses
 import jax
 
 from moejax import axes
+from moejax.attention import mha
 from moejax.attention.contract import Attended, Attention, AttentionKind, Call, Slots, Widths
 from moejax.attention.core import attend, named_linear, seen
 from moejax.attention.rope import rotate, rotation, softmax_scale
 from moejax.config import AttentionConfig, ModelConfig
-from moejax.options import Problems, divisors_text
+from moejax.options import Problems
 from moejax.params import ParamSpec
 
 FULL, WINDOW = "full", "window"  # the layer kinds
@@ -118,20 +119,9 @@ def _sizes(a: AttentionConfig) -> list[tuple[str, str, int]]:
 
 def _problems(cfg: ModelConfig, p: str) -> list[str]:
     out, a = Problems(), cfg.attention
-    for key in ("num_kv_heads", "window_kv_heads"):
-        heads = getattr(a, key)
-        out.need(
-            heads > 0 and a.num_heads % heads == 0,
-            f"{p}attention.num_heads={a.num_heads} must be a multiple of {p}attention.{key}={heads}; "
-            f"{divisors_text(a.num_heads)} would work",
-        )
-    for key in ("head_dim", "v_head_dim"):
-        out.need(getattr(a, key) > 0, f"{p}attention.{key}={getattr(a, key)} must be positive")
-    width = a.rope.width or a.head_dim
-    out.need(
-        cfg.positions != "rope" or (width % 2 == 0 and width <= a.head_dim),
-        f"{p}attention.rope.width={a.rope.width} must be even and at most {p}attention.head_dim={a.head_dim}",
-    )
+    out += mha.head_problems(a, p, "num_kv_heads", "window_kv_heads")
+    out += mha.width_problems(cfg, p)
+    out.need(a.v_head_dim > 0, f"{p}attention.v_head_dim={a.v_head_dim} must be positive")
     out.need(
         any(a.windows),
         f"{p}attention.kind='hybrid' needs {p}attention.windows, such as (128, 0): without one it is 'mha'",

@@ -94,23 +94,36 @@ def _sizes(a: AttentionConfig) -> list[tuple[str, str, int]]:
     return [(axes.KV_HEADS, "model.attention.num_kv_heads", a.num_kv_heads)]
 
 
-def _problems(cfg: ModelConfig, p: str) -> list[str]:
+def head_problems(a: AttentionConfig, p: str, *keys: str) -> list[str]:
+    """What is wrong with these numbers of key heads."""
+    out = Problems()
+    for key in keys:
+        heads = getattr(a, key)
+        out.need(
+            heads > 0 and a.num_heads % heads == 0,
+            f"{p}attention.num_heads={a.num_heads} must be a multiple of {p}attention.{key}={heads}; "
+            f"{divisors_text(a.num_heads)} would work",
+        )
+    return out
+
+
+def width_problems(cfg: ModelConfig, p: str) -> list[str]:
+    """What is wrong with the width of heads, and with how much of it is rotated."""
     out, a = Problems(), cfg.attention
-    out.need(
-        a.num_kv_heads > 0 and a.num_heads % a.num_kv_heads == 0,
-        f"{p}attention.num_heads={a.num_heads} must be a multiple of "
-        f"{p}attention.num_kv_heads={a.num_kv_heads}; {divisors_text(a.num_heads)} would work",
-    )
     out.need(
         a.rope.width % 2 == 0 and a.rope.width <= a.head_dim,
         f"{p}attention.rope.width={a.rope.width} must be even and at most "
         f"{p}attention.head_dim={a.head_dim}",
     )
     out.need(
-        a.head_dim > 0 and (_widths(a).rotated % 2 == 0 or cfg.positions != "rope"),
+        a.head_dim > 0 and ((a.rope.width or a.head_dim) % 2 == 0 or cfg.positions != "rope"),
         f"{p}attention.head_dim={a.head_dim} must be positive, and even for rotary positions",
     )
     return out
+
+
+def _problems(cfg: ModelConfig, p: str) -> list[str]:
+    return head_problems(cfg.attention, p, "num_kv_heads") + width_problems(cfg, p)
 
 
 KIND = AttentionKind(

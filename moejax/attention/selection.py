@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from moejax.attention.block_attention import NOWHERE, Chosen, Sight, block_size, cut, split
+from moejax.attention.slots import take
 
 
 class Index(NamedTuple):
@@ -95,7 +96,8 @@ def gathered(
     length = next(iter(keys.values())).shape[1]
     on_BT = jnp.unpackbits(bits_B1b[:, 0], axis=-1, count=length, bitorder="little")
     on_BK, at_BK = jax.lax.top_k(on_BT.astype(jnp.int32), topk)
-    of = lambda a: jnp.take_along_axis(a, at_BK.reshape(*at_BK.shape, *[1] * (a.ndim - 2)), axis=1)  # noqa: E731
     k_pos_BT = jnp.broadcast_to(sight.k_pos_BT, (len(at_BK), length))
-    seen = sight._replace(k_pos_BT=jnp.where(on_BK > 0, of(k_pos_BT), NOWHERE), chosen=None)
-    return {name: of(a) for name, a in keys.items()}, seen
+    seen = sight._replace(
+        k_pos_BT=jnp.where(on_BK > 0, take(k_pos_BT, at_BK), NOWHERE), chosen=None
+    )
+    return {name: take(a, at_BK) for name, a in keys.items()}, seen

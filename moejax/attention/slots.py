@@ -11,6 +11,11 @@ import jax.numpy as jnp
 Cache = dict[str, jax.Array]
 
 
+def take(a_BTX: jax.Array, at: jax.Array) -> jax.Array:
+    """Of each row what stands at its places: a [B,T,..] at [B,..] -> [B,..,..]."""
+    return jax.vmap(lambda a, index: a[index])(a_BTX, at)
+
+
 def write(cache: Cache, layer, positions_BS: jax.Array, new: Cache, *, prefill: bool) -> Cache:
     """Write `new` ([B,(M,)S,...] each) at each row's positions of one layer; they must exist.
 

@@ -171,7 +171,6 @@ def block(
         cache=cache,
         slot=layer.slot,
         prefill=ctx.prefill,
-        lengths_B=ctx.mask_BS.sum(axis=1) if ctx.prefill and ctx.mask_BS is not None else None,
         block=ctx.compute.attention_block,
         carried=carried.attention,
         mask_BS=ctx.mask_BS,
