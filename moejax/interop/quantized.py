@@ -103,14 +103,11 @@ class Mxfp4Tensor:
 
     def read(self, index: Index | None = None) -> np.ndarray:
         *leading, inner, outer = index or (slice(None),) * len(self.shape)
-        first, last, step = inner.indices(self.shape[-2])
-        groups = slice(first // GROUP, math.ceil(last / GROUP))
+        groups, within = _groups(inner, self.shape[-2])
         packed = self.blocks.read((*leading, outer, groups, slice(None)))
         exponent = self.scales.read((*leading, outer, groups)).astype(np.int32) - 127
         value = np.ldexp(_e2m1(packed), exponent[..., None, None])
-        value = value.reshape(*value.shape[:-3], -1)
-        skip = groups.start * GROUP
-        value = value[..., first - skip : last - skip : step]
+        value = value.reshape(*value.shape[:-3], -1)[..., within]
         return np.swapaxes(value, -1, -2).astype(BFLOAT16)
 
 
@@ -146,15 +143,21 @@ class Fp4Tensor:
 
     def read(self, index: Index | None = None) -> np.ndarray:
         rows, inner = index or (slice(None),) * 2
-        first, last, step = inner.indices(self.shape[1])
-        groups, half = slice(first // GROUP, math.ceil(last / GROUP)), GROUP // 2
-        bytes_ = slice(groups.start * half, groups.stop * half)
+        groups, within = _groups(inner, self.shape[1])
+        bytes_ = slice(groups.start * GROUP // 2, groups.stop * GROUP // 2)
         value = _e2m1(self.weight.read((rows, bytes_)).view(np.uint8))
         value = value.reshape(len(value), -1, GROUP)
         with np.errstate(over="ignore"):  # whoever loads it refuses what is not finite
             value *= self.scale.read((rows, groups)).astype(np.float32)[..., None]
-        skip = groups.start * GROUP
-        return value.reshape(len(value), -1)[:, first - skip : last - skip : step].astype(BFLOAT16)
+        return value.reshape(len(value), -1)[:, within].astype(BFLOAT16)
+
+
+def _groups(inner: slice, inputs: int) -> tuple[slice, slice]:
+    """The groups that these inputs lie in, and where they are among the values of those groups."""
+    first, last, step = inner.indices(inputs)
+    groups = slice(first // GROUP, math.ceil(last / GROUP))
+    skip = groups.start * GROUP
+    return groups, slice(first - skip, last - skip, step)
 
 
 def _e2m1(packed: np.ndarray) -> np.ndarray:
