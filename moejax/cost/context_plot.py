@@ -9,11 +9,10 @@ from moejax.config import ConfigError
 from moejax.cost.architecture import Architecture
 from moejax.cost.flops import flops_per_token
 from moejax.cost.memory import cache_bytes
-from moejax.cost.plot import INK, check_path
+from moejax.cost.plot import CURVE_COLOURS, INK, check_path
 from moejax.text import bytes_text, flops_text
 
 CONTEXTS = tuple(2**n for n in range(10, 21))  # 1k to 1M tokens
-COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#000000")
 PANELS = ("FLOPs of one decoded token", "cache of one sequence")
 
 
@@ -28,7 +27,7 @@ def plot(archs: Mapping[str, Architecture | None], path: str) -> None:
 
     ConfigError for a model whose attention is not known, and as `check_path`.
     """
-    check_path(path)
+    check_path(path, "context_plot")
     figure = Figure(figsize=(11, 4.2), layout="constrained")
     draw(figure.subplots(1, 2), archs, CONTEXTS)
     figure.savefig(path, dpi=120, facecolor="white")
@@ -41,7 +40,9 @@ def draw(
     points: Mapping[str, Mapping[int, tuple[float, float]]] | None = None,
 ) -> None:
     """Curves of `decoded` on two axes of matplotlib; `points`: measured ones by name and context, as dots."""
-    for (name, arch), colour in zip(archs.items(), COLOURS * (len(archs) // len(COLOURS) + 1)):
+    for (name, arch), colour in zip(
+        archs.items(), CURVE_COLOURS * (len(archs) // len(CURVE_COLOURS) + 1)
+    ):
         if arch is None or arch.attention is None:
             raise ConfigError(f"{name}: its attention is not published, so no curve can be drawn")
         for panel, axes in enumerate(panels):

@@ -7,6 +7,8 @@ from moejax.cost.models import Row
 from moejax.text import UNKNOWN, bytes_text, count_text, flops_text
 
 MOE, DENSE, INK, PALE, BAND = "#1769aa", "#c4622d", "#222222", "#8a8f98", "#f4f5f7"
+# Okabe and Ito's, which the colour-blind tell apart.
+CURVE_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#000000")
 
 
 def plot(rows: list[Row], path: str, context: int) -> None:
@@ -34,17 +36,17 @@ def plot(rows: list[Row], path: str, context: int) -> None:
     figure.savefig(path, dpi=160, facecolor="white")
 
 
-def check_path(path: str) -> None:
-    """ConfigError if no picture can be written to `path`: no such folder, or a suffix that matplotlib does not
-    know."""
+def check_path(path: str, flag: str = "plot") -> None:
+    """ConfigError, which names `flag`, if no picture can be written to `path`: no such folder, or a suffix that
+    matplotlib does not know."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
     if not pathlib.Path(path).absolute().parent.is_dir():
-        raise ConfigError(f"--plot={path}: {pathlib.Path(path).parent} does not exist")
+        raise ConfigError(f"--{flag}={path}: {pathlib.Path(path).parent} does not exist")
     suffix = pathlib.Path(path).suffix.lstrip(".").lower() or "png"
     known = FigureCanvasAgg.get_supported_filetypes()
     if suffix not in known:
-        raise ConfigError(f"--plot={path}: .{suffix} is not one of {', '.join(sorted(known))}")
+        raise ConfigError(f"--{flag}={path}: .{suffix} is not one of {', '.join(sorted(known))}")
 
 
 def _panel(ax, rows: list[Row], keys: tuple[str, ...], text, base: int) -> None:

@@ -8,9 +8,10 @@ import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 
+from moejax.cost.plot import CURVE_COLOURS
+
 COLOURS = ("#2f6fb3", "#d1662a", "#3c8f4b", "#8a5fb0", "#b8860b", "#5b6770", "#c2427b", "#1b8a8f")
-# Okabe and Ito's, which the colour-blind tell apart, and dashes, which print keeps: 28 looks.
-CURVE_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#000000")
+# With CURVE_COLOURS, and dashes, which print keeps: 28 looks.
 DASHES = ("-", "--", ":", "-.")
 
 

@@ -4,8 +4,8 @@ import math
 
 from matplotlib.figure import Figure
 
-from moejax.cost.plot import check_path
-from moejax.evals.charts import CURVE_COLOURS, plain_text
+from moejax.cost.plot import CURVE_COLOURS, check_path
+from moejax.evals.charts import plain_text
 from moejax.evals.comparison import Comparison, Result
 
 _SURE, _UNSURE = CURVE_COLOURS[0], "#8a8f98"
