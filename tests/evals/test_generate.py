@@ -1,6 +1,7 @@
 """Generation against the plain forward pass, token by token."""
 
 import collections
+import contextlib
 import dataclasses
 
 import jax
@@ -104,8 +105,16 @@ def test_compilation_is_told_apart(model):
         generate(*model, CFG, [[1] * 21], 3, stats=stats)  # a length that no other test has
     assert first.compile_seconds > 0 and "compiled for" in str(first)
     assert again.compile_seconds == 0 and "compiled" not in str(again)
-    # What took turns of a second to compile takes a fraction of that to run.
-    assert first.prefill_seconds + first.decode_seconds < first.compile_seconds
+
+
+def test_compilation_is_taken_off_both_times(model, monkeypatch):
+    """Each of a prefill and two calls of `decode` is told that it compiled for 1000 s."""
+    told = lambda: contextlib.nullcontext(lambda: 1000.0)  # noqa: E731
+    monkeypatch.setattr("moejax.evals.generate.compile_seconds", told)
+    stats = Stats()
+    generate(*model, CFG, [[1] * 21], 4, stats=stats)
+    assert stats.compile_seconds == 3000
+    assert -1000 < stats.prefill_seconds < -500 and -2000 < stats.decode_seconds < -1500
 
 
 @pytest.mark.parametrize(
