@@ -1,4 +1,4 @@
-"""Everything worth knowing of one GPU, in at most ten minutes.
+"""Everything worth knowing of one GPU, in one short run.
 
     python -m benchmarks.gpu --json=gpu.json         # one H100 or like it, bfloat16
     python -m benchmarks.gpu --tiny --on_cpu         # toy sizes on a CPU, to test the script

@@ -152,7 +152,7 @@ def train_step(
     )
 
     # An update can overflow, or divide by zero, where loss and gradient do not. To look at all of one costs
-    # a pass over parameters and moments, a twentieth of a small step.
+    # another pass over parameters and moments.
     of_optimizer = () if bounded(cfg.optimizer) else (learned, opt_state)
     results = jax.tree.leaves((of_optimizer, router_state))
     finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
