@@ -13,7 +13,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from moejax.attention.block_attention import NOWHERE, Chosen, Sight, block_size, cut, split
+from moejax.attention.block_attention import Chosen, Sight, block_size, cut, split
 from moejax.attention.slots import take
 
 
@@ -90,14 +90,12 @@ def gathered(
 ) -> tuple[dict[str, jax.Array], Sight]:
     """The chosen ones of `keys` (name -> [B,T,..]) for a single query, [B,topk,..], and its sight of them.
 
-    As in decoding, where the rest need not be read. Where fewer than `topk` are chosen, the query does not see
-    what fills them up.
+    As in decoding, where the rest need not be read. `choose` chooses `topk`; of those that a query does not
+    see, it sees none here either.
     """
     length = next(iter(keys.values())).shape[1]
     on_BT = jnp.unpackbits(bits_B1b[:, 0], axis=-1, count=length, bitorder="little")
-    on_BK, at_BK = jax.lax.top_k(on_BT.astype(jnp.int32), topk)
+    at_BK = jax.lax.top_k(on_BT.astype(jnp.int32), topk)[1]
     k_pos_BT = jnp.broadcast_to(sight.k_pos_BT, (len(at_BK), length))
-    seen = sight._replace(
-        k_pos_BT=jnp.where(on_BK > 0, take(k_pos_BT, at_BK), NOWHERE), chosen=None
-    )
+    seen = sight._replace(k_pos_BT=take(k_pos_BT, at_BK), chosen=None)
     return {name: take(a, at_BK) for name, a in keys.items()}, seen

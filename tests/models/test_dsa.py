@@ -193,16 +193,16 @@ def test_what_does_not_fit(change, message):
 
 
 def test_a_single_query_gathers_what_was_chosen():
-    """Of 8 keys it sees the first 6: four of these are chosen, or as many as there are."""
+    """Four of 8 keys; the second row sees two of its four."""
     keys = {
         "latent": jax.random.normal(jax.random.key(0), (2, 8, 3)),
         "rope_key": jnp.arange(16.0).reshape(2, 8),
     }
     sight = Sight(jnp.array([[5], [1]]), jnp.arange(8)[None])
-    on_BT = np.array([[1, 0, 1, 1, 0, 1, 0, 0], [1, 1, 0, 0, 0, 0, 0, 0]], bool)
+    on_BT = np.array([[1, 0, 1, 1, 0, 1, 0, 0], [1, 1, 1, 1, 0, 0, 0, 0]], bool)
     bits = jnp.asarray(np.packbits(on_BT, axis=-1, bitorder="little"))[:, None]
     got, seen = gathered(keys, bits, sight, 4)
     np.testing.assert_array_equal(got["rope_key"][0], [0, 2, 3, 5])
     np.testing.assert_array_equal(got["latent"][0], keys["latent"][0, np.array([0, 2, 3, 5])])
-    np.testing.assert_array_equal(got["rope_key"][1, :2], [8, 9])
+    np.testing.assert_array_equal(got["rope_key"][1], [8, 9, 10, 11])
     np.testing.assert_array_equal(seen.mask_BST()[:, 0], [[True] * 4, [True, True, False, False]])
