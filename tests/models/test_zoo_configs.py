@@ -98,6 +98,24 @@ def test_gpt_oss():
     assert zoo.config_from_hf(hf).attention.windows == (0,) * 23 + (128,)
 
 
+def test_mimo_v2_flash():
+    """128 tokens before the token, in five layers of six; `sliding_window` alone counts the token, too."""
+    cfg = zoo.load_preset("mimo-v2-flash")
+    a = cfg.attention
+    heads = a.num_kv_heads, a.window_kv_heads, a.head_dim, a.v_head_dim
+    assert (a.kind, *heads) == ("hybrid", 4, 8, 192, 128)
+    windows = [a.window(layer) for layer in range(48)]
+    assert windows == [129 if i and (i + 1) % 6 else 0 for i in range(48)]
+    assert (a.rope.theta, a.window_theta, a.rope.width, a.value_scale) == (5e6, 1e4, 64, 0.707)
+    assert cfg.num_dense_layers == 1 and cfg.moe.shared_experts == 0
+    hf = zoo.load_hf("mimo-v2-flash")
+    for key in ("sliding_window_size", "hybrid_layer_pattern", "moe_layer_freq"):
+        hf.pop(key)
+    silent = zoo.config_from_hf(hf)
+    assert [silent.attention.window(layer) for layer in (0, 1, 5)] == [0, 128, 0]
+    assert silent.num_dense_layers == 1
+
+
 def test_attention_and_routing_of_the_others():
     olmoe, qwen3 = zoo.load_preset("olmoe-1b-7b"), zoo.load_preset("qwen3-30b-a3b")
     qwen2, gpt2 = zoo.load_preset("qwen1.5-moe-a2.7b"), zoo.load_preset("gpt-2")
