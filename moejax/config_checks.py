@@ -89,6 +89,11 @@ def _attention_problems(cfg: ModelConfig, p: str, objective: ObjectiveConfig) ->
                 f"objective.{key}={value!r} is not read by {p}attention.kind={a.kind!r}: leave it at "
                 f"{default!r}",
             )
+    if a.kind in ATTENTIONS and "index_loss" in ATTENTIONS[a.kind].objectives:
+        out.need(
+            not objective.index_loss or bool(ATTENTIONS[a.kind].losses(cfg, objective)),
+            f"objective.index_loss={objective.index_loss} teaches nothing: no layer has an indexer",
+        )
     out.need(
         not objective.index_dense or objective.index_loss > 0,
         "objective.index_dense needs objective.index_loss > 0: it is the warm-up of what that loss teaches",

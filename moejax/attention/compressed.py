@@ -10,7 +10,8 @@ angle. Every head has a sink, and groups of heads have a low-rank output each. S
 `rope.theta` alone, the others by `compress_theta` with YaRN, its magnitude left out.
 
 The indexer has entries of its own, I_ts = sum_j w_tj relu(q_tj k_s) over its heads j, and learns nothing from
-the model's loss.
+the model's loss. With `objective.index_loss` it learns to rank entries as attention does (`index_loss`, over
+entries alone), and nothing else learns from that.
 
 A cache keeps the last W tokens in a ring, the entries, and of the last 2m (HCA: m) tokens what an entry needs
 of them, in a ring. As everywhere, what padding or a rejected guess wrote is overwritten before it is seen:
@@ -26,11 +27,12 @@ import jax.numpy as jnp
 
 from moejax import axes
 from moejax.attention import compress, slots
-from moejax.attention.block_attention import NOWHERE
+from moejax.attention.block_attention import NOWHERE, Sight
 from moejax.attention.compressed_keys import Keys, see, turn
 from moejax.attention.contract import Attended, Attention, AttentionKind, Call, Slots, Widths
+from moejax.attention.index_loss import INDEX, index_loss
 from moejax.attention.rope import rotation
-from moejax.attention.selection import Index
+from moejax.attention.selection import Index, choose, chosen
 from moejax.config import AttentionConfig, ModelConfig
 from moejax.linear import linear
 from moejax.norm import norm, norm_specs
@@ -197,9 +199,9 @@ def _entries(
 def _index(
     params: dict, x_BSD, latent_BSC, cfg: ModelConfig, call: Call, cache: CacheOf
 ) -> tuple[Index, CacheOf]:
-    """The indexer's side of CSA; nothing in it learns from what it picks."""
+    """The indexer's side of CSA, from inputs without gradient."""
     a, (b, s) = cfg.attention, x_BSD.shape[:2]
-    params, x_BSD, latent_BSC = jax.lax.stop_gradient((params, x_BSD, latent_BSC))
+    x_BSD, latent_BSC = jax.lax.stop_gradient((x_BSD, latent_BSC))
     wide = jnp.promote_types(x_BSD.dtype, jnp.float32)
     q = linear(latent_BSC, params["w_q"]).reshape(b, s, a.index_heads, a.index_head_dim)
     q = turn(q, call.where.rotation[True])
@@ -208,6 +210,22 @@ def _index(
     )
     keys, cache = _entries(params["compressor"], x_BSD, cfg, call, cache, "index_")
     return Index(q, w_BSJ, keys.kv_BTH), cache
+
+
+def _index_losses(index: Index, q_BSNH, entries: Keys, cfg: ModelConfig, call: Call) -> dict:
+    """What teaches the indexer, if it is taught: attention to the entries that a query sees, or picks."""
+    a, objective = cfg.attention, call.objective
+    if objective is None or not objective.index_loss:
+        return {}
+    at_BS, document_BS = call.where.positions_BS, call.where.segment_ids_BS
+    sight = Sight(at_BS, entries.at_BT, document_BS, entries.document_BT)
+    count = index.k_BTI.shape[1]
+    if count > a.index_topk and not objective.index_dense:
+        bits = choose(index, sight, a.index_topk, call.block)
+        sight = sight._replace(chosen=chosen(bits, count))
+    of_head, scale = entries.kv_BTH[:, None], a.head_dim**-0.5
+    loss = index_loss(index, q_BSNH, of_head, scale, sight, call.mask_BS, call.block)
+    return {INDEX: objective.index_loss / a.layer_kinds.count(CSA) * loss}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -224,16 +242,19 @@ def _attend(params: dict, x_BSD: jax.Array, cfg: ModelConfig, call: Call) -> Att
     q = turn(norm({"scale": jnp.ones(a.head_dim)}, q, eps), cos_sin)
     kv = norm(params["kv_norm"], linear(x_BSD, params["w_kv"]), eps)
     tokens, cache = _tokens(turn(kv[:, :, None], cos_sin)[:, :, 0], call, cache)
-    entries = index = None
+    entries, index, losses = None, None, {}
     if call.layer_kind != SLIDING:
         entries, cache = _entries(params["compressor"], x_BSD, cfg, call, cache)
-    if call.layer_kind == CSA:
+    if call.layer_kind == CSA and entries is not None:
         index, cache = _index(params["indexer"], x_BSD, latent_BSC, cfg, call, cache)
-        if index.k_BTI.shape[1] <= a.index_topk:
+        losses = _index_losses(index, q, entries, cfg, call)
+        dense = call.objective is not None and call.objective.index_dense
+        if dense or index.k_BTI.shape[1] <= a.index_topk:
             index = None  # all are picked
     block = s if cache is not None and not call.prefill else call.block
     out_BSNH = see(q, call.where, tokens, entries, index, params["sinks"], a, block)
-    return Attended(_output(params, turn(out_BSNH, cos_sin, back=True), a), cache)
+    y_BSD = _output(params, turn(out_BSNH, cos_sin, back=True), a)
+    return Attended(y_BSD, cache, None, losses)
 
 
 def _output(params: dict, out_BSNH, a: AttentionConfig) -> jax.Array:
@@ -353,4 +374,8 @@ KIND = AttentionKind(
     sizes=sizes,
     problems=problems,
     reads=READS,
+    losses=lambda cfg, objective: (
+        (INDEX,) if objective.index_loss and CSA in cfg.attention.layer_kinds else ()
+    ),
+    objectives=frozenset({"index_loss", "index_dense"}),
 )

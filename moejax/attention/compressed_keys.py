@@ -95,12 +95,12 @@ def see(
       where: their positions and documents.
       tokens: seen inside the window; with more than a block of queries, one for each of them, in order.
       entries: seen once they are complete, or None.
-      index: picks some of them, or None: all.
+      index: picks some of them, without gradient, or None: all.
       sinks_N: a logit for each head.
       a: the options.
       block: as in `Call`.
     """
-    of = (q_BSNH, where, tokens, entries, index, sinks_N, a)
+    of = (q_BSNH, where, tokens, entries, jax.lax.stop_gradient(index), sinks_N, a)
     size = block_size(q_BSNH.shape[1], block)
     return _in_blocks(*of, size) if size else _at_once(*of)
 

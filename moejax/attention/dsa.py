@@ -19,7 +19,7 @@ from moejax import axes
 from moejax.attention import mla
 from moejax.attention.contract import Attended, Attention, AttentionKind, Call, Slots
 from moejax.attention.core import named_linear, seen, turned
-from moejax.attention.index_loss import index_loss
+from moejax.attention.index_loss import INDEX, index_loss
 from moejax.attention.rope import rotate
 from moejax.attention.selection import Index, choose, chosen, gathered, num_bytes
 from moejax.config import AttentionConfig, ModelConfig
@@ -28,7 +28,6 @@ from moejax.options import Problems
 from moejax.params import ParamSpec
 
 INDEXED, SHARED = "indexed", "shared"
-INDEX = "index"  # its loss
 INDEX_NORM_EPS = 1e-6  # whatever config.json's rms_norm_eps says
 
 

@@ -4,8 +4,8 @@
     L   = sum over tokens t of KL(p_t || softmax_s(I_t)) = sum_s p_ts log(p_ts / softmax(I_t)_s)
 
 Both softmaxes run over the keys that the query attends to: all that it sees in the dense stage, the chosen ones
-afterwards. Queries are worked on in blocks, and heads one after the other: floats exist for a block of queries
-by all keys, and no more.
+afterwards. A query that sees none counts as 0. Queries are worked on in blocks, and heads one after the other:
+floats exist for a block of queries by all keys, and no more.
 
 Here: N query heads, T key positions, J heads of the indexer, I width of each, Q queries of a block.
 """
@@ -16,6 +16,8 @@ import jax.numpy as jnp
 from moejax.attention.block_attention import Sight, block_size, cut, split
 from moejax.attention.selection import Index
 
+INDEX = "index"  # the name of this loss
+
 
 def index_loss(
     index: Index, q_BSNH, k_BNTH, scale: float, sight: Sight, mask_BS, block: int = 0
@@ -24,7 +26,7 @@ def index_loss(
 
     Args:
       index: what the indexer makes of the tokens; gradients reach nothing else.
-      q_BSNH, k_BNTH: queries and keys of attention.
+      q_BSNH, k_BNTH: queries and keys of attention; [B,1,T,H] for keys that all heads share.
       scale: of their products.
       sight: the keys that each query attends to.
       mask_BS: 1 = token, 0 = padding, or None.
@@ -66,14 +68,15 @@ def _masked(score, mask):
 
 def _target(q_BQNH, k_BNTH, mask_BQT):
     """p: the mean of attention's softmaxes over its heads."""
-    wide = jnp.promote_types(q_BQNH.dtype, jnp.float32)
+    wide, shared = jnp.promote_types(q_BQNH.dtype, jnp.float32), k_BNTH.shape[1] == 1
 
     def add(total_BQT, head):
-        q_BQH, k_BTH = head
+        q_BQH, k_BTH = (head, k_BNTH[:, 0]) if shared else head
         logits = jnp.einsum("BQH,BTH->BQT", q_BQH, k_BTH, preferred_element_type=wide)
         return total_BQT + jax.nn.softmax(_masked(logits, mask_BQT), axis=-1), None
 
-    heads = jnp.moveaxis(q_BQNH, 2, 0), jnp.moveaxis(k_BNTH, 1, 0)
+    q_NBQH = jnp.moveaxis(q_BQNH, 2, 0)
+    heads = q_NBQH if shared else (q_NBQH, jnp.moveaxis(k_BNTH, 1, 0))
     total_BQT, _ = jax.lax.scan(add, jnp.zeros(mask_BQT.shape, wide), heads)
     return jnp.where(mask_BQT, total_BQT / q_BQNH.shape[2], 0.0)
 

@@ -19,7 +19,7 @@ MESH = dict(data=2, fsdp=2, tensor=2)
 V4 = dict(
     router="deepseek_v4_hash", hash_layers=1, count=2, mtp=1, kind="compressed", layer_kinds=("csa", "hca"),
     sliding_window=2, csa_rate=1, hca_rate=2, q_lora_rank=6, qk_rope_head_dim=2, interleaved=True,
-    o_groups=2, o_lora_rank=3, index_heads=16, index_head_dim=4, index_topk=2,
+    o_groups=2, o_lora_rank=3, index_heads=16, index_head_dim=4, index_topk=2, index_loss=0.5,
 )  # fmt: skip
 
 

@@ -16,7 +16,7 @@ import pytest
 
 from moejax.attention import compressed, kind_of
 from moejax.attention.contract import Call, Where
-from moejax.config import AttentionConfig, ModelConfig, RopeConfig
+from moejax.config import AttentionConfig, ModelConfig, ObjectiveConfig, RopeConfig
 from moejax.config_checks import model_problems
 from moejax.params import map_specs
 
@@ -125,15 +125,20 @@ def compressor(p, x_SD, m, kind):
     return np.array(out).reshape(-1, h)
 
 
-def chosen(p, x_D, c_C, t, keys, complete):
-    """The entries that the indexer picks for token t, of those that are complete."""
+def scored(p, x_D, c_C, t, keys, complete):
+    """The indexer's scores for token t of the entries that are complete."""
     q = (c_C @ p["w_q"]).reshape(A.index_heads, -1)
     weight = x_D @ p["w_heads"] * A.index_heads**-0.5
     score = []
     for k in keys[:complete]:
         each = [max(0, turned(q[j], t, "csa") @ k) * A.index_head_dim**-0.5 for j in range(len(q))]
         score.append(weight @ np.array(each))
-    return sorted(np.argsort(score)[::-1][: A.index_topk])
+    return np.array(score)
+
+
+def chosen(*of):
+    """The entries that it picks."""
+    return sorted(np.argsort(scored(*of))[::-1][: A.index_topk])
 
 
 def oracle(p, x_SD, kind):
@@ -231,6 +236,73 @@ def test_gradients(kind):
     shift = lambda by: loss(jax.tree.map(lambda a, d: a + by * d, at[0], moves), x)  # noqa: E731
     want = sum(jax.tree.leaves(jax.tree.map(lambda a, b: (a * b).sum(), grads[0], moves)))
     np.testing.assert_allclose((shift(step) - shift(-step)) / (2 * step), want, rtol=1e-6)
+
+
+def taught(p, x_SD, dense):
+    """KL from the indexer's softmax to the mean of attention's over the same entries, token by token."""
+    m, total, latent = A.csa_rate, 0.0, rms_norm(x_SD @ p["w_q_a"], p["q_norm"]["scale"])
+    q = (latent @ p["w_q_b"]).reshape(len(x_SD), A.num_heads, -1)
+    entries = compressor(p["compressor"], x_SD, m, "csa")
+    keys = compressor(p["indexer"]["compressor"], x_SD, m, "csa")
+    softmax = lambda a: np.exp(a) / np.exp(a).sum()  # noqa: E731
+    for t in range(m - 1, len(x_SD)):
+        of = p["indexer"], x_SD[t], latent[t], t, keys, (t + 1) // m
+        seen = range(of[-1]) if dense else chosen(*of)
+        heads = [turned(rms_norm(q[t, n], 1.0), t, "csa") for n in range(A.num_heads)]
+        teacher = np.mean([softmax(entries[seen] @ h * A.head_dim**-0.5) for h in heads], axis=0)
+        got = softmax(scored(*of)[seen])
+        total += (teacher * np.log(teacher / got)).sum()
+    return total
+
+
+@functools.partial(jax.jit, static_argnames=("objective", "block"))
+def attended(p, x, where, mask, objective, block=0):
+    call = Call(where, "csa", block=block, objective=objective, mask_BS=mask)
+    return kind_of(A).attend(p, x, CFG, call)
+
+
+@pytest.mark.parametrize("dense", [False, True], ids=["sparse", "warm-up"])
+def test_the_indexer_is_taught_by_attention_to_entries(dense):
+    """Over entries alone, the tokens before the first one left out; in blocks the same. The indexer learns from
+    it what central differences say and nothing else does; from the layer's output it learns nothing."""
+    x, position, document = batch()
+    objective = ObjectiveConfig(index_loss=0.5, index_dense=dense)
+    p, where = jax.tree.map(jnp.asarray, params("csa")), where_of(position, document)
+    of = functools.partial(attended, where=where, mask=document > 0, objective=objective)
+    loss = lambda p, x, block=0: of(p, x, block=block).losses["index"]  # noqa: E731
+    rows = [(row, n) for row in range(2) for n in range(1, len(LENGTHS[row]) + 1)]
+    each = [taught(params("csa"), x[row, document[row] == n], dense) for row, n in rows]
+    near(loss(p, x), 0.5 * sum(each))  # one layer of the three has an indexer
+    same(loss(p, x, 4), loss(p, x))
+    to_p, to_x = jax.grad(loss, (0, 1))(p, x)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(to_p):
+        assert np.any(np.asarray(leaf)) == ("indexer" in str(path)), path
+    assert not np.any(np.asarray(to_x))
+    indexer = jax.grad(lambda p: (of(p, x).y_BSD ** 2).sum())(p)["indexer"]
+    assert not any(np.any(np.asarray(a)) for a in jax.tree.leaves(indexer))
+    if dense:  # picks step
+        noise, step = np.random.default_rng(7), 1e-5
+        moves = jax.tree.map(lambda a: noise.normal(size=a.shape), p["indexer"])
+        moved = lambda by: {  # noqa: E731
+            **p,
+            "indexer": jax.tree.map(lambda a, d: a + by * d, p["indexer"], moves),
+        }
+        want = (loss(moved(step), x) - loss(moved(-step), x)) / (2 * step)
+        got = sum(jax.tree.leaves(jax.tree.map(lambda g, d: (g * d).sum(), to_p["indexer"], moves)))
+        np.testing.assert_allclose(got, want, rtol=1e-6)
+
+
+def test_a_row_without_an_entry_teaches_nothing():
+    where = where_of(np.arange(2)[None])
+    x = np.ones((1, 2, 12))
+    out = attended(params("csa"), x, where, np.ones((1, 2)), ObjectiveConfig(index_loss=1.0))
+    assert out.losses["index"] == 0.0
+
+
+def test_an_indexer_loss_needs_an_indexer():
+    only = dataclasses.replace(CFG, attention=dataclasses.replace(A, layer_kinds=("hca",) * 3))
+    (said,) = model_problems(only, objective=ObjectiveConfig(index_loss=1.0))
+    assert "index_loss=1.0 teaches nothing: no layer has an indexer" in said
 
 
 @pytest.mark.parametrize("kind", KINDS)
