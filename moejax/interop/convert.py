@@ -30,7 +30,8 @@ from moejax.interop.files import (
 )
 from moejax.interop.hf_folder import CONFIG, HfFolder, open_folder
 from moejax.interop.load import plan_model, read_model
-from moejax.interop.mapping import as_saved
+from moejax.interop.mapping import Account, as_saved
+from moejax.interop.more_tokens import pad_rows, with_tokens
 from moejax.interop.own_files import as_json, own_files, token_ids
 from moejax.interop.prompts import (
     FILES,
@@ -51,7 +52,7 @@ from moejax.models.zoo import (
     objective_from_hf,
 )
 from moejax.models.zoo.architecture import architecture
-from moejax.params import count
+from moejax.params import Tree, count
 from moejax.runs import folder as run_folder
 from moejax.runs.checkpoint import Checkpoints
 from moejax.runs.open import load_run
@@ -68,7 +69,7 @@ class Source(NamedTuple):
 
     Attributes:
       opened: config.json and the headers.
-      experiment: its model, what it was trained for, and its tokenizer.
+      experiment: its model, with a row for every token, what it was trained for, and its tokenizer.
       tokenizer: with the separators that its files name.
       prompts: what its files say about prompts.
       kept: content of the files that a run keeps, by name.
@@ -91,7 +92,7 @@ def open_source(hf_dir: pathlib.Path, ignore_keys: Collection[str] = ()) -> Sour
     Raises ConfigError: see `load_model`; no tokenizer.json, or one that does not fit.
     """
     opened = open_folder(hf_dir, ignore_keys)
-    experiment = config_of(opened)
+    experiment = _config_of(opened)
     text = _tokenizer_text(hf_dir)
     check_tokenizer(text, str(hf_dir / FILE_NAME))
     prompts = read_prompt_files(hf_dir, ignore_keys)
@@ -99,17 +100,36 @@ def open_source(hf_dir: pathlib.Path, ignore_keys: Collection[str] = ()) -> Sour
     tokenizer = JsonTokenizer(text, str(hf_dir / FILE_NAME), find)
     if not {"added_tokens_decoder", "added_tokens"} & set(ignore_keys):
         check_tokens(prompts, tokenizer)
-    vocab_size = experiment.model.vocab_size
-    if tokenizer.vocab_size > vocab_size:
-        raise InteropError(
-            f"{hf_dir / FILE_NAME} has {tokenizer.vocab_size} tokens, the model's vocabulary "
-            f"only {vocab_size}: they do not belong together"
-        )
+    model = with_tokens(experiment.model, tokenizer.vocab_size, str(hf_dir / FILE_NAME))
+    data = dataclasses.replace(experiment.data, vocab_size=model.vocab_size)
+    experiment = dataclasses.replace(experiment, model=model, data=data)
     kept = {name: _kept(hf_dir, name, ignore_keys) for name in KEPT if exists(hf_dir, name)}
     return Source(opened, experiment, tokenizer, prompts, kept)
 
 
-def config_of(opened: HfFolder) -> ExperimentConfig:
+def read_source(
+    source: Source,
+    dtype=None,
+    layout: Layout | None = None,
+    *,
+    quantizer: Quantizer | None = None,
+) -> tuple[ModelConfig, Tree, Tree, Account]:
+    """`read_model` of a folder, with a progress bar; with a row for every token, it says if some were added."""
+    cfg, params, router_state, account = read_model(
+        source.opened, dtype, layout, quantizer=quantizer, progress=True
+    )
+    rows = source.experiment.model.vocab_size
+    if added := rows - cfg.vocab_size:
+        print(
+            f"{FILE_NAME} has {added} tokens more than the model's {cfg.vocab_size} rows: rows were added "
+            "for them, each the mean of the others"
+        )
+        cfg = dataclasses.replace(cfg, vocab_size=rows)
+        params = pad_rows(params, cfg, layout)
+    return cfg, params, router_state, account
+
+
+def _config_of(opened: HfFolder) -> ExperimentConfig:
     """The experiment of an imported model: its model, what it was trained for, its tokenizer."""
     model_type = opened.hf["model_type"]
     model = as_saved(config_from_hf(opened.hf), model_type, opened.tensors)
@@ -175,8 +195,9 @@ def import_run(
     size = plan_model(source.opened, quantizer).nbytes(quantizer)
     with whole_folder(workdir) as folder:
         need_space(folder, size)
-        model = read_model(source.opened, layout=_host(), quantizer=quantizer, progress=True)
-        cfg, params, router_state, account = model
+        cfg, params, router_state, account = read_source(
+            source, layout=_host(), quantizer=quantizer
+        )
         checkpoints = Checkpoints(folder, experiment, packed=False)
         checkpoints.save_model(params, router_state)
         checkpoints.close()

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from moejax import axes
 from moejax.attention import kind_of
@@ -213,6 +214,18 @@ def _with_experts(layers, experts: dict, at: int) -> list[dict]:
     ]
 
 
+def _check_padding(mask_BS) -> None:
+    """What is in front would be seen by the tokens behind it, and take their positions."""
+    if isinstance(mask_BS, jax.core.Tracer) or not getattr(mask_BS, "is_fully_addressable", True):
+        return
+    mask_BS = np.asarray(mask_BS) > 0
+    if wrong := np.flatnonzero((mask_BS[:, 1:] & ~mask_BS[:, :-1]).any(axis=1)).tolist():
+        raise ValueError(
+            f"mask_BS has padding in front of a token in row {wrong[0]}: pad on the right, or give "
+            "positions_BS and segment_ids_BS (0 = padding)"
+        )
+
+
 def forward(
     params: dict,
     router_state: dict,
@@ -243,7 +256,8 @@ def forward(
       objective: what it is trained for (static); None: it is not, so no losses, and no route is dropped.
       positions_BS: within each document; 0, 1, 2, .. if None.
       segment_ids_BS: document of each token (0 = padding); None: one document per row.
-      mask_BS: 1 = token, 0 = padding; None: from segment_ids_BS, else all ones.
+      mask_BS: 1 = token, 0 = padding; None: from segment_ids_BS, else all ones. Without segment_ids_BS, and in
+        a prefill, padding stands behind the tokens: ValueError if not, unless the values are traced.
       totals: of the global batch, stats stacked over layers, when this is one micro-batch of it.
       forced_LTK: expert indices to force in each MoE layer.
       cache: from `init_cache`, or with lists of layers from `init_layers`; see `prefill`.
@@ -254,6 +268,8 @@ def forward(
     """
     if mask_BS is None and segment_ids_BS is not None:
         mask_BS = segment_ids_BS > 0
+    elif mask_BS is not None and (segment_ids_BS is None or prefill):
+        _check_padding(mask_BS)
     ctx = Context(
         cfg=cfg,
         compute=compute or ComputeConfig(),

@@ -25,8 +25,6 @@ from moejax.config import (
 from moejax.config_io import to_json
 from moejax.data.tokenizer import JsonTokenizer, Tokenizer
 from moejax.interop import convert
-from moejax.interop.hf_folder import open_folder
-from moejax.interop.load import read_model
 from moejax.runs import agree, folder, lock
 from moejax.runs.checksums import checksums
 from moejax.runs.open import read_config
@@ -63,7 +61,7 @@ def as_base(cfg: ExperimentConfig, workdir: pathlib.Path | None) -> ExperimentCo
         theirs = read_config(workdir)
     else:
         root, step = _where(cfg.train.init_from)
-        theirs = convert.config_of(open_folder(root)) if step is None else read_config(root)
+        theirs = convert.open_source(root).experiment if step is None else read_config(root)
     data, default = cfg.data, DataConfig()
     if (data.tokenizer, data.vocab_size) == (default.tokenizer, default.vocab_size):
         other = theirs.data
@@ -172,7 +170,7 @@ def _hugging_face(given: str, root: pathlib.Path) -> Base:
     def load(layout: Layout | None) -> tuple[dict, dict]:
         model, error = None, None
         try:
-            model = read_model(source.opened, jnp.float32, layout, progress=True)
+            model = convert.read_source(source, jnp.float32, layout)
         except ConfigError as e:
             error = e
         agree.raise_together(error)

@@ -90,6 +90,25 @@ def test_causal_and_documents_are_apart():
         np.testing.assert_array_equal(moved[:, end:], 0.0)
 
 
+def test_padding_in_front_is_refused_or_stated():
+    """As attention masks of other libraries may have it; with documents and positions it is none of the tokens'
+    business."""
+    cfg, params, state = setup(MHA)
+    left = jnp.array([[1] * 8, [0] * 3 + [1] * 5])
+    with pytest.raises(ValueError, match=r"in front of a token in row 1: pad on the right"):
+        forward(params, state, TOKENS, cfg, mask_BS=left)
+    with pytest.raises(ValueError, match="row 1"):
+        cache = init_cache(cfg, 2, 8)
+        forward(
+            params, state, TOKENS, cfg, cache=cache, prefill=True, segment_ids_BS=left, mask_BS=left
+        )
+    at = jnp.maximum(jnp.arange(8)[None] - 3 * (1 - left[:, :1]), 0)
+    out = forward(params, state, TOKENS, cfg, positions_BS=at, segment_ids_BS=left)
+    want = forward(params, state, TOKENS[1:, 3:], cfg).hidden_BSD[0]
+    # float32, values of order 1.
+    np.testing.assert_allclose(out.hidden_BSD[1, 3:], want, atol=1e-4)
+
+
 @pytest.mark.parametrize("chunk", [0, 4])  # 4 tokens over 2 rows: four chunks
 def test_chunked_cross_entropy(chunk):
     compute = ComputeConfig(loss_chunk=chunk)
