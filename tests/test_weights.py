@@ -153,6 +153,19 @@ def test_generating_is_as_with_the_matrices_written_out(model, name):
     assert name == "int8" or whole != generate(few, state, cfg, PROMPTS, 6)  # rounding is seen
 
 
+@pytest.mark.parametrize("name", ["float32", *FORMATS])
+def test_experts_stay_where_they_lie(model, name):
+    """A second copy of them, in layers, would not fit beside the first."""
+    cfg, params = model
+    params = quantized(params, cfg, name)
+    before = params["moe_blocks"]["moe"]["experts"]
+    after = prepare(params, "float32")
+    leaves = jax.tree.leaves(after["experts"])
+    assert len(leaves) >= 3
+    for a, b in zip(leaves, jax.tree.leaves(before), strict=True):
+        assert a.unsafe_buffer_pointer() == b.unsafe_buffer_pointer()
+
+
 # Operations that compute nothing: names for what lies somewhere.
 _NAMES = ("parameter", "get-tuple-element", "tuple", "bitcast", "while", "conditional", "call")
 
