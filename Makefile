@@ -40,7 +40,7 @@ chaos: $(VENV)/installed-dev
 	if [ -n "$$failed" ]; then echo "failed:$$failed"; exit 1; fi
 
 parity: $(PARITY_VENV)/installed
-	$(PARITY_VENV)/bin/python -m pytest tests/parity
+	$(PARITY_VENV)/bin/python -m pytest -n $(JOBS) --dist worksteal tests/parity
 
 bench: $(VENV)/installed
 	$(BIN)/python -m benchmarks.all --torch_python=$(wildcard $(PARITY_VENV)/bin/python)

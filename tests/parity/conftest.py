@@ -35,9 +35,30 @@ def record_one(request):
     """`record_one(family, what)`: one more of something that was checked exactly."""
 
     def one(family: str, what: str, by: int = 1):
-        request.config.stash[_largest][family][what] += by
+        request.config.stash[_largest][family][what] += int(by)
 
     return one
+
+
+# Of these the number counts, of the others the largest difference.
+COUNTED = ("configurations", "routes equal", "tokens equal")
+
+
+def pytest_sessionfinish(session):
+    """A worker of pytest-xdist hands over what it has."""
+    if hasattr(session.config, "workeroutput"):
+        table = session.config.stash[_largest]
+        session.config.workeroutput["largest"] = {family: dict(of) for family, of in table.items()}
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node):
+    """The workers' tables as one."""
+    table = node.config.stash[_largest]
+    for family, of in getattr(node, "workeroutput", {}).get("largest", {}).items():
+        for what, value in of.items():
+            here = table[family]
+            here[what] = here[what] + value if what in COUNTED else max(here[what], value)
 
 
 def pytest_terminal_summary(terminalreporter, config):
@@ -62,6 +83,6 @@ def pytest_terminal_summary(terminalreporter, config):
         cells = []
         for kind in kinds:
             value = table[family].get(kind)
-            exact = kind in ("configurations", "routes equal", "tokens equal")
-            cells.append("" if value is None else f"{value:.0f}" if exact else f"{value:.1e}")
+            form = ".0f" if kind in COUNTED else ".1e"
+            cells.append("" if value is None else f"{value:{form}}")
         write(f"| {family} | " + " | ".join(cells) + " |")

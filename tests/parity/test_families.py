@@ -34,7 +34,12 @@ def rows(case: Case):
     return tokens, np.array([case.length, 7 * case.length // 13, 1])
 
 
-every_case = pytest.mark.parametrize("case", CASES, ids=lambda c: c.id)
+def each(cases: list[Case]):
+    """All tests of a model follow each other, so that of several workers one builds it."""
+    return pytest.mark.parametrize("case", cases, ids=lambda c: c.id, scope="module")
+
+
+every_case = each(CASES)
 
 
 class Pair(NamedTuple):
@@ -156,7 +161,7 @@ def test_greedy_continuation(case, pair_of, record_one):
     record_one(case.family, "tokens equal", got.size)
 
 
-@pytest.mark.parametrize("case", [c for c in CASES if c.gradient], ids=lambda c: c.id)
+@each([c for c in CASES if c.gradient])
 def test_gradient(case, pair_of, record, tmp_path):
     """d loss / d weight, written in the published layout by both sides, tensor by tensor."""
     pair, (tokens, lengths) = pair_of(case), rows(case)
