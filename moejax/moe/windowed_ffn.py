@@ -126,8 +126,10 @@ def _run(stack, group_sizes_E, num_rows, carry, body):
     _, d_model, width = stack["w_up"].shape
     if num_rows == 0:
         return carry
-    at_once = win.windows_at_once(group_sizes_E.shape[0], d_model * width)
-    return win.for_each_set(group_sizes_E, num_rows, at_once, carry, body)
+    num_experts = group_sizes_E.shape[0]
+    lengths = win.static_lengths(num_rows, num_experts, d_model * width)
+    at_once = win.windows_at_once(num_experts, d_model * width)
+    return win.for_each_set(group_sizes_E, num_rows, lengths, at_once, carry, body)
 
 
 def _project(params_S, x_SCD, act):

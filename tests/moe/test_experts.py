@@ -21,6 +21,7 @@ from moejax.moe.experts import (
     ffn_param_specs,
     of_experts,
 )
+from moejax.moe.grouped_matmul import windows
 from moejax.moe.rows import sort_routes
 from moejax.options import choices_of
 from moejax.params import init_params
@@ -85,8 +86,9 @@ def _layer(params, x_TD, index_TK, weights_TK, activation):
 
 def _routes(kind, seed=1):
     rng = np.random.default_rng(seed)
-    if kind == "many rows":
-        # 720 rows: windows of seven lengths (`windows.static_lengths`), groups longer than the longest.
+    if kind.startswith("many rows"):
+        # 720 rows: windows of seven lengths (`windows.static_lengths`) or of the longest alone; groups longer
+        # than that.
         index_TK = rng.choice(E, size=(240, K), p=[0.4, 0.3, 0.2, 0.08, 0.02, 0]).astype(np.int32)
         return index_TK, rng.random((240, K))
     index_TK = np.stack([rng.permutation(E)[:K] for _ in range(T)]).astype(np.int32)
@@ -122,12 +124,16 @@ CASES = [
     for implementation in ("auto", "ragged", "reference")
     for activation in (ACTIVATIONS if implementation == "auto" else ("swiglu_oai",))
     for kind in ("uniform", "skewed", "with empty slots", "all empty")
-] + [("auto", "swiglu_oai", "many rows")]
+] + [("auto", "swiglu_oai", "many rows"), ("auto", "swiglu_oai", "many rows, one length")]
 
 
 @pytest.mark.parametrize(("implementation", "activation", "kind"), CASES)
-def test_dropless_against_numpy(implementation, activation, kind):
+def test_dropless_against_numpy(implementation, activation, kind, monkeypatch):
     """Value and every gradient (x, weights, each parameter), in float64."""
+    if kind == "many rows":
+        monkeypatch.setattr(windows, "TINY", 0)
+    lengths = windows.static_lengths(720, E, D * F)
+    assert len(lengths) == (7 if kind == "many rows" else 1)
     moe = _config(activation, bias=activation == "swiglu_oai")
     params = _params(moe)
     rng = np.random.default_rng(3)
@@ -156,7 +162,7 @@ def test_dropless_against_numpy(implementation, activation, kind):
         ("weights", weights_TK, dweights),
         *((k, params[k], dparams[k]) for k in params),
     ]:
-        entries = 4 if kind == "many rows" else 12  # the oracle takes a route at a time
+        entries = 4 if kind.startswith("many rows") else 12  # the oracle takes a route at a time
         for i, slope in _numerical_gradient(numpy_loss, array, entries):
             # Central differences: step^2 f'''/6 plus eps |loss| / step, about 1e-9 here.
             np.testing.assert_allclose(
@@ -207,7 +213,10 @@ def test_windows_of_drawn_groups(tokens, shares, seed):
     arrays = [rng.normal(size=shape) for shape in ((tokens, D), (tokens, 1), (tokens, D))]
     x, weights, target = (jnp.asarray(a, jnp.float32) for a in arrays)
     params = jax.tree.map(jnp.float32, _params(_config(bias=True)))
-    got, want = (_drawn(params, x, weights, index, target, how) for how in ("auto", "reference"))
+    with pytest.MonkeyPatch.context() as m:
+        m.setattr(windows, "TINY", 0)  # of all lengths
+        got = _drawn(params, x, weights, index, target, "auto")
+    want = _drawn(params, x, weights, index, target, "reference")
     # float32 sums of at most 150 terms of order 1, in another order.
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=5e-5), got, want)
 

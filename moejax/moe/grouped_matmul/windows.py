@@ -39,16 +39,23 @@ class Window(NamedTuple):
     mine: jax.Array
 
 
-def static_lengths(num_rows: int, num_experts: int) -> tuple[int, ...]:
+# Up to so many multiply-adds of all rows with a matrix, padding costs less than compiling many lengths: about
+# 0.1 ms of a step, against seconds before the first one.
+TINY = 2**22
+
+
+def static_lengths(num_rows: int, num_experts: int, matrix_size: int) -> tuple[int, ...]:
     """Static lengths of windows: multiples of a unit, up to a third above the mean group.
 
     The unit is a sixth of the mean group (little padding, at most 8 lengths to compile), but at
     least 16 rows and at most 64, where the padding no longer matters and the working set would.
+    Where there is next to nothing to compute, there is the longest alone.
     """
     mean = num_rows / num_experts
     unit = min(max(8 * math.ceil(mean / 48), 16), 64)
     count = min(max(math.ceil(mean * 4 / 3 / unit), 1), 8)
-    return tuple(sorted({min(unit * (i + 1), num_rows) for i in range(count)}))
+    lengths = tuple(sorted({min(unit * (i + 1), num_rows) for i in range(count)}))
+    return lengths[-1:] if num_rows * matrix_size <= TINY else lengths
 
 
 def windows_at_once(num_experts: int, matrix_size: int) -> int:
@@ -60,6 +67,7 @@ def windows_at_once(num_experts: int, matrix_size: int) -> int:
 def for_each_set(
     group_sizes_E: jax.Array,
     num_rows: int,
+    lengths: tuple[int, ...],
     at_once: int,
     init: Any,
     body: Callable[[Any, Sequence[Window]], Any],
@@ -69,11 +77,11 @@ def for_each_set(
     Args:
       group_sizes_E: rows of each expert.
       num_rows: R > 0, of the arrays that the body reads and writes.
+      lengths: see `static_lengths`.
       at_once: windows per set; some may be empty (no row is `mine`).
       init: the carry; it must have the varying type (`moejax.moe.varying`) of the body's result.
       body: called once for each static length; the first window of a set is its longest, and not empty.
     """
-    lengths = static_lengths(num_rows, group_sizes_E.shape[0])
     expert_GS, start_GS, rows_GS = _cut(group_sizes_E, num_rows, lengths[-1], at_once)
     longest_G = rows_GS[:, 0]
     # Sets before longer[i] have a window of more than lengths[i - 1] rows; the last ones are empty.
