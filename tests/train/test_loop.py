@@ -66,6 +66,7 @@ def cfg(tmp_path_factory):
             validation_fraction=0.2,
         ),
         optimizer=OptimizerConfig(warmup_steps=1, schedule="constant"),
+        compute=ComputeConfig(dispatcher="dense"),  # compiles faster, and the loop does not know
         train=TrainConfig(steps=4, log_every=1, eval_every=4, eval_batches=2, checkpoint_every=2),
         mesh=ONE,
     )
