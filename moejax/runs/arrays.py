@@ -1,6 +1,7 @@
 """What the arrays of a checkpoint's model must be, and where they belong."""
 
 import pathlib
+from collections.abc import Collection
 from typing import Any
 
 import jax
@@ -47,21 +48,31 @@ def fit(ours: dict, path: pathlib.Path, meta: dict, stored_dtype: bool) -> dict:
 
 def _quantized(ours: dict, there: dict[str, tuple], path: pathlib.Path, wanted: bool) -> dict:
     """`ours` with a `Quantized` in place of each matrix that is stored as one."""
+    few = quantized_names(there)
 
     def one(key, a):
         name = path_name(key)
-        if name in there or f"{name}/q" not in there or f"{name}/scale" not in there:
+        if name in there or name not in few:
             return a
         if not wanted:
-            raise ConfigError(
-                f"the weights in {path} are quantised, so they cannot be trained. A run that was imported "
-                "without --quantize can be"
-            )
+            raise ConfigError(not_trainable(path))
         parts = (jax.ShapeDtypeStruct(*there[f"{name}/{part}"]) for part in ("q", "scale"))
         found = Quantized(*parts)
         return laid_out(found, a.sharding, name) if found.fits(a.shape) else a
 
     return jax.tree_util.tree_map_with_path(one, ours)
+
+
+def quantized_names(there: Collection[str]) -> set[str]:
+    """Of the names of stored arrays, what is a `Quantized`."""
+    return {n for n in (name.removesuffix("/q") for name in there) if f"{n}/scale" in there}
+
+
+def not_trainable(path: pathlib.Path) -> str:
+    return (
+        f"the weights in {path} are quantised, so they cannot be trained. A run that was imported "
+        "without --quantize can be"
+    )
 
 
 def laid_out(w: Quantized, sharding, name: str) -> Quantized:

@@ -19,7 +19,14 @@ import orbax.checkpoint as ocp
 
 from moejax.config import ConfigError, ExperimentConfig
 from moejax.runs import agree, folder, hush, lock
-from moejax.runs.arrays import Damaged, abstract_model, fit
+from moejax.runs.arrays import (
+    Damaged,
+    abstract_model,
+    fit,
+    not_trainable,
+    quantized_names,
+    stored,
+)
 from moejax.runs.checksums import add_up, local_sums
 from moejax.sharding import Layout
 
@@ -123,6 +130,17 @@ def model_at(
         raise ConfigError(f"checkpoint {path} cannot be read ({error})")
     model = value[1]["model"]
     return model["params"], model["router_state"]
+
+
+def check_trainable(workdir: pathlib.Path, step: int) -> None:
+    """ConfigError if the weights of that step are quantised. What cannot be read is said when it is read."""
+    path = workdir / folder.CHECKPOINTS / str(step)
+    try:
+        there = stored(path, read_meta(path))
+    except (Damaged, OSError):
+        return
+    if quantized_names(there):
+        raise ConfigError(not_trainable(path))
 
 
 def check_step(workdir: pathlib.Path, step: int | None) -> None:

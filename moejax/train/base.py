@@ -28,7 +28,7 @@ from moejax.interop import convert
 from moejax.runs import agree, folder, lock
 from moejax.runs.checksums import checksums
 from moejax.runs.open import read_config
-from moejax.runs.restore import model_at
+from moejax.runs.restore import check_trainable, model_at
 from moejax.sharding import Layout
 from moejax.train import upcycle
 
@@ -150,6 +150,7 @@ def _run(given: str, root: pathlib.Path, step: int) -> Base:
             f"its end, or name the checkpoint: --config.train.init_from={at}"
         )
     cfg = read_config(root)
+    check_trainable(root, step)
     tokenizer, files = convert.tokenizer_of_run(root, cfg)
     load = functools.partial(_load_run, root, cfg, step)
     return Base(f"{root}, step {step}", cfg, tokenizer, files, load)

@@ -70,9 +70,10 @@ def test_commands(folders, tmp_path, capsys, name):
         losses[which] = json.loads((tmp_path / which).read_text())["loss"]
     # Random weights: near the whole model's, and not the same.
     assert 0 < abs(losses[name] - losses["whole"]) < 0.1 * losses["whole"]
-    assert main(["analyze", f"--workdir={run}", *text, "--batches=2"]) == 0
-    assert main(["knockout", f"--workdir={run}", *text, "--batches=1"]) == 0
-    assert main(["routes", f"--workdir={run}", "--text=hello"]) == 0
+    if name == "int4":  # these read the weights as evaluation does
+        assert main(["analyze", f"--workdir={run}", *text, "--batches=2"]) == 0
+        assert main(["knockout", f"--workdir={run}", *text, "--batches=1"]) == 0
+        assert main(["routes", f"--workdir={run}", "--text=hello"]) == 0
     assert main(["export", f"--workdir={run}", f"--hf_dir={out}"]) == 0
     assert "Traceback" not in capsys.readouterr().err
     tensors = {}
@@ -98,14 +99,15 @@ def test_the_import_says_what_it_did(tmp_path, capsys):
 @pytest.mark.parametrize("name", FORMATS)
 def test_on_a_mesh(folders, name):
     """Scales lie where their inputs and outputs do, and the text is that of one device."""
-    how = dict(max_new=6, temperature=0, dtype="float32")
-    alone = Writer(folders / name, **how)
-    together = Writer(folders / name, mesh="expert=2,tensor=2", **how)
-    assert together.write_each(["hello", "world w"], 0) == alone.write_each(["hello", "world w"], 0)
-    w = together.run.params["moe_blocks"]["moe"]["experts"]["w_down"]  # [L, E, F, D]
+    mesh = "expert=2,tensor=2"
+    run = load_run(folders / name, mesh_layout(read_config(folders / name), mesh))
+    w = run.params["moe_blocks"]["moe"]["experts"]["w_down"]  # [L, E, F, D]
     for whole, splits in ((w.q, 4), (w.scale, 2 if name == "int8" else 4)):
         assert whole.addressable_shards[0].data.size == whole.size // splits
     if name == "int4":
+        how, texts = dict(max_new=6, temperature=0, dtype="float32"), ["hello", "world w"]
+        alone, together = Writer(folders / name, **how), Writer(folders / name, mesh=mesh, **how)
+        assert together.write_each(texts, 0) == alone.write_each(texts, 0)
         with pytest.raises(ConfigError, match=r"blocks of 32 of its 64 inputs.*fewer"):
             load_run(folders / name, mesh_layout(read_config(folders / name), "fsdp=4"))
 
@@ -146,6 +148,7 @@ def test_training_is_refused(folders, tmp_path, capsys):
     sizes = ["--config.data.seq_len=32", "--config.data.batch_size=8"]
     assert main(["train", base, *sizes, f"--workdir={tmp_path / 'run'}"]) == 2
     assert "quantised, so they cannot be trained" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
 
 
 def test_errors_are_those_of_the_matrices(folders):
