@@ -111,16 +111,8 @@ def test_import_says_what_was_left_out(tmp_path, capsys):
     assert (tmp_path / "out/config.json").read_bytes() == (hf / "config.json").read_bytes()
 
 
-QUICK = ("gpt2", "deepseek_v3")  # the two that differ most
-
-
-@pytest.mark.parametrize(
-    "family",
-    [
-        f if f in QUICK else pytest.param(f, marks=pytest.mark.product)
-        for f in sorted(published.CONFIGS)
-    ],
-)
+# The two that differ most; test_every_family.py has all.
+@pytest.mark.parametrize("family", ["gpt2", "deepseek_v3"])
 def test_commands_in_sequence(tmp_path, capsys, family):
     """import, generate, evaluate, export; and the export imports again."""
     hf = checkpoint(tmp_path / "hf", family)
