@@ -72,7 +72,12 @@ class Planned(NamedTuple):
 def plan_model(opened: HfFolder, quantizer: Quantizer | None = None) -> Planned:
     """Match a folder's tensors with its model, from their headers; raises as `load_model`."""
     cfg = config_from_hf(opened.hf)
-    model_type = opened.hf["model_type"]
+    model_type, count = opened.hf["model_type"], len(opened.tensors)
+    if cfg.num_layers > count:  # before anything is said of each layer
+        raise InteropError(
+            f"{opened.folder}: config.json describes a model of {cfg.num_layers:,} layers, the files hold "
+            f"{count:,} tensors: they do not belong together"
+        )
     cfg = mapping.as_saved(cfg, model_type, opened.tensors)
     wanted = mapping.targets(cfg, model_type, opened.tensors)
     table = FAMILIES[model_type].NAMES
