@@ -191,6 +191,8 @@ def partition(w: Weight, spec: PartitionSpec) -> Any:
 FEW_ROWS = 2
 # Products that are added up in one expression.
 AT_ONCE = 8
+# Outputs whose sums stay in cache: a matrix with more (a head) is read in so many columns at a time.
+COLUMNS = 4096
 
 
 def dot(x_TD: jax.Array, w: Weight) -> jax.Array:
@@ -213,26 +215,38 @@ def dot_of_few(x_TD: jax.Array, stack: Weight, at: jax.Array | int) -> jax.Array
     is first written down, out of the stack and in x's dtype. Each row is sliced out of the whole stack, for
     slices of a slice would be made of a copy.
     """
+    outputs = stack.shape[-1]
     if not is_quantized(stack) and stack.dtype.itemsize < 4:  # see `as_bits`
         w = jax.lax.dynamic_index_in_dim(stack, at, keepdims=False)
         return jnp.dot(x_TD, w.astype(x_TD.dtype))
+    whole = outputs // COLUMNS
+    if not whole:
+        return _columns(x_TD, stack, at, 0, outputs)
+    # One after the other: side by side, the sums of all columns would be held at once.
+    of = lambda i: _columns(x_TD, stack, at, i * COLUMNS, COLUMNS)  # noqa: E731
+    y_TF = jnp.moveaxis(jax.lax.map(of, jnp.arange(whole)), 0, 1).reshape(x_TD.shape[0], -1)
+    if rest := outputs % COLUMNS:
+        last = _columns(x_TD, stack, at, whole * COLUMNS, rest)
+        y_TF = jnp.concatenate([y_TF, last], axis=1)
+    return y_TF
+
+
+def _columns(x_TD: jax.Array, stack: Weight, at, start, width: int) -> jax.Array:
+    """`dot_of_few` for `width` outputs from `start` on."""
     dtype = jnp.promote_types(x_TD.dtype, jnp.float32)
     x, scale_1GF = x_TD.astype(dtype), None
     if is_quantized(stack) and stack.scale is not None:
-        scale_1GF = jax.lax.dynamic_slice_in_dim(stack.scale, at, 1).astype(dtype)
+        groups = stack.scale.shape[1]
+        scale_1GF = _slice(stack.scale, at, 0, start, (groups, width)).astype(dtype)
     if is_quantized(stack) and stack.bits == 4:
         x_TGC = x.reshape(x.shape[0], -1, stack.block)
-        sums_TGF = sum(_products_of_nibbles(x_TGC, stack, at))
+        sums_TGF = sum(_products_of_nibbles(x_TGC, stack, at, start, width))
         sums_TGF = (sums_TGF - 8 * x_TGC.sum(axis=2, keepdims=True)) * scale_1GF
     else:
         rows, read = _reader(stack, dtype)
         x_TCG = x.reshape(x.shape[0], math.gcd(x.shape[1], AT_ONCE), -1)
         count, groups = x_TCG.shape[1:]
-        zero = jnp.zeros_like(at)  # all indices have one dtype, also where ints are 64 bits
-        slices = (
-            jax.lax.dynamic_slice(rows, (at, zero + c * groups, zero), (1, groups, rows.shape[2]))
-            for c in range(count)
-        )
+        slices = (_slice(rows, at, c * groups, start, (groups, width)) for c in range(count))
         sums_TGF = sum(x_TCG[:, c, :, None] * read(s) for c, s in enumerate(slices))
     # Not a sum: that would be fused with all before it, into one slow loop.
     y_TF = jnp.einsum("G,TGF->TF", jnp.ones(sums_TGF.shape[1], dtype), sums_TGF)
@@ -240,6 +254,12 @@ def dot_of_few(x_TD: jax.Array, stack: Weight, at: jax.Array | int) -> jax.Array
         assert scale_1GF is not None
         y_TF = y_TF * scale_1GF[:, 0]
     return y_TF.astype(x_TD.dtype)
+
+
+def _slice(a, at, row: int, column, shape: tuple[int, int]) -> jax.Array:
+    """(1, *shape) of a[at]. All indices have one dtype, also where ints are 64 bits."""
+    start = (jnp.asarray(i, jnp.int32) for i in (at, row, column))
+    return jax.lax.dynamic_slice(a, tuple(start), (1, *shape))
 
 
 def _reader(stack: Weight, dtype) -> tuple[jax.Array, Callable[[jax.Array], jax.Array]]:
@@ -256,14 +276,13 @@ def _reader(stack: Weight, dtype) -> tuple[jax.Array, Callable[[jax.Array], jax.
     return stack.q, widen
 
 
-def _products_of_nibbles(x_TGC, stack: Quantized, at):
+def _products_of_nibbles(x_TGC, stack: Quantized, at, start, width: int):
     """x times each value of a block, (T, G, F) each, with 8 too much in every value."""
     groups, outputs = stack.scale.shape[1:]
     half = stack.block // 2
     bytes_eGCF = stack.q.reshape(-1, groups, half, outputs)
-    zero = jnp.zeros_like(at)
     for c in range(half):
-        start = at, zero, zero + c, zero
-        part = jax.lax.dynamic_slice(bytes_eGCF, start, (1, groups, 1, outputs))[:, :, 0]
+        where = (jnp.asarray(i, jnp.int32) for i in (at, 0, c, start))
+        part = jax.lax.dynamic_slice(bytes_eGCF, tuple(where), (1, groups, 1, width))[:, :, 0]
         yield x_TGC[:, :, c, None] * (part & 15).astype(x_TGC.dtype)
         yield x_TGC[:, :, c + half, None] * (part >> 4).astype(x_TGC.dtype)

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from moejax import weights
 from moejax.config import ComputeConfig, MoEConfig
 from moejax.evals.decode import decode, prefill
 from moejax.evals.generate import generate, prepare
@@ -88,6 +89,30 @@ def test_dot(name):
         assert short.dtype == jnp.bfloat16
         # Sums of 128 values of order 1 have order 11; bfloat16 keeps 8 bits of each factor and of the result.
         np.testing.assert_allclose(short.astype(jnp.float32), x @ full, atol=0.5)
+
+
+@pytest.mark.parametrize("name", ["float32", "bits", *FORMATS])
+def test_columns_are_read_a_few_at_a_time(name, monkeypatch):
+    """A matrix with many outputs, as a head has: two pieces of 10 and a rest of 4, the same sums."""
+    stack = form(jax.random.normal(jax.random.key(0), (2, D, F)), name)
+    x_TD = jax.random.normal(jax.random.key(1), (2, D))
+    want = jax.jit(dot_of_few)(x_TD, stack, jnp.int32(1))
+    monkeypatch.setattr(weights, "COLUMNS", 10)
+    got = jax.jit(lambda *a: dot_of_few(*a))(x_TD, stack, jnp.int32(1))
+    # float32 sums of 128 products of order 1.
+    np.testing.assert_allclose(got, want, atol=1e-4)
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_the_head_as_bits(rows):
+    """As the product of its bfloat16 values, each exact in float32, in sums of that."""
+    head = jax.random.normal(jax.random.key(0), (D, F)).astype(jnp.bfloat16)
+    hidden_BSD = jax.random.normal(jax.random.key(1), (rows, 1, D)).astype(jnp.bfloat16)
+    got = transformer.logits({"head": as_bits(head)}, hidden_BSD)
+    want = transformer.logits({"head": head}, hidden_BSD)
+    assert got.dtype == want.dtype == jnp.float32 and got.shape == want.shape
+    np.testing.assert_allclose(got, want, atol=1e-4)
+    assert is_quantized(prepare({"head": head}, "bfloat16")["head"])
 
 
 @pytest.mark.parametrize("tokens, implementation", [(3, "auto"), (40, "auto"), (40, "reference")])

@@ -103,7 +103,8 @@ def prepare(params: dict, dtype: str = "float32", layout: Layout | None = None) 
             return a
         if a.dtype.itemsize > jnp.dtype(dtype).itemsize:
             a = a.astype(dtype)
-        is_matrix = name.rpartition("/")[2].startswith("w_")
+        # A head that a mesh splits is multiplied where its parts lie.
+        is_matrix = name.rpartition("/")[2].startswith("w_") or (name == "head" and layout is None)
         return as_bits(a) if on_cpu and is_matrix and a.dtype == jnp.bfloat16 else a
 
     apart = any(isinstance(v, list) for v in params.values())

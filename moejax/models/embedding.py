@@ -7,6 +7,7 @@ from moejax import axes
 from moejax.config import ModelConfig
 from moejax.norm import norm
 from moejax.params import ParamSpec
+from moejax.weights import Weight, dot, is_quantized
 
 
 def param_specs(cfg: ModelConfig) -> dict:
@@ -38,13 +39,15 @@ def last_norm(params: dict, x_BSD: jax.Array, cfg: ModelConfig) -> jax.Array:
     return x_BSD if cfg.logits_divisor == 1 else x_BSD / cfg.logits_divisor
 
 
-def head_weights(params: dict) -> jax.Array:
+def head_weights(params: dict) -> Weight:
     """The head as [D, V], tied or not."""
     return params["head"] if "head" in params else params["embed"]["tokens"].T
 
 
 def logits(params: dict, hidden_BSD: jax.Array) -> jax.Array:
     """float32 logits over the vocabulary; for a few positions, not for training (see `loss`)."""
-    w = head_weights(params).astype(hidden_BSD.dtype)
-    dtype = jnp.promote_types(hidden_BSD.dtype, jnp.float32)
-    return jnp.dot(hidden_BSD, w, preferred_element_type=dtype)
+    w, dtype = head_weights(params), jnp.promote_types(hidden_BSD.dtype, jnp.float32)
+    if is_quantized(w):  # bits of bfloat16: see `evals.generate.prepare`
+        y_TV = dot(hidden_BSD.astype(dtype).reshape(-1, w.shape[0]), w)
+        return y_TV.reshape(*hidden_BSD.shape[:-1], -1)
+    return jnp.dot(hidden_BSD, w.astype(hidden_BSD.dtype), preferred_element_type=dtype)
