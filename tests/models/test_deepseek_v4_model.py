@@ -70,7 +70,8 @@ def test_it_learns():
 
     @jax.jit
     def step(params, state, memory):
-        loss = functools.partial(loss_fn, cfg=MODEL, objective=CFG.objective)
+        how = ComputeConfig(dispatcher="dense")  # compiles faster
+        loss = functools.partial(loss_fn, cfg=MODEL, objective=CFG.objective, compute=how)
         (value, parts), grads = jax.value_and_grad(loss, has_aux=True)(params, state, batch)
         updates, memory = adam.update(grads, memory)
         stats = {name: a.stats for name, a in parts.aux.items()}
