@@ -41,6 +41,8 @@ def test_notebook_runs(name, tmp_path, monkeypatch):
     values = f"WORKDIR = {str(tmp_path / 'run')!r}\nOVERRIDES = {TINY!r}\nBATCHES = 2"
     notebook.cells.insert(at[0] + 1, nbformat.v4.new_code_cell(values))
     monkeypatch.setitem(os.environ, "JAX_PLATFORMS", "cpu")
+    # Unoptimised code is compiled faster.
+    monkeypatch.setitem(os.environ, "JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
     client = nbclient.NotebookClient(
         notebook, timeout=300, kernel_name="python3", resources={"metadata": {"path": path.parent}}
     )

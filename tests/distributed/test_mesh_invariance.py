@@ -110,15 +110,21 @@ WAYS: dict[str, dict] = {
     "all_to_all, MTP": dict(expert_parallel="all_to_all", mtp=1, accumulation=2),
 }
 # Without an expert axis the strategies are one program; with experts apart from the batch only ring is. What
-# MTP adds and what the dense dispatcher does on a mesh depends on whether there are several axes, not on which.
+# MTP adds and what the dense dispatcher does on a mesh depends on whether there are several axes, not on which:
+# one mesh each. Slots are a matter of each device alone where neither experts nor widths are split.
 ALONE = ("data", "fsdp", "tensor", "experts apart")
-SEVERAL = ("data*fsdp*expert", "expert*tensor", "experts on data")
+ONCE = {
+    "dense": "expert*tensor",
+    "ring, MTP": "experts on data",
+    "all_to_all, MTP": "data*fsdp*expert",
+}
 PRODUCT = [
     (mesh, way)
     for mesh in MESHES
     for way in WAYS
     if ("all_to_all" not in way or mesh not in ALONE)
-    and (way not in ("dense", "ring, MTP", "all_to_all, MTP") or mesh in SEVERAL)
+    and (way != "capacity" or mesh not in ("data", "fsdp"))
+    and ONCE.get(way, mesh) == mesh
 ]
 
 
