@@ -7,6 +7,9 @@ parameters slice by slice, and keeps only the inputs of the activation for the b
 Rows of a window that are not its own repeat a row that exists and weigh nothing: so they need no mask
 on anything of the model's width, and a token that holds NaN but has no expert is never read.
 
+Where there are as many experts as rows, each row is a window of its own, and all are computed side by side,
+without a loop (thousands of narrow experts, as in PEER).
+
 Here: S windows side by side, C rows of a window.
 """
 
@@ -33,6 +36,12 @@ def forward(stack: dict, first, x_TD, weight_R, token_R, group_sizes_E, act):
     Returns:
       y_RD, and the activation's inputs: (gate_RF, up_RF), or (up_RF,) where not gated.
     """
+    if _row_by_row(stack, group_sizes_E, token_R):
+        params_R, x_R1D, weight_R1 = _each(stack, first, x_TD, weight_R, token_R, group_sizes_E)
+        inputs_R = _project(params_R, x_R1D, act)
+        y_RD = _finish(params_R, inputs_R, weight_R1, act)[:, 0]
+        _, mine_R1 = _experts_of_rows(group_sizes_E, token_R.shape[0])
+        return jnp.where(mine_R1, y_RD, 0), tuple(a[:, 0] for a in inputs_R)
     axes = varying_axes(x_TD, group_sizes_E, *jax.tree.leaves(stack))
     width, num_rows = stack["w_up"].shape[2], token_R.shape[0]
     zeros = _Zeros(group_sizes_E, axes)
@@ -62,6 +71,17 @@ def backward(stack: dict, first, x_TD, weight_R, token_R, group_sizes_E, inputs,
         for k, w in stack.items()
         if not is_quantized(w)
     }
+    if _row_by_row(stack, group_sizes_E, token_R):
+        params_R, x_R1D, weight_R1 = _each(stack, first, x_TD, weight_R, token_R, group_sizes_E)
+        expert_R, mine_R1 = _experts_of_rows(group_sizes_E, num_rows)
+        dy_R1D, inputs_R = _tokens(dy_TD, token_R, mine_R1), tuple(a[:, None] for a in inputs)
+        dparams_R, dx_R1D, dweight_R1 = _gradients(
+            params_R, x_R1D, weight_R1, inputs_R, dy_R1D, act
+        )
+        dparams = {k: w.at[expert_R].add(dparams_R[k].astype(w.dtype)) for k, w in dparams.items()}
+        dparams = {k: g.astype(stack[k].dtype) for k, g in dparams.items()}
+        dweight_R = jnp.where(mine_R1, dweight_R1, 0)[:, 0]
+        return {k: dparams.get(k) for k in stack}, dx_R1D[:, 0], dweight_R
     dx_RD = zeros((num_rows, x_TD.shape[1]), x_TD.dtype)
     dweight_R1 = zeros((num_rows, 1), weight_R.dtype)
 
@@ -71,21 +91,10 @@ def backward(stack: dict, first, x_TD, weight_R, token_R, group_sizes_E, inputs,
         x_SCD, weight_SC = _read(windows, x_TD, weight_R, token_R)
         dy_SCD, _ = _read(windows, dy_TD, weight_R, token_R)
         inputs_S = tuple(win.read_rows(a, windows) for a in inputs)
-        # Both halves are differentiated where they were evaluated. Their values (all but the
-        # activation's) are not used, and XLA drops the products that would compute them.
-        _, finish_pullback = jax.vjp(
-            lambda params, inputs, weight: _finish(params, inputs, weight, act),
-            params_S,
-            inputs_S,
-            weight_SC,
+        dparams_S, dx_SCD, dweight_SC = _gradients(
+            params_S, x_SCD, weight_SC, inputs_S, dy_SCD, act
         )
-        dparams_down, dinputs_S, dweight_SC = finish_pullback(dy_SCD)
-        _, project_pullback = jax.vjp(lambda p, x: _project(p, x, act), params_S, x_SCD)
-        dparams_up, dx_SCD = project_pullback(dinputs_S)
-        dparams = {
-            k: win.add_experts(w, (dparams_down if k.endswith("_down") else dparams_up)[k], windows)
-            for k, w in dparams.items()
-        }
+        dparams = {k: win.add_experts(w, dparams_S[k], windows) for k, w in dparams.items()}
         dx_RD = win.write_rows(dx_RD, dx_SCD, windows)
         return dparams, dx_RD, win.write_rows(dweight_R1, dweight_SC[..., None], windows)
 
@@ -93,6 +102,57 @@ def backward(stack: dict, first, x_TD, weight_R, token_R, group_sizes_E, inputs,
     dparams, dx_RD, dweight_R1 = carry
     dparams = {k: g.astype(stack[k].dtype) for k, g in dparams.items()}
     return {k: dparams.get(k) for k in stack}, dx_RD, dweight_R1[:, 0]
+
+
+def _gradients(params_S, x_SCD, weight_SC, inputs_S, dy_SCD, act):
+    """Those of every window: of its parameters, tokens and weights."""
+    # Both halves are differentiated where they were evaluated. Their values (all but the
+    # activation's) are not used, and XLA drops the products that would compute them.
+    _, finish_pullback = jax.vjp(
+        lambda params, inputs, weight: _finish(params, inputs, weight, act),
+        params_S,
+        inputs_S,
+        weight_SC,
+    )
+    dparams_down, dinputs_S, dweight_SC = finish_pullback(dy_SCD)
+    _, project_pullback = jax.vjp(lambda p, x: _project(p, x, act), params_S, x_SCD)
+    dparams_up, dx_SCD = project_pullback(dinputs_S)
+    dparams = {k: (dparams_down if k.endswith("_down") else dparams_up)[k] for k in params_S}
+    return dparams, dx_SCD, dweight_SC
+
+
+# Multiply-adds of all rows with a matrix, up to which every row may have a copy of its expert's: some 100 MB.
+ROW_BY_ROW = 2**25
+
+
+def _row_by_row(stack, group_sizes_E, token_R) -> bool:
+    rows, matrix = token_R.shape[0], stack["w_up"].shape[1] * stack["w_up"].shape[2]
+    return 0 < rows <= group_sizes_E.shape[0] and rows * matrix <= ROW_BY_ROW
+
+
+def _experts_of_rows(group_sizes_E, num_rows: int) -> tuple[jax.Array, jax.Array]:
+    """The expert of every row, and (R, 1) whether it has one: rows past all groups do not."""
+    end_E = jnp.cumsum(group_sizes_E.astype(jnp.int32))
+    row_R = jnp.arange(num_rows, dtype=jnp.int32)
+    expert_R = jnp.searchsorted(end_E, row_R, side="right").astype(jnp.int32)
+    return jnp.minimum(expert_R, group_sizes_E.shape[0] - 1), (row_R < end_E[-1])[:, None]
+
+
+def _each(stack, first, x_TD, weight_R, token_R, group_sizes_E):
+    """Every row as a window: its expert's parameters, token (R, 1, D) and weight (R, 1)."""
+    expert_R, mine_R1 = _experts_of_rows(group_sizes_E, token_R.shape[0])
+    params_R = {k: w.astype(x_TD.dtype) for k, w in _at(stack, first + expert_R).items()}
+    return params_R, _tokens(x_TD, token_R, mine_R1), jnp.where(mine_R1, weight_R[:, None], 0)
+
+
+def _at(stack, index_R):
+    return jax.tree.map(lambda a: a[index_R], stack)
+
+
+def _tokens(x_TD, token_R, mine_R1):
+    """(R, 1, D); 0 where there is no expert, whatever the token holds."""
+    x_RD = x_TD.at[jnp.where(mine_R1[:, 0], token_R, 0)].get(mode="promise_in_bounds")
+    return jnp.where(mine_R1, x_RD, 0)[:, None]
 
 
 class _Zeros:

@@ -12,6 +12,7 @@ import pytest
 from jax.sharding import AxisType, PartitionSpec
 
 from moejax.config import ModelConfig, MoEConfig
+from moejax.moe import windowed_ffn
 from moejax.moe.dispatch.dropless import dropless
 from moejax.moe.experts import (
     ACTIVATIONS,
@@ -91,6 +92,10 @@ def _routes(kind, seed=1):
         # than that.
         index_TK = rng.choice(E, size=(240, K), p=[0.4, 0.3, 0.2, 0.08, 0.02, 0]).astype(np.int32)
         return index_TK, rng.random((240, K))
+    if kind == "a row for an expert":
+        return np.array([[4, 0, -1], [0, 5, 2]], np.int32), rng.random((2, K))
+    if kind == "rows without experts":
+        return np.array([[-1, -1, -1], [3, -1, 2]], np.int32), rng.random((2, K))
     index_TK = np.stack([rng.permutation(E)[:K] for _ in range(T)]).astype(np.int32)
     if kind == "skewed":
         index_TK = rng.choice(E, size=(T, K), p=[0.8, 0.1, 0.06, 0.04, 0, 0]).astype(np.int32)
@@ -123,7 +128,11 @@ CASES = [
     (implementation, activation, kind)
     for implementation in ("auto", "ragged", "reference")
     for activation in (ACTIVATIONS if implementation == "auto" else ("swiglu_oai",))
-    for kind in ("uniform", "skewed", "with empty slots", "all empty")
+    for kind in (
+        *("uniform", "skewed", "with empty slots", "all empty"),
+        # As many experts as rows: each row by itself.
+        *("a row for an expert", "rows without experts"),
+    )
 ] + [("auto", "swiglu_oai", "many rows"), ("auto", "swiglu_oai", "many rows, one length")]
 
 
@@ -241,6 +250,21 @@ def test_the_path_is_chosen_at_lowering(platform):
     text = _drawn.trace(*args).lower(lowering_platforms=(platform,)).as_text()
     assert ("stablehlo.while" in text) == (platform == "cpu")
     assert ("ragged_dot" in text) == (platform != "cpu")
+
+
+def test_a_row_by_itself_reads_no_token_without_an_expert():
+    """Neither forward nor backward; and a window would give the same."""
+    params = jax.tree.map(jnp.float32, _params(_config(bias=True)))
+    index, weights = _routes("rows without experts")
+    x = jnp.stack([jnp.full(D, jnp.nan), jnp.ones(D)])
+    args = params, x, jnp.asarray(weights, jnp.float32), jnp.asarray(index), jnp.ones((2, D))
+    got = _drawn(*args, "auto")
+    with pytest.MonkeyPatch.context() as m:
+        m.setattr(windowed_ffn, "ROW_BY_ROW", 0)
+        want = jax.jit(lambda *a: _drawn.__wrapped__(*a, "auto"))(*args)
+    chex.assert_tree_all_finite(got)
+    # float32 sums of a few terms of order 1.
+    chex.assert_trees_all_close(got, want, atol=1e-6)
 
 
 def test_dropless_is_deterministic_and_gradients_need_no_scatter():
