@@ -89,9 +89,9 @@ def _attention_problems(cfg: ModelConfig, p: str, objective: ObjectiveConfig) ->
                 f"objective.{key}={value!r} is not read by {p}attention.kind={a.kind!r}: leave it at "
                 f"{default!r}",
             )
-    if a.kind in ATTENTIONS and "index_loss" in ATTENTIONS[a.kind].objectives:
+        learns = "index_loss" in ATTENTIONS[a.kind].objectives and objective.index_loss > 0
         out.need(
-            not objective.index_loss or bool(ATTENTIONS[a.kind].losses(cfg, objective)),
+            not learns or bool(ATTENTIONS[a.kind].losses(cfg, objective)),
             f"objective.index_loss={objective.index_loss} teaches nothing: no layer has an indexer",
         )
     out.need(

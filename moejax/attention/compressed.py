@@ -245,12 +245,12 @@ def _attend(params: dict, x_BSD: jax.Array, cfg: ModelConfig, call: Call) -> Att
     entries, index, losses = None, None, {}
     if call.layer_kind != SLIDING:
         entries, cache = _entries(params["compressor"], x_BSD, cfg, call, cache)
-    if call.layer_kind == CSA and entries is not None:
-        index, cache = _index(params["indexer"], x_BSD, latent_BSC, cfg, call, cache)
-        losses = _index_losses(index, q, entries, cfg, call)
-        dense = call.objective is not None and call.objective.index_dense
-        if dense or index.k_BTI.shape[1] <= a.index_topk:
-            index = None  # all are picked
+        if call.layer_kind == CSA:
+            index, cache = _index(params["indexer"], x_BSD, latent_BSC, cfg, call, cache)
+            losses = _index_losses(index, q, entries, cfg, call)
+            dense = call.objective is not None and call.objective.index_dense
+            if dense or index.k_BTI.shape[1] <= a.index_topk:
+                index = None  # all are picked
     block = s if cache is not None and not call.prefill else call.block
     out_BSNH = see(q, call.where, tokens, entries, index, params["sinks"], a, block)
     y_BSD = _output(params, turn(out_BSNH, cos_sin, back=True), a)

@@ -92,8 +92,8 @@ def prepare(params: dict, dtype: str = "float32", layout: Layout | None = None) 
     Casts them to the compute `dtype` if that is narrower; WIDE stay in float32: the router, norms, sinks, what
     mixes streams, the weights of an indexer's heads, position biases. Quantised weights stay as they are. On
     one device it also splits the stack of layers, so that no layer is copied out of it for each token. On CPU
-    the experts stay one stack, which is read where it lies, and matrices in bfloat16 become their bits
-    (`weights.as_bits`).
+    the experts stay one stack, which is read where it lies, and matrices in bfloat16 (on one device the
+    head, too) become their bits (`weights.as_bits`).
     """
     on_cpu = jax.default_backend() == "cpu"
 

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from moejax.axes import VOCAB
 from moejax.config import (
     ComputeConfig,
     DataConfig,
@@ -73,6 +74,7 @@ class Source(NamedTuple):
       tokenizer: with the separators that its files name.
       prompts: what its files say about prompts.
       kept: content of the files that a run keeps, by name.
+      more_rows: of the experiment's model than the files have.
     """
 
     opened: HfFolder
@@ -80,6 +82,17 @@ class Source(NamedTuple):
     tokenizer: JsonTokenizer
     prompts: PromptFiles
     kept: dict[str, bytes]
+    more_rows: int
+
+    def said_of_rows(self) -> str:
+        """What is to be said of rows that `read_source` adds; nothing if it adds none."""
+        if not self.more_rows:
+            return ""
+        rows = self.experiment.model.vocab_size - self.more_rows
+        return (
+            f"{FILE_NAME} has {self.more_rows} tokens more than the model's {rows} rows: rows were added "
+            "for them, each the mean of the others"
+        )
 
     def run_files(self) -> dict[str, bytes]:
         """What a run keeps, besides its config and tokenizer.json, by name in its folder."""
@@ -101,10 +114,11 @@ def open_source(hf_dir: pathlib.Path, ignore_keys: Collection[str] = ()) -> Sour
     if not {"added_tokens_decoder", "added_tokens"} & set(ignore_keys):
         check_tokens(prompts, tokenizer)
     model = with_tokens(experiment.model, tokenizer.vocab_size, str(hf_dir / FILE_NAME))
+    more = model.vocab_size - experiment.model.vocab_size
     data = dataclasses.replace(experiment.data, vocab_size=model.vocab_size)
     experiment = dataclasses.replace(experiment, model=model, data=data)
     kept = {name: _kept(hf_dir, name, ignore_keys) for name in KEPT if exists(hf_dir, name)}
-    return Source(opened, experiment, tokenizer, prompts, kept)
+    return Source(opened, experiment, tokenizer, prompts, kept, more)
 
 
 def read_source(
@@ -114,17 +128,23 @@ def read_source(
     *,
     quantizer: Quantizer | None = None,
 ) -> tuple[ModelConfig, Tree, Tree, Account]:
-    """`read_model` of a folder, with a progress bar; with a row for every token, it says if some were added."""
+    """`read_model` of a folder, with a progress bar and a row for every token.
+
+    Raises as `load_model`; InteropError if rows are to be added to a table that the mesh cannot split.
+    """
+    theirs, parts = source.experiment.model.vocab_size - source.more_rows, 1
+    if layout is not None:
+        parts = layout.size(VOCAB)
+    if source.more_rows and theirs % parts:
+        raise InteropError(
+            f"{source.opened.folder} has {theirs} rows, which {parts} devices cannot split, and gets "
+            f"{source.more_rows} more: `moejax import` adds them; begin from that run"
+        )
     cfg, params, router_state, account = read_model(
         source.opened, dtype, layout, quantizer=quantizer, progress=True
     )
-    rows = source.experiment.model.vocab_size
-    if added := rows - cfg.vocab_size:
-        print(
-            f"{FILE_NAME} has {added} tokens more than the model's {cfg.vocab_size} rows: rows were added "
-            "for them, each the mean of the others"
-        )
-        cfg = dataclasses.replace(cfg, vocab_size=rows)
+    if source.more_rows:
+        cfg = dataclasses.replace(cfg, vocab_size=source.experiment.model.vocab_size)
         params = pad_rows(params, cfg, layout)
     return cfg, params, router_state, account
 
@@ -202,6 +222,8 @@ def import_run(
         checkpoints.save_model(params, router_state)
         checkpoints.close()
         run_folder.claim_workdir(folder, experiment, source.tokenizer, files=source.run_files())
+    if source.more_rows:
+        print(source.said_of_rows())
     if config_from_hf(hf).mtp_depth > cfg.mtp_depth:
         print("the files hold no layers for multi-token prediction: imported without them")
     if source.prompts.unused():

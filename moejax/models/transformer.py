@@ -268,7 +268,7 @@ def forward(
     """
     if mask_BS is None and segment_ids_BS is not None:
         mask_BS = segment_ids_BS > 0
-    elif mask_BS is not None and (segment_ids_BS is None or prefill):
+    if mask_BS is not None and (segment_ids_BS is None or prefill):
         _check_padding(mask_BS)
     ctx = Context(
         cfg=cfg,

@@ -37,10 +37,10 @@ def forward(stack: dict, first, x_TD, weight_R, token_R, group_sizes_E, act):
       y_RD, and the activation's inputs: (gate_RF, up_RF), or (up_RF,) where not gated.
     """
     if _row_by_row(stack, group_sizes_E, token_R):
-        params_R, x_R1D, weight_R1 = _each(stack, first, x_TD, weight_R, token_R, group_sizes_E)
-        inputs_R = _project(params_R, x_R1D, act)
+        expert_R, mine_R1 = _experts_of_rows(group_sizes_E, token_R.shape[0])
+        params_R, weight_R1 = _of_rows(stack, first + expert_R, weight_R, mine_R1, x_TD.dtype)
+        inputs_R = _project(params_R, _tokens(x_TD, token_R, mine_R1), act)
         y_RD = _finish(params_R, inputs_R, weight_R1, act)[:, 0]
-        _, mine_R1 = _experts_of_rows(group_sizes_E, token_R.shape[0])
         return jnp.where(mine_R1, y_RD, 0), tuple(a[:, 0] for a in inputs_R)
     axes = varying_axes(x_TD, group_sizes_E, *jax.tree.leaves(stack))
     width, num_rows = stack["w_up"].shape[2], token_R.shape[0]
@@ -72,9 +72,10 @@ def backward(stack: dict, first, x_TD, weight_R, token_R, group_sizes_E, inputs,
         if not is_quantized(w)
     }
     if _row_by_row(stack, group_sizes_E, token_R):
-        params_R, x_R1D, weight_R1 = _each(stack, first, x_TD, weight_R, token_R, group_sizes_E)
         expert_R, mine_R1 = _experts_of_rows(group_sizes_E, num_rows)
-        dy_R1D, inputs_R = _tokens(dy_TD, token_R, mine_R1), tuple(a[:, None] for a in inputs)
+        params_R, weight_R1 = _of_rows(stack, first + expert_R, weight_R, mine_R1, x_TD.dtype)
+        x_R1D, dy_R1D = (_tokens(a_TD, token_R, mine_R1) for a_TD in (x_TD, dy_TD))
+        inputs_R = tuple(a[:, None] for a in inputs)
         dparams_R, dx_R1D, dweight_R1 = _gradients(
             params_R, x_R1D, weight_R1, inputs_R, dy_R1D, act
         )
@@ -121,7 +122,7 @@ def _gradients(params_S, x_SCD, weight_SC, inputs_S, dy_SCD, act):
     return dparams, dx_SCD, dweight_SC
 
 
-# Multiply-adds of all rows with a matrix, up to which every row may have a copy of its expert's: some 100 MB.
+# Multiply-adds of all rows with a matrix, so the size of its copies, up to which every row may have its own.
 ROW_BY_ROW = 2**25
 
 
@@ -138,15 +139,11 @@ def _experts_of_rows(group_sizes_E, num_rows: int) -> tuple[jax.Array, jax.Array
     return jnp.minimum(expert_R, group_sizes_E.shape[0] - 1), (row_R < end_E[-1])[:, None]
 
 
-def _each(stack, first, x_TD, weight_R, token_R, group_sizes_E):
-    """Every row as a window: its expert's parameters, token (R, 1, D) and weight (R, 1)."""
-    expert_R, mine_R1 = _experts_of_rows(group_sizes_E, token_R.shape[0])
-    params_R = {k: w.astype(x_TD.dtype) for k, w in _at(stack, first + expert_R).items()}
-    return params_R, _tokens(x_TD, token_R, mine_R1), jnp.where(mine_R1, weight_R[:, None], 0)
-
-
-def _at(stack, index_R):
-    return jax.tree.map(lambda a: a[index_R], stack)
+def _of_rows(stack, index_R, weight_R, mine_R1, dtype):
+    """Every row as a window: its expert's parameters, and its weight (R, 1)."""
+    params_R = jax.tree.map(lambda a: a[index_R], stack)
+    params_R = {k: w.astype(dtype) for k, w in params_R.items()}
+    return params_R, jnp.where(mine_R1, weight_R[:, None], 0)
 
 
 def _tokens(x_TD, token_R, mine_R1):

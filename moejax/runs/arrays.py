@@ -52,7 +52,7 @@ def _quantized(ours: dict, there: dict[str, tuple], path: pathlib.Path, wanted: 
 
     def one(key, a):
         name = path_name(key)
-        if name in there or name not in few:
+        if name not in few:
             return a
         if not wanted:
             raise ConfigError(not_trainable(path))
@@ -65,7 +65,8 @@ def _quantized(ours: dict, there: dict[str, tuple], path: pathlib.Path, wanted: 
 
 def quantized_names(there: Collection[str]) -> set[str]:
     """Of the names of stored arrays, what is a `Quantized`."""
-    return {n for n in (name.removesuffix("/q") for name in there) if f"{n}/scale" in there}
+    matrices = (n.removesuffix("/q") for n in there if n.endswith("/q"))
+    return {n for n in matrices if f"{n}/scale" in there}
 
 
 def not_trainable(path: pathlib.Path) -> str:

@@ -30,7 +30,7 @@ from moejax.runs.checksums import checksums
 from moejax.runs.open import read_config
 from moejax.runs.restore import check_trainable, model_at
 from moejax.sharding import Layout
-from moejax.train import upcycle
+from moejax.train import processes, upcycle
 
 EXPECTED = (
     "expected the folder of a run, one of its checkpoints (RUN/checkpoints/STEP), or a Hugging Face folder "
@@ -176,6 +176,8 @@ def _hugging_face(given: str, root: pathlib.Path) -> Base:
             error = e
         agree.raise_together(error)
         assert model is not None
+        if source.more_rows:
+            processes.say(source.said_of_rows())
         return model[1], model[2]
 
     return Base(given, source.experiment, source.tokenizer, source.run_files(), load)

@@ -30,21 +30,16 @@ from moejax.config import (
     ExperimentConfig,
     ModelConfig,
     MoEConfig,
-    TrainConfig,
 )
 from moejax.config_io import to_json
 from moejax.data import load_corpus, validation_batches
-from moejax.data.tokenizer import JsonTokenizer
 from moejax.interop import convert
-from moejax.interop.load import load_model
-from moejax.interop.more_tokens import with_tokens
 from moejax.models import transformer
 from moejax.params import init_params
 from moejax.routers import router_options
 from moejax.runs import provenance
 from moejax.runs.checkpoint import Checkpoints
 from moejax.runs.open import load_run
-from moejax.train.base import as_base, open_base
 
 ROOT = pathlib.Path(__file__).parent.parent.parent
 VOCAB = 300  # more rows than the tokenizer has tokens, as in published models
@@ -239,45 +234,6 @@ def test_tokenizer_of_another_model(tmp_path):
     with pytest.raises(ConfigError, match=r"tokens, the model's vocabulary only 100"):
         convert.import_run(hf, tmp_path / "run")
     assert [p.name for p in tmp_path.iterdir()] == ["hf"]
-
-
-def test_a_few_tokens_more_than_rows(tmp_path, capsys):
-    """Their rows are the mean of the others, and known logits stay; such a run goes out, and is a base."""
-    text = (checkpoint(tmp_path / "other", "mixtral") / "tokenizer.json").read_text()
-    tokens = JsonTokenizer(text, "mine").vocab_size
-    hf = checkpoint(tmp_path / "hf", "mixtral", vocab_size=tokens - 3)
-    convert.import_run(hf, tmp_path / "run")
-    said = f"has 3 tokens more than the model's {tokens - 3} rows: rows were added"
-    assert said in capsys.readouterr().out
-    few, run = load_model(hf), load_run(tmp_path / "run")
-    assert run.cfg.model.vocab_size == run.cfg.data.vocab_size == tokens
-    rows, columns = run.params["embed"]["tokens"], run.params["head"]
-    np.testing.assert_array_equal(rows[:-3], few[1]["embed"]["tokens"])
-    np.testing.assert_array_equal(columns[:, :-3], few[1]["head"])
-    for row in rows[-3:]:
-        np.testing.assert_allclose(row, rows[:-3].mean(axis=0), atol=1e-6)  # float32
-    assert not np.any(columns[:, -3:] - columns[:, :-3].mean(axis=1, keepdims=True) > 1e-6)
-    convert.export_run(tmp_path / "run", tmp_path / "out")
-    again = load_model(tmp_path / "out")
-    np.testing.assert_array_equal(again[1]["head"], columns)
-    cfg = ExperimentConfig(train=TrainConfig(init_from=str(hf)))
-    cfg = as_base(cfg, None)
-    cfg, of = open_base(cfg, tmp_path / "tuned")
-    assert cfg.model.vocab_size == tokens
-    wide = of.load(None)[0]["head"]  # float32, the file is bfloat16: so are the run's means
-    np.testing.assert_allclose(wide, columns.astype("float32"), rtol=2**-8)
-
-
-def test_tables_of_token_ids_have_no_place_for_more():
-    moe = MoEConfig(
-        num_experts=4, d_expert=4, router=router_options("deepseek_v4_hash", hash_layers=1)
-    )
-    cfg = ModelConfig(vocab_size=100, num_layers=2, moe=moe)
-    with pytest.raises(
-        ConfigError, match="101 tokens, the model's tables of experts by token only"
-    ):
-        with_tokens(cfg, 101, "tokenizer.json")
-    assert with_tokens(cfg, 100, "tokenizer.json") == cfg
 
 
 def test_workdir_that_is_taken(tmp_path):

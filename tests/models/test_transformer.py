@@ -102,6 +102,16 @@ def test_padding_in_front_is_refused_or_stated():
         forward(
             params, state, TOKENS, cfg, cache=cache, prefill=True, segment_ids_BS=left, mask_BS=left
         )
+    with pytest.raises(ValueError, match="row 1"):
+        forward(
+            params,
+            state,
+            TOKENS,
+            cfg,
+            cache=init_cache(cfg, 2, 8),
+            prefill=True,
+            segment_ids_BS=left,
+        )
     at = jnp.maximum(jnp.arange(8)[None] - 3 * (1 - left[:, :1]), 0)
     out = forward(params, state, TOKENS, cfg, positions_BS=at, segment_ids_BS=left)
     want = forward(params, state, TOKENS[1:, 3:], cfg).hidden_BSD[0]

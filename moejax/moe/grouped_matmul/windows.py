@@ -39,8 +39,8 @@ class Window(NamedTuple):
     mine: jax.Array
 
 
-# Up to so many multiply-adds of all rows with a matrix, padding costs less than compiling many lengths: about
-# 0.1 ms of a step, against seconds before the first one.
+# Up to so many multiply-adds of all rows with a matrix, padding costs next to nothing, while compiling many
+# lengths takes as long as ever.
 TINY = 2**22
 
 
