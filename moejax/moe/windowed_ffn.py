@@ -41,7 +41,7 @@ def forward(stack: dict, first, x_TD, weight_R, token_R, group_sizes_E, act):
         params_R, weight_R1 = _of_rows(stack, first + expert_R, weight_R, mine_R1, x_TD.dtype)
         inputs_R = _project(params_R, _tokens(x_TD, token_R, mine_R1), act)
         y_RD = _finish(params_R, inputs_R, weight_R1, act)[:, 0]
-        return jnp.where(mine_R1, y_RD, 0), tuple(a[:, 0] for a in inputs_R)
+        return y_RD, tuple(a[:, 0] for a in inputs_R)
     axes = varying_axes(x_TD, group_sizes_E, *jax.tree.leaves(stack))
     width, num_rows = stack["w_up"].shape[2], token_R.shape[0]
     zeros = _Zeros(group_sizes_E, axes)
@@ -81,8 +81,7 @@ def backward(stack: dict, first, x_TD, weight_R, token_R, group_sizes_E, inputs,
         )
         dparams = {k: w.at[expert_R].add(dparams_R[k].astype(w.dtype)) for k, w in dparams.items()}
         dparams = {k: g.astype(stack[k].dtype) for k, g in dparams.items()}
-        dweight_R = jnp.where(mine_R1, dweight_R1, 0)[:, 0]
-        return {k: dparams.get(k) for k in stack}, dx_R1D[:, 0], dweight_R
+        return {k: dparams.get(k) for k in stack}, dx_R1D[:, 0], dweight_R1[:, 0]
     dx_RD = zeros((num_rows, x_TD.shape[1]), x_TD.dtype)
     dweight_R1 = zeros((num_rows, 1), weight_R.dtype)
 
@@ -140,10 +139,12 @@ def _experts_of_rows(group_sizes_E, num_rows: int) -> tuple[jax.Array, jax.Array
 
 
 def _of_rows(stack, index_R, weight_R, mine_R1, dtype):
-    """Every row as a window: its expert's parameters, and its weight (R, 1)."""
+    """Every row as a window: its expert's parameters, and its weight (R, 1). Both are 0 where there is no
+    expert, and so are result and gradients, whatever the expert holds that stands in."""
     params_R = jax.tree.map(lambda a: a[index_R], stack)
-    params_R = {k: w.astype(dtype) for k, w in params_R.items()}
-    return params_R, jnp.where(mine_R1, weight_R[:, None], 0)
+    mine = lambda a: jnp.where(mine_R1.reshape(-1, *[1] * (a.ndim - 1)), a, 0)  # noqa: E731
+    params_R = {k: mine(w.astype(dtype)) for k, w in params_R.items()}
+    return params_R, mine(weight_R)[:, None]
 
 
 def _tokens(x_TD, token_R, mine_R1):

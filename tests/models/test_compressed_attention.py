@@ -127,6 +127,9 @@ def test_the_indexer_is_taught_by_attention_to_entries(dense):
     each = [taught(params("csa"), x[row, document[row] == n], dense) for row, n in rows]
     near(loss(p, x), 0.5 * sum(each))  # one layer of the three has an indexer
     same(loss(p, x, 4), loss(p, x))
+    # While it warms up, attention sees all entries.
+    seen = dataclasses.replace(A, index_topk=99) if dense else A
+    same(of(p, x).y_BSD, run(p, x, where, "csa", cfg=dataclasses.replace(CFG, attention=seen)))
     to_p, to_x = jax.grad(loss, (0, 1))(p, x)
     for path, leaf in jax.tree_util.tree_leaves_with_path(to_p):
         assert np.any(np.asarray(leaf)) == ("indexer" in str(path)), path

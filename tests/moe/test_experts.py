@@ -142,7 +142,7 @@ def test_dropless_against_numpy(implementation, activation, kind, monkeypatch):
     if kind == "many rows":
         monkeypatch.setattr(windows, "TINY", 0)
     lengths = windows.static_lengths(720, E, D * F)
-    assert len(lengths) == (7 if kind == "many rows" else 1)
+    assert len(lengths) == (7 if kind == "many rows" else 1) and lengths[-1] == 168
     moe = _config(activation, bias=activation == "swiglu_oai")
     params = _params(moe)
     rng = np.random.default_rng(3)
@@ -252,19 +252,40 @@ def test_the_path_is_chosen_at_lowering(platform):
     assert ("ragged_dot" in text) == (platform != "cpu")
 
 
-def test_a_row_by_itself_reads_no_token_without_an_expert():
-    """Neither forward nor backward; and a window would give the same."""
+@pytest.mark.parametrize("kind", ["rows without experts", "no row at all"])
+def test_a_row_by_itself_reads_no_token_without_an_expert(kind):
+    """And no expert without a row, neither forward nor backward; windows of whole experts give the same."""
     params = jax.tree.map(jnp.float32, _params(_config(bias=True)))
+    broken = jax.tree.map(lambda a: a.at[E - 1].set(jnp.nan), params)
     index, weights = _routes("rows without experts")
+    index = index if kind == "rows without experts" else np.full_like(index, -1)
     x = jnp.stack([jnp.full(D, jnp.nan), jnp.ones(D)])
-    args = params, x, jnp.asarray(weights, jnp.float32), jnp.asarray(index), jnp.ones((2, D))
-    got = _drawn(*args, "auto")
+    args = x, jnp.asarray(weights, jnp.float32), jnp.asarray(index), jnp.ones((2, D))
+    got = _drawn(broken, *args, "auto")
     with pytest.MonkeyPatch.context() as m:
         m.setattr(windowed_ffn, "ROW_BY_ROW", 0)
-        want = jax.jit(lambda *a: _drawn.__wrapped__(*a, "auto"))(*args)
+        want = jax.jit(lambda *a: _drawn.__wrapped__(*a, "auto"))(params, *args)
     chex.assert_tree_all_finite(got)
     # float32 sums of a few terms of order 1.
     chex.assert_trees_all_close(got, want, atol=1e-6)
+
+
+def test_a_row_by_itself_finds_its_layer_in_a_stack():
+    """Forward and backward, of the second of two layers, as of that layer alone."""
+    layers = [jax.tree.map(jnp.float32, _params(_config(), seed)) for seed in (0, 1)]
+    both = jax.tree.map(lambda *a: jnp.concatenate(a), *layers)
+    act, sizes = of_experts(_config()), jnp.array([1, 0, 0, 2, 0, 0], jnp.int32)
+    x, dy = np.random.default_rng(3).normal(size=(2, 2, D)).astype("float32")
+    rows = jnp.asarray(x), jnp.array([0.5, 2.0, 1.0]), jnp.array([0, 1, 0]), sizes
+
+    @jax.jit
+    def run(stack, first):
+        y, inputs = windowed_ffn.forward(stack, first, *rows, act)
+        return y, windowed_ffn.backward(stack, first, *rows, inputs, jnp.asarray(dy), act)
+
+    got, want = run(both, jnp.int32(E)), run(layers[1], jnp.int32(0))
+    chex.assert_trees_all_equal(got, want)
+    assert all(np.any(np.asarray(a)) for a in jax.tree.leaves(got))
 
 
 def test_dropless_is_deterministic_and_gradients_need_no_scatter():
