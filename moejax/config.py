@@ -246,6 +246,9 @@ class ComputeConfig:
 
     # Compute dtype; master weights and router are float32.
     dtype: str = choice("float32", "bfloat16", "float64")
+    # 'bfloat16': what routers read, hidden states and their own parameters, is rounded to it; they compute in
+    # float32 all the same.
+    router_dtype: str = choice("float32", "bfloat16")
     scan_layers: bool = True  # False: unrolled
     remat: str = choice("none", "full", "dots")  # 'full' saves layer inputs, 'dots' matmul results
     # Attention works on blocks of so many queries and keys; 0: on blocks of 256 from 513 queries on.

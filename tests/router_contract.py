@@ -87,6 +87,11 @@ def check_shapes_and_dtypes(router: Router, cfg: RouterConfig) -> None:
         if out.choice_TN is not None:
             assert out.choice_TN.shape in [(T, cfg.num_experts), (T, experts)]
             chex.assert_type(out.choice_TN, jnp.float32)
+        if out.logits_TE is not None:
+            chex.assert_shape(out.logits_TE, (T, cfg.num_experts))
+            chex.assert_type(out.logits_TE, jnp.float32)
+            apart = [a[:, :, None] - a[:, None] for a in (out.logits_TE, out.scores_TE)]
+            assert (apart[0] * apart[1] >= 0).all(), "scores do not rise with logits"
         if out.shared_TS is not None:
             chex.assert_shape(out.shared_TS, (T, cfg.shared_experts))
             chex.assert_type(out.shared_TS, jnp.float32)

@@ -190,6 +190,7 @@ CHOICES = {
     "moe.router.query_norm": "rms none",
     "objective.bias_update": "none sign sign_centered proportional",
     "compute.dtype": "float32 bfloat16 float64",
+    "compute.router_dtype": "float32 bfloat16",
     "compute.remat": "none full dots",
     "compute.dispatcher": "auto dense",
     "compute.grouped_matmul": "auto reference ragged tokamax",
@@ -293,7 +294,7 @@ def test_ranges_of_groups_in_groups():
          "unknown key model.moe.capacity_factor; "
          "it is objective.capacity_factor or model.moe.router.capacity_factor"),
         ({"compute": {"FOR_ROUTES": ()}},
-         "unknown key compute.FOR_ROUTES; known keys: dtype, scan_layers, remat, "
+         "unknown key compute.FOR_ROUTES; known keys: dtype, router_dtype, scan_layers, remat, "
          "attention_block, loss_chunk, dispatcher, grouped_matmul, expert_parallel, buffer_factor"),
         ({"model": {"moe": 8}}, "model.moe must be a group of options, not 8"),
         ({"train": {"steps": "300"}}, "train.steps must be an int, not '300'"),

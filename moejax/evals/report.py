@@ -22,6 +22,7 @@ from moejax.evals.analysis.text import tables
 from moejax.evals.generate import generate
 from moejax.evals.token_counts import count_tokens
 from moejax.evals.validation import size_text
+from moejax.moe.stats import size_below
 from moejax.runs import folder, provenance
 from moejax.runs.metrics import read_metrics
 from moejax.runs.open import OpenRun, load_run, read_config
@@ -207,6 +208,7 @@ def routing_sections(rows, run: OpenRun, corpus) -> list[Section]:
     return [
         domain_section(load_dLE, domains, layers),
         information_section(rows["routing"], layers),
+        *logit_sections(rows["routing"], layers),
         expert_section(load_dLE, domains, token_EV, run),
     ]
 
@@ -232,6 +234,28 @@ def information_section(routing: dict[int, dict], layers: list[int]) -> Section:
     )
     image = charts.lines([("", "I(domain; expert) / H(domain)", series)])
     return Section("How much a route reveals about the domain", text, (_image(image),))
+
+
+def logit_sections(routing: dict[int, dict], layers: list[int]) -> list[Section]:
+    """How large the router's logits are; nothing if it has none, or the run was older than they are counted."""
+    rows = {step: row for step, row in routing.items() if "logits_LN" in row}
+    if not rows:
+        return []
+
+    def size(row, layer):
+        edges = row["logit_edges"]
+        return min(size_below(row["logits_LN"][layer], edges, 0.99), 2 * edges[-1])
+
+    series = {
+        f"MoE layer {layer}": (list(rows), [size(row, layer) for row in rows.values()])
+        for layer in layers
+    }
+    text = (
+        "99% of the router's logits on held-out text are no larger than this, whatever their sign (rounded up "
+        "to half a power of 2). Where they grow on and on, objective.z_loss keeps them small."
+    )
+    image = charts.lines([("", "size of logits", series)])
+    return [Section("How large router logits are", text, (_image(image),))]
 
 
 def expert_section(load_dLE, domains, token_EV, run: OpenRun, most: int = 4) -> Section:

@@ -25,8 +25,9 @@ def domain_sums(nll_BS, batch: dict, num_domains: int) -> dict[str, jax.Array]:
 
 
 def eval_step(params, router_state, batch, cfg: ExperimentConfig, *, num_domains=1, layout=None):
-    """Sums over a validation batch: nll and targets of each domain, and `domain_load` [domain, L, E], the
-    routes of each domain to each expert of each MoE layer."""
+    """Sums over a validation batch: nll and targets of each domain, and of models with MoE layers `load_dLE`,
+    the routes of each domain to each expert of each layer, and `logits_LN`, how many router logits of each
+    layer lie in each bin of `stats.LOGIT_EDGES`, if the router has any."""
     _, parts = loss_fn(params, router_state, batch, cfg.model, compute=cfg.compute, layout=layout)
     sums = domain_sums(parts.nll_BS, batch, num_domains)
     if "moe_blocks" in parts.aux:
@@ -37,7 +38,13 @@ def eval_step(params, router_state, batch, cfg: ExperimentConfig, *, num_domains
             num_labels=num_domains,
             num_experts=cfg.model.moe.num_experts,
         )
-        sums["domain_load"] = jax.vmap(load, out_axes=1)(parts.aux["moe_blocks"].routing)
+        routed = parts.aux["moe_blocks"]
+        sums["load_dLE"] = jax.vmap(load, out_axes=1)(routed.routing)
+        if routed.logits_TE is not None:
+            count = functools.partial(
+                stats.logit_counts, mask_T=batch["segment_ids"].reshape(-1) > 0
+            )
+            sums["logits_LN"] = jax.vmap(count)(routed.logits_TE)
     return sums
 
 
@@ -58,13 +65,13 @@ def evaluate(
     batches: Iterable[dict[str, np.ndarray]],
     domains: Sequence[str],
     layout: Layout | None = None,
-) -> tuple[dict[str, float], np.ndarray | None]:
+) -> tuple[dict[str, float], dict[str, np.ndarray]]:
     """Evaluate held-out batches (`moejax.data.validation_batches`). Every process holds every batch.
 
     Returns:
       Loss (nats per token), perplexity, bits per byte of text, `loss/<domain>` and `bits_per_byte/<domain>`,
-      and how much text that was: `batches`, `tokens` (targets), `bytes` and `tokens/<domain>`. Then the routes
-      of each domain to each expert of each MoE layer, int [domain, L, E]; None without MoE layers.
+      and how much text that was: `batches`, `tokens` (targets), `bytes` and `tokens/<domain>`. Then what the
+      routers did, of `eval_step`: `load_dLE` and `logits_LN`; empty without MoE layers.
     """
     sums, bytes_d, num_batches = None, np.zeros(len(domains)), 0
     for batch in batches:
@@ -73,6 +80,7 @@ def evaluate(
         out = jax.device_get(eval_fn(params, router_state, place_whole(fields, layout)))
         # In float64: a float32 sum stops growing at 2^24.
         out |= {k: np.float64(out[k]) for k in ("domain_nll", "domain_targets")}
+        out |= {k: np.int64(out[k]) for k in ("logits_LN",) if k in out}
         sums = out if sums is None else jax.tree.map(np.add, sums, out)
         np.add.at(bytes_d, batch["domain"], num_bytes)
         num_batches += 1
@@ -92,7 +100,7 @@ def evaluate(
         **{f"bits_per_byte/{d}": float(bits_d[i]) for i, d in seen},
         **{f"tokens/{d}": int(targets[i]) for i, d in seen},
     }
-    return results, sums.get("domain_load")
+    return results, {name: sums[name] for name in ("load_dLE", "logits_LN") if name in sums}
 
 
 def size_text(results: Mapping[str, float]) -> str:

@@ -46,7 +46,7 @@ class MoEAux(NamedTuple):
         that does not exist. Sums over tokens.
       routing: the router's routing, over T = B*S tokens.
       scores_TE: its scores, or None.
-      choice_TN: `Routed.choice_TN`, or None.
+      choice_TN, logits_TE: as in `Routed`, or None.
       carry_BSW: what it passes to the next layer's router, or None; `block` takes it out.
       inputs_BSD: what the layer read, normalised; `block` puts it here where someone wants to look at it.
     """
@@ -58,6 +58,7 @@ class MoEAux(NamedTuple):
     carry_BSW: jax.Array | None = None
     inputs_BSD: jax.Array | None = None
     choice_TN: jax.Array | None = None
+    logits_TE: jax.Array | None = None
 
 
 def param_specs(cfg: ModelConfig) -> dict:
@@ -135,7 +136,7 @@ def moe(
         carried_TW=None if carried_BSW is None else carried_BSW.reshape(b * s, -1),
     )
     with jax.named_scope("router"):
-        out = route(params.get("router", {}), state, tokens, router, static)
+        out = route(params.get("router", {}), state, tokens, router, static, compute.router_dtype)
     routing, stats, kinds = out.routing, dict(out.stats), router.specials(static)
     special_TN = None
     if isinstance(routing, Routing):
@@ -170,13 +171,44 @@ def moe(
     carry_BSW = None if out.carry_TW is None else out.carry_TW.reshape(b, s, -1)
     losses = {} if objective is None else out.losses  # a router's own losses are for training, too
     return y_BSD, MoEAux(
-        losses, stats, out.routing, out.scores_TE, carry_BSW, choice_TN=out.choice_TN
+        losses,
+        stats,
+        out.routing,
+        out.scores_TE,
+        carry_BSW,
+        choice_TN=out.choice_TN,
+        logits_TE=out.logits_TE,
     )
 
 
-def route(params: dict, state: dict, tokens: Tokens, router: Router, cfg: RouterConfig) -> Routed:
-    """The router's routes, without the experts that BARRED or SKIPPED in its state keep from tokens. ValueError
-    where it cannot do without an expert, or has no scores by which some could be skipped."""
+def rounded(params: dict, tokens: Tokens, dtype: str) -> tuple[dict, Tokens]:
+    """What a router reads, parameters and hidden states, rounded to `dtype` and as wide as before; untouched
+    where that is float32. Gradients are rounded on their way back."""
+    if dtype == "float32":
+        return params, tokens
+
+    bits = jnp.finfo(dtype)
+
+    def coarse(a):  # not by converting twice: XLA may leave out such a pair
+        if not jnp.issubdtype(a.dtype, jnp.floating):
+            return a
+        return jax.lax.reduce_precision(a, bits.nexp, bits.nmant)
+
+    return jax.tree.map(coarse, params), tokens._replace(x_TD=coarse(tokens.x_TD))
+
+
+def route(
+    params: dict,
+    state: dict,
+    tokens: Tokens,
+    router: Router,
+    cfg: RouterConfig,
+    dtype: str = "float32",
+) -> Routed:
+    """The router's routes, without the experts that BARRED or SKIPPED in its state keep from tokens, of what it
+    reads in `dtype`. ValueError where it cannot do without an expert, or has no scores by which some could be
+    skipped."""
+    params, tokens = rounded(params, tokens, dtype)
     own = {name: a for name, a in state.items() if name not in (BARRED, SKIPPED)}
     if BARRED in state:
         tokens = tokens._replace(barred_TE=state[BARRED][None])

@@ -1,9 +1,18 @@
-"""What the load says: pure functions from loads to the numbers that people watch."""
+"""What routers did: pure functions from loads and logits to the numbers that people watch.
+
+Here: N bins of logits.
+"""
+
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from moejax.routers.contract import MergeRouting, Routing, SoftRouting
+
+# Between bins of logits, from 1/16 to 1024 on both sides of 0: two of them double a logit.
+LOGIT_EDGES = tuple(float(s * 2 ** (i / 2)) for s in (-1, 1) for i in range(-8, 21)[::s])
 
 
 def max_violation(load_E: jax.Array) -> jax.Array:
@@ -41,6 +50,29 @@ def summarize(stats: dict[str, jax.Array], num_experts: int, num_tokens) -> dict
     if "score_entropy" in stats:
         out["score_entropy"] = (stats["score_entropy"] / jnp.maximum(num_tokens, 1.0)).mean()
     return out
+
+
+def logit_counts(logits_TE: jax.Array, mask_T: jax.Array) -> jax.Array:
+    """How many logits of tokens that are not padding lie below the first of LOGIT_EDGES, between two, and above
+    the last: int32 [len(LOGIT_EDGES) + 1]. A logit on an edge is above it."""
+    edges = jnp.asarray(LOGIT_EDGES, logits_TE.dtype)
+    bin_TE = jnp.searchsorted(edges, logits_TE, side="right")
+    seen_TE = jnp.broadcast_to((mask_T > 0)[:, None], bin_TE.shape).astype(jnp.int32)
+    return jnp.zeros((len(edges) + 1,), jnp.int32).at[bin_TE].add(seen_TE)
+
+
+def size_below(counts_N: np.ndarray, edges: Sequence[float], share: float) -> float:
+    """The smallest edge such that this share of the counted logits has no greater absolute value; inf if the
+    outermost bins hold too many; 0 if none was counted. `edges` are symmetric about 0."""
+    counts_N = np.asarray(counts_N)
+    positive = np.asarray(edges)[len(edges) // 2 :]
+    middle = len(edges) // 2
+    # Bins from the middle outwards, both sides of each size together.
+    by_size = counts_N[middle:] + np.concatenate([[0], counts_N[:middle][::-1]])
+    if not by_size.sum():
+        return 0.0
+    enough = np.cumsum(by_size) >= share * by_size.sum()
+    return float([*positive, np.inf][int(enough.argmax())])
 
 
 def load_by_label(routing, label_T: jax.Array, num_labels: int, num_experts: int) -> jax.Array:

@@ -59,6 +59,7 @@ def route(params: dict, state: dict, tokens: Tokens, cfg: RouterConfig) -> Route
         stats,
         scores_TN[:, :experts],
         choice_TN=jax.lax.stop_gradient(scores_TN),
+        logits_TE=logits_TN[:, :experts],
     )
 
 

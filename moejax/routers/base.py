@@ -101,9 +101,8 @@ def route(params: dict, state: dict, tokens: Tokens, cfg: RouterConfig) -> Route
     chosen_TE = parts.chosen(index_TK, cfg.num_experts, gates_TE.dtype)[:, 0]
     weights_TK = (chosen_TE * gates_TE).sum(axis=1, keepdims=True)
     stats = {"load": jax.lax.stop_gradient(chosen_TE.sum(axis=0))}
-    return Routed(
-        Routing(index_TK, weights_TK), parts.z_loss(logits_TE, tokens, cfg), stats, gates_TE
-    )
+    losses = parts.z_loss(logits_TE, tokens, cfg)
+    return Routed(Routing(index_TK, weights_TK), losses, stats, gates_TE, logits_TE=logits_TE)
 
 
 def problems(cfg: RouterConfig, prefix: str) -> list[str]:

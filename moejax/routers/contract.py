@@ -88,6 +88,8 @@ class Routed(NamedTuple):
       choice_TN: float32, finite, what was ranked, where that is not the scores: with a selection bias, or of
         special experts too (N is E, or E and those). Groups that are closed to a token are ranked here as well.
         For whoever looks at single tokens, without gradient; None: the scores, if there are any.
+      logits_TE: of the experts, what the scores are made of and rise with, before noise and any bias for the
+        choice. For whoever watches how large they grow; None if the router has none.
     """
 
     routing: Any
@@ -97,6 +99,7 @@ class Routed(NamedTuple):
     carry_TW: jax.Array | None = None
     shared_TS: jax.Array | None = None
     choice_TN: jax.Array | None = None
+    logits_TE: jax.Array | None = None
 
 
 # --------------------------------------------------------------------------------------------------

@@ -64,7 +64,7 @@ def route(params: dict, state: dict, tokens: Tokens, cfg: RouterConfig) -> Route
         cfg,
         normalized=cfg.options.score == "softmax",
     )
-    return Routed(Routing(index_TK, weights_TK), losses, stats, scores_TE)
+    return Routed(Routing(index_TK, weights_TK), losses, stats, scores_TE, logits_TE=logits_TE)
 
 
 ROUTER = Router(

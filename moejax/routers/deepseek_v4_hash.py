@@ -64,7 +64,14 @@ def route(params: dict, state: dict, tokens: Tokens, cfg: RouterConfig) -> Route
         normalized=False,
     )
     ranked_TE = jax.lax.stop_gradient(choice_TE)
-    return Routed(Routing(index_TK, weights_TK), losses, stats, scores_TE, choice_TN=ranked_TE)
+    return Routed(
+        Routing(index_TK, weights_TK),
+        losses,
+        stats,
+        scores_TE,
+        choice_TN=ranked_TE,
+        logits_TE=logits_TE,
+    )
 
 
 def update(state: dict, stats: dict, cfg: RouterConfig) -> dict:

@@ -68,7 +68,7 @@ def route(params: dict, state: dict, tokens: Tokens, cfg: RouterConfig) -> Route
         norm_E = jnp.sqrt((kernel_DE**2).sum(axis=0) + 1e-12)
         losses["simplicity"] = options.simplicity_loss * share * norm_E.mean()
     stats = parts.plain_stats(routes_TE, scores_TE, tokens)
-    return Routed(Routing(index_TK, weights_TK), losses, stats, scores_TE)
+    return Routed(Routing(index_TK, weights_TK), losses, stats, scores_TE, logits_TE=cosine_TE)
 
 
 ROUTER = Router(

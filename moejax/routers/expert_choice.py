@@ -56,7 +56,7 @@ def route(params: dict, state: dict, tokens: Tokens, cfg: RouterConfig) -> Route
         "score_entropy": parts.entropy_sum(scores_TE, mask_T),
     }
     losses = parts.z_loss(logits_TE, tokens, cfg)
-    return Routed(SlotRouting(index_EC, weights_EC), losses, stats, scores_TE)
+    return Routed(SlotRouting(index_EC, weights_EC), losses, stats, scores_TE, logits_TE=logits_TE)
 
 
 ROUTER = Router(

@@ -52,7 +52,7 @@ def route(params: dict, state: dict, tokens: Tokens, cfg: RouterConfig) -> Route
         jnp.zeros((experts, bins), counts.dtype).at[jnp.arange(experts)[None], bin_TE].add(counts)
     )
     losses = parts.z_loss(logits_TE, tokens, cfg)
-    return Routed(Routing(index_TK, weights_TK), losses, stats, scores_TE)
+    return Routed(Routing(index_TK, weights_TK), losses, stats, scores_TE, logits_TE=logits_TE)
 
 
 def upper_quantile(counts_EB: jax.Array, share: float) -> jax.Array:

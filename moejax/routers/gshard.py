@@ -50,7 +50,7 @@ def route(params: dict, state: dict, tokens: Tokens, cfg: RouterConfig) -> Route
         first_E = tokens.total(stats, "first_load")
         losses["expert"] = b.expert_loss * balance.expert_level(score_sum_E, first_E, num_tokens, 1)
     losses |= parts.z_loss(logits_TE, tokens, cfg)
-    return Routed(Routing(index_TK, weights_TK), losses, stats, scores_TE)
+    return Routed(Routing(index_TK, weights_TK), losses, stats, scores_TE, logits_TE=logits_TE)
 
 
 def problems(cfg: RouterConfig, prefix: str) -> list[str]:

@@ -51,7 +51,8 @@ def init_state(cfg: RouterConfig, layer: int) -> dict:
 
 def route(params: dict, state: dict, tokens: Tokens, cfg: RouterConfig) -> Routed:
     """See `Router.route`."""
-    scores_TN = jax.nn.softmax(parts.logits(params, tokens.x_TD), axis=-1)
+    logits_TN = parts.logits(params, tokens.x_TD)
+    scores_TN = jax.nn.softmax(logits_TN, axis=-1)
     choice_TN = scores_TN + state["expert_bias"].astype(scores_TN.dtype)[None]
     index_TK = parts.select(choice_TN, tokens, cfg.experts_per_token)
     weights_TK, routes_TN = parts.weigh(index_TK, scores_TN)
@@ -59,7 +60,8 @@ def route(params: dict, state: dict, tokens: Tokens, cfg: RouterConfig) -> Route
     stats["tokens"] = tokens.mask_T.sum()
     routing = Routing(index_TK, weights_TK * cfg.options.routed_scaling)
     ranked_TN = jax.lax.stop_gradient(choice_TN)
-    return Routed(routing, {}, stats, scores_TN[:, : cfg.num_experts], choice_TN=ranked_TN)
+    scores_TE, logits_TE = (a[:, : cfg.num_experts] for a in (scores_TN, logits_TN))
+    return Routed(routing, {}, stats, scores_TE, choice_TN=ranked_TN, logits_TE=logits_TE)
 
 
 def update(state: dict, stats: dict, cfg: RouterConfig) -> dict:

@@ -80,6 +80,7 @@ def route(params: dict, state: dict, tokens: Tokens, cfg: RouterConfig) -> Route
         stats,
         scores_TN[:, :experts],
         logits_TN if cfg.options.gating_residual else None,
+        logits_TE=logits_TN[:, :experts],
     )
 
 

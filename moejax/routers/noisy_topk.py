@@ -74,7 +74,7 @@ def route(params: dict, state: dict, tokens: Tokens, cfg: RouterConfig) -> Route
         if coefficient
     }
     losses |= parts.z_loss(clean_TE, tokens, cfg)
-    return Routed(Routing(index_TK, weights_TK), losses, stats, scores_TE)
+    return Routed(Routing(index_TK, weights_TK), losses, stats, scores_TE, logits_TE=clean_TE)
 
 
 def problems(cfg: RouterConfig, prefix: str) -> list[str]:

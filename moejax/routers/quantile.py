@@ -84,6 +84,7 @@ def route(params: dict, state: dict, tokens: Tokens, cfg: RouterConfig) -> Route
         stats,
         scores_TE,
         choice_TN=jax.lax.stop_gradient(choice_TE),
+        logits_TE=logits_TE,
     )
 
 

@@ -34,7 +34,8 @@ def init_state(cfg: RouterConfig, layer: int) -> dict:
 
 def route(params: dict, state: dict, tokens: Tokens, cfg: RouterConfig) -> Routed:
     """See `Router.route`. Of more than `max_experts` open gates the widest are computed."""
-    gates_TE = jax.nn.relu(parts.logits(params, tokens.x_TD)) * tokens.mask_T[:, None]
+    logits_TE = parts.logits(params, tokens.x_TD)
+    gates_TE = jax.nn.relu(logits_TE) * tokens.mask_T[:, None]
     index_TK = parts.select(gates_TE, tokens, picks.most_experts(cfg), gates_TE > 0)
     weights_TK, routes_TE = parts.weigh(index_TK, gates_TE)
     stats = {
@@ -45,7 +46,8 @@ def route(params: dict, state: dict, tokens: Tokens, cfg: RouterConfig) -> Route
     num_tokens = jnp.maximum(tokens.totals.num_tokens, 1.0)
     f_E = cfg.num_experts / (cfg.experts_per_token * num_tokens) * tokens.total(stats, "open")
     loss = state["coefficient"] * (f_E * gates_TE.sum(axis=0) / num_tokens).sum()
-    return Routed(Routing(index_TK, weights_TK), {"gates": loss}, stats, gates_TE)
+    losses = {"gates": loss}
+    return Routed(Routing(index_TK, weights_TK), losses, stats, gates_TE, logits_TE=logits_TE)
 
 
 def update(state: dict, stats: dict, cfg: RouterConfig) -> dict:

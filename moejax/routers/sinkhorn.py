@@ -63,9 +63,8 @@ def route(params: dict, state: dict, tokens: Tokens, cfg: RouterConfig) -> Route
     scores_TE = parts.score(logits_TE, "sigmoid" if k == 1 else "softmax")
     weights_TK, routes_TE = parts.weigh(index_TK, scores_TE)
     stats = parts.plain_stats(routes_TE, scores_TE, tokens)
-    return Routed(
-        Routing(index_TK, weights_TK), parts.z_loss(logits_TE, tokens, cfg), stats, scores_TE
-    )
+    losses = parts.z_loss(logits_TE, tokens, cfg)
+    return Routed(Routing(index_TK, weights_TK), losses, stats, scores_TE, logits_TE=logits_TE)
 
 
 ROUTER = Router(

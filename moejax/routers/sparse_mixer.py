@@ -88,7 +88,7 @@ def route(params: dict, state: dict, tokens: Tokens, cfg: RouterConfig) -> Route
         cfg,
         normalized=True,
     )
-    return Routed(Routing(index_TK, weights_TK), losses, stats, scores_TE)
+    return Routed(Routing(index_TK, weights_TK), losses, stats, scores_TE, logits_TE=logits_TE)
 
 
 ROUTER = Router(

@@ -163,6 +163,7 @@ def route(params: dict, state: dict, tokens: Tokens, cfg: RouterConfig) -> Route
         scores_TE,
         shared_TS=shared_TS,
         choice_TN=ranked_TE,
+        logits_TE=logits_TE,
     )
 
 

@@ -54,7 +54,7 @@ def route(params: dict, state: dict, tokens: Tokens, cfg: RouterConfig) -> Route
         entropy_T = -(scores_TE * jax.nn.log_softmax(logits_TE, axis=-1)).sum(axis=-1)
         mean = (entropy_T * tokens.mask_T).sum() / jnp.maximum(tokens.totals.num_tokens, 1.0)
         losses["entropy"] = cfg.options.entropy_loss * mean
-    return Routed(Routing(index_TK, weights_TK), losses, stats, scores_TE)
+    return Routed(Routing(index_TK, weights_TK), losses, stats, scores_TE, logits_TE=logits_TE)
 
 
 ROUTER = Router(

@@ -24,6 +24,7 @@ from moejax.data import (
 from moejax.data.vocabulary import with_vocabulary
 from moejax.evals.validation import compile_eval, evaluate, size_text
 from moejax.mesh import check_layout, mesh_sizes
+from moejax.moe.stats import LOGIT_EDGES
 from moejax.params import count
 from moejax.runs import folder, lock, provenance
 from moejax.runs.checkpoint import Checkpoints
@@ -294,10 +295,12 @@ def _log_step(s: Session, done: int, values: dict, meter: Meter) -> tuple[float,
 
 
 def _log_evaluation(s: Session, done: int, eval_fn, state: TrainState, show: Show) -> dict:
-    results, load_dLE = _evaluate(s, eval_fn, state)
+    results, routed = _evaluate(s, eval_fn, state)
     s.log.write(done, "validation", results)
-    if load_dLE is not None:
-        s.log.write(done, "routing", {"domains": list(s.domains), "load_dLE": load_dLE.tolist()})
+    if routed:
+        edges = {"logit_edges": LOGIT_EDGES} if "logits_LN" in routed else {}
+        counts = {name: a.tolist() for name, a in routed.items()}
+        s.log.write(done, "routing", {"domains": list(s.domains), **counts, **edges})
     when = f"step {done}" if done else "before training"
     show.say(f"{when}: validation loss {results['loss']:.4f} ({size_text(results)})")
     return results

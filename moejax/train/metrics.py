@@ -27,8 +27,8 @@ class Log:
     """metrics.jsonl, TensorBoard and other writers, written by process 0 alone (`write=False` in the others).
 
     Rows of metrics.jsonl have `step` and `kind`: 'train', 'validation', 'load' (routes per layer and
-    expert of one step), 'router' (its other counts and its state), 'routing' (routes of the validation
-    batches, by domain), 'receipt'.
+    expert of one step), 'router' (its other counts and its state), 'routing' (of the validation batches:
+    routes by domain, logits by size), 'receipt'.
     """
 
     def __init__(

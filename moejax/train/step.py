@@ -107,6 +107,7 @@ def _join(parts: LossParts, shape) -> LossParts:
             routing=None,
             scores_TE=None,
             choice_TN=None,
+            logits_TE=None,
         )
         for name, a in parts.aux.items()
     }

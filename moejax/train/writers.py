@@ -17,12 +17,12 @@ import secrets
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
-from tensorboardX.summary import histogram, hparams, scalar, text
+from tensorboardX.summary import histogram, histogram_raw, hparams, scalar, text
 
 from moejax.config import ConfigError, ExperimentConfig
 from moejax.config_io import to_json
@@ -61,9 +61,29 @@ def tag(kind: str, name: str) -> str:
     return f"other/{kind}/{name}"
 
 
-def shown(kind: str, values: dict) -> Iterator[tuple[str, float | np.ndarray]]:
-    """(tag, number) and (tag, numbers of all experts of a layer) of a row. What is neither is left out: the
-    receipt's and the routes by domain, which the report draws."""
+class Counted(NamedTuple):
+    """A histogram that is counted already: how many numbers lie between each edge and the next."""
+
+    counts: np.ndarray
+    edges: np.ndarray
+
+
+def counted_logits(values: dict) -> Iterator[tuple[str, Counted]]:
+    """Of a row 'routing': the router's logits of each layer. The outermost bins, which have no end, get one as
+    far out as the last edge and its neighbour would have it."""
+    if "logits_LN" in values:
+        edges = np.asarray(values["logit_edges"], float)
+        first, last = edges[0] * edges[0] / edges[1], edges[-1] * edges[-1] / edges[-2]
+        for i, counts_N in enumerate(values["logits_LN"]):
+            counted = Counted(np.asarray(counts_N), np.array([first, *edges, last]))
+            yield f"experts/logits/layer_{i}", counted
+
+
+def shown(kind: str, values: dict) -> Iterator[tuple[str, float | np.ndarray | Counted]]:
+    """(tag, number), (tag, numbers of all experts of a layer) and (tag, histogram) of a row. What is neither is
+    left out: the receipt's and the routes by domain, which the report draws."""
+    if kind == "routing":
+        yield from counted_logits(values)
     if kind in ("routing", "receipt"):
         return
     for name, value in values.items():
@@ -101,6 +121,8 @@ class TensorBoard:
         for name, value in shown(kind, values):
             if isinstance(value, float):
                 self._event(step, summary=scalar(name, value))
+            elif isinstance(value, Counted):
+                self._event(step, summary=_drawn(name, value))
             elif np.isfinite(value).all():
                 self._event(step, summary=histogram(name, value, "auto", 64))
         self._board.flush()
@@ -117,6 +139,21 @@ class TensorBoard:
 
     def _event(self, step: int, **content) -> None:
         self._board.write_event(Event(wall_time=time.time(), step=step, **content))
+
+
+def _drawn(name: str, of: Counted):
+    """For TensorBoard. The sums are those of the bins' middles: nobody kept the numbers."""
+    middle = (of.edges[1:] + of.edges[:-1]) / 2
+    return histogram_raw(
+        name,
+        min=of.edges[0],
+        max=of.edges[-1],
+        num=int(of.counts.sum()),
+        sum=float((of.counts * middle).sum()),
+        sum_squares=float((of.counts * middle**2).sum()),
+        bucket_limits=of.edges[1:].tolist(),
+        bucket_counts=of.counts.tolist(),
+    )
 
 
 def hyper_parameters(cfg: ExperimentConfig) -> dict[str, Any]:
@@ -152,11 +189,14 @@ class WeightsAndBiases:
         )  # a run that goes on may write a step again
 
     def write(self, step: int, kind: str, values: dict) -> None:
-        of = {
-            name: v if isinstance(v, float) else self._histogram(v)
-            for name, v in shown(kind, values)
-            if isinstance(v, float) or np.isfinite(v).all()
-        }
+        of = {}
+        for name, v in shown(kind, values):
+            if isinstance(v, float):
+                of[name] = v
+            elif isinstance(v, Counted):
+                of[name] = self._histogram(np_histogram=(v.counts, v.edges))
+            elif np.isfinite(v).all():
+                of[name] = self._histogram(v)
         if of:
             self._run.log({"step": step, **of})
 

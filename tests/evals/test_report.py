@@ -25,7 +25,7 @@ def test_page_is_whole_and_alone(trained, capsys):
     assert "report.html" in capsys.readouterr().out
     page = (trained / "report.html").read_text()
     images = re.findall(r'src="data:image/png;base64,([^"]+)"', page)
-    assert len(images) == 8  # of them two of the router: its counts, and the bias of every expert
+    assert len(images) == 9  # of them two of the router: its counts, and the bias of every expert
     assert all(base64.b64decode(i).startswith(b"\x89PNG") for i in images)
     for title in (
         "Loss",
@@ -34,6 +34,7 @@ def test_page_is_whole_and_alone(trained, capsys):
         "The router&#39;s own state and counts",
         "Which domain goes to which expert",
         "How much a route reveals about the domain",
+        "How large router logits are",
         "What experts read",
         "Samples",
         "Optimisation",

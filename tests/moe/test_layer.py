@@ -1,5 +1,8 @@
 """The layer as a whole, with routers that say what a test wants: special experts, stray routes, soft slots."""
 
+import dataclasses
+
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -182,3 +185,63 @@ def test_special_experts_on_a_mesh(given):
     y, aux = run(*placed)
     np.testing.assert_allclose(y, numpy_layer(params, x_BSD), rtol=1e-5, atol=1e-6)
     assert aux.stats["dropped"] == aux.stats["stray"] == 0
+
+
+@pytest.mark.parametrize("name", ["token_choice", "moe_pp", "soft_moe"])
+def test_a_router_in_bfloat16_reads_rounded_numbers(name):
+    """compute.router_dtype: the routes of the rounded parameters and inputs, and the experts' values of the
+    inputs as they were; rounding once more changes nothing."""
+    router = dataclasses.replace(ROUTERS[name].options, name=name)
+    moe = dataclasses.replace(CFG.moe, num_experts=4, experts_per_token=2, router=router)
+    cfg = dataclasses.replace(CFG, moe=moe)
+    params = init_params(layer.param_specs(cfg), jax.random.key(0))
+    x_BSD = jax.random.normal(jax.random.key(2), (B, S, D))
+    carried = layer.nothing_carried(x_BSD, cfg)
+    coarse = ComputeConfig(dispatcher="dense", router_dtype="bfloat16")
+    short = lambda a: jnp.asarray(np.asarray(a, jnp.bfloat16), a.dtype)  # noqa: E731
+
+    def run(params, x_BSD, compute):
+        y_BSD, aux = layer.moe(params, {}, x_BSD, cfg, compute=compute, carried_BSW=carried)
+        return y_BSD, aux.routing
+
+    whole = dataclasses.replace(coarse, router_dtype="float32")
+    y, routing = run(params, x_BSD, coarse)
+    rounded = {**params, "router": jax.tree.map(short, params["router"])}
+    _, expected = run(rounded, short(x_BSD), whole)
+    chex.assert_trees_all_equal(routing, expected)
+    again, _ = run(rounded, x_BSD, coarse)
+    chex.assert_trees_all_equal(y, again)
+    other, _ = run(params, x_BSD, whole)
+    assert not np.array_equal(y, other)
+    if router.name == "token_choice":
+        # The experts read x itself: with the routes given, nothing else of the layer changes.
+        weights_TK, index_TK = routing.combine_weights_TK, routing.expert_index_TK
+        oracle = layer.dispatch(
+            params["experts"], x_BSD.reshape(B * S, D), Routing(index_TK, weights_TK), moe, whole
+        )[0]
+        shared = layer.ffn(params["shared"], x_BSD, layer.of_experts(moe), None)
+        chex.assert_trees_all_close(y, oracle.reshape(x_BSD.shape) + shared, rtol=1e-6)
+
+
+def test_a_router_in_bfloat16_learns_by_rounded_gradients(given):
+    """The gradient passes the rounding, and is rounded itself."""
+    params, x_BSD = given
+
+    def loss(params, dtype):
+        y_BSD, _ = layer.moe(params, {}, x_BSD, CFG, compute=ComputeConfig(router_dtype=dtype))
+        return (
+            y_BSD.sum()
+        )  # linear in the weights: their own rounding does not reach their gradient
+
+    whole = jax.grad(loss)(params, "float32")["router"]["weights"]
+    coarse = jax.grad(loss)(params, "bfloat16")["router"]["weights"]
+    assert coarse.dtype == jnp.float32
+    chex.assert_trees_all_equal(coarse, whole.astype(jnp.bfloat16).astype(jnp.float32))
+    assert not np.array_equal(coarse, whole)
+
+
+def test_a_table_of_ids_is_not_rounded():
+    """Whole numbers are no precision: 257 is not 256."""
+    tokens = layer.tokens_of(jnp.ones((1, D)), 1)
+    params, _ = layer.rounded({"table": jnp.array([257])}, tokens, "bfloat16")
+    assert int(params["table"][0]) == 257

@@ -58,3 +58,21 @@ def test_load_by_label_of_every_form():
     merged = MergeRouting(jnp.array([[0.25, 0.75], [1.0, 0.0]]))
     got = stats.load_by_label(merged, jnp.array([0, 1, 1, 1]), 2, 2)
     np.testing.assert_allclose(got, [[0.25, 0.75], [2.25, 0.75]])
+
+
+def test_logits_are_counted_by_size_but_for_padding():
+    edges = np.array(stats.LOGIT_EDGES)
+    assert (np.diff(edges) > 0).all() and np.array_equal(edges, -edges[::-1])
+    assert np.allclose(edges[2:][edges[2:] > 0.1], 2 * edges[:-2][edges[2:] > 0.1])
+    logits_TE = np.array([[0.0, -0.01], [5.0, -1e9], [7.0, 7.0]], np.float32)
+    counts = np.array(stats.logit_counts(jnp.asarray(logits_TE), jnp.array([1.0, 1.0, 0.0])))
+    expected, _ = np.histogram(logits_TE[:2], [-np.inf, *edges, np.inf])
+    assert np.array_equal(counts, expected) and counts.sum() == 4
+    assert counts[0] == 1 and counts[len(edges) // 2] == 2
+
+
+def test_the_size_below_which_most_logits_are():
+    edges = [-2.0, -1.0, 1.0, 2.0]
+    of = lambda share: stats.size_below([1, 10, 60, 20, 9], edges, share)  # noqa: E731
+    assert [of(s) for s in (0.5, 0.6, 0.61, 0.9, 0.91, 1.0)] == [1, 1, 2, 2, np.inf, np.inf]
+    assert stats.size_below([0] * 5, edges, 0.99) == 0  # no token was routed

@@ -101,13 +101,21 @@ def test_tensorboard_has_a_histogram_of_the_experts_of_each_layer(tmp_path):
     log = Log(tmp_path, 0)
     log.write(1, "load", {"load_LE": [[1.0, 2.0, 9.0], [4.0, 4.0, 4.0]]})
     log.write(1, "router", {"state/expert_bias": [[0.1, -0.1]], "stats/dropped": [3.0]})
-    log.write(1, "routing", {"domains": ["code"], "load_dLE": [[[1.0]]]})  # the report draws it
+    # The report draws the routes.
+    logits = {"logits_LN": [[1, 0, 5, 2, 3]], "logit_edges": [-2.0, -1.0, 1.0, 2.0]}
+    log.write(1, "routing", {"domains": ["code"], "load_dLE": [[[1.0]]], **logits})
     log.close()
     found = {v.tag: v for v, _ in summaries(tmp_path)}
     assert set(found) == {
         *("experts/load/layer_0", "experts/load/layer_1"),
-        *("experts/expert_bias/layer_0", "experts/dropped/layer_0"),
+        *("experts/expert_bias/layer_0", "experts/dropped/layer_0", "experts/logits/layer_0"),
     }
+    logits = found["experts/logits/layer_0"].histo
+    # The outermost bins end at 2 * 2 / 1.
+    assert (logits.min, logits.max, logits.num) == (-4.0, 4.0, 11.0)
+    assert list(logits.bucket) == [1.0, 0.0, 5.0, 2.0, 3.0]
+    assert list(logits.bucket_limit) == [-2.0, -1.0, 1.0, 2.0, 4.0]
+    assert logits.sum == -3 + 3 + 9 and logits.sum_squares == 9 + 2 * 2.25 + 3 * 9
     load = found["experts/load/layer_0"].histo
     assert (load.min, load.max, load.num, load.sum) == (1.0, 9.0, 3.0, 12.0)
     assert found["experts/dropped/layer_0"].simple_value == 3.0

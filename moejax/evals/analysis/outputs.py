@@ -14,6 +14,7 @@ from moejax.evals.routes import Routes, by_token
 from moejax.linear import linear
 from moejax.moe.dispatch import dispatch
 from moejax.moe.experts import expert_ffn_slots, of_experts
+from moejax.moe.layer import rounded
 from moejax.routers import router_of
 from moejax.routers.contract import Routing, tokens_of
 
@@ -110,13 +111,12 @@ def rounding_sums(
     segment_BS = batch["segment_ids"]
     real_T = (segment_BS > 0).reshape(-1)
     unit_T = jnp.broadcast_to(unit_B[:, None], segment_BS.shape).reshape(-1)
-    coarse = lambda a: a.astype(jnp.bfloat16).astype(a.dtype)  # noqa: E731
 
     def one_layer(_, layer):
         moe, state, x_TD, expert_TK = layer
-        own = jax.tree.map(coarse, moe.get("router", {}))
         ids_T = batch["tokens"].reshape(-1)
-        tokens = tokens_of(coarse(x_TD), segment_BS.shape[1], real_T, ids_T=ids_T)
+        tokens = tokens_of(x_TD, segment_BS.shape[1], real_T, ids_T=ids_T)
+        own, tokens = rounded(moe.get("router", {}), tokens, "bfloat16")
         other_TK, _ = by_token(router.route(own, state, tokens, static).routing, real_T.size)
         total = cfg.moe.num_experts + len(router.specials(static))
         before_TE = hot_experts(expert_TK, total) * real_T[:, None]
