@@ -39,6 +39,11 @@ class SortedRoutes:
         return dataclasses.replace(self, row_TK=self.row_TK.reshape(-1, 1))
 
 
+# Experts times routes up to which every route is compared with every expert to count them: one pass, where
+# searching the sorted routes is several. With thousands of experts it would cost more than the FFNs.
+COMPARED = 2**24
+
+
 def sort_routes(expert_index_TK: jax.Array, num_experts: int) -> SortedRoutes:
     """A stable sort of the routes by expert; -1 (an empty slot) sorts last."""
     flat_R = expert_index_TK.reshape(-1)
@@ -51,8 +56,12 @@ def sort_routes(expert_index_TK: jax.Array, num_experts: int) -> SortedRoutes:
     else:
         route_R = jnp.argsort(expert_R, stable=True)
     row_R = jnp.zeros_like(route_R).at[route_R].set(number_R, unique_indices=True)
-    member_RE = expert_R[:, None] == jnp.arange(num_experts, dtype=expert_R.dtype)[None]
-    group_sizes_E = jnp.sum(member_RE, axis=0, dtype=jnp.int32)
+    each_E = jnp.arange(num_experts, dtype=expert_R.dtype)
+    if num_experts * flat_R.size <= COMPARED:
+        group_sizes_E = jnp.sum(expert_R[:, None] == each_E[None], axis=0, dtype=jnp.int32)
+    else:
+        end_E = jnp.searchsorted(expert_R[route_R], each_E, side="right")
+        group_sizes_E = jnp.diff(end_E.astype(jnp.int32), prepend=0)
     return SortedRoutes(route_R, row_R.reshape(expert_index_TK.shape), group_sizes_E, complete=True)
 
 

@@ -12,7 +12,7 @@ import pytest
 from jax.sharding import AxisType, PartitionSpec
 
 from moejax.config import ModelConfig, MoEConfig
-from moejax.moe import windowed_ffn
+from moejax.moe import rows, windowed_ffn
 from moejax.moe.dispatch.dropless import dropless
 from moejax.moe.experts import (
     ACTIVATIONS,
@@ -385,7 +385,20 @@ def test_experts_read_in_the_stack_of_layers(index):
         assert not np.any(np.delete(g, index, axis=0))
 
 
-def test_sort_routes_is_stable():
+@pytest.mark.parametrize("compared", [0, 2**24])
+def test_routes_are_sorted_stably_and_counted(monkeypatch, compared):
+    """By comparing, or by searching what is sorted; where route and expert fit one integer, or not."""
+    monkeypatch.setattr(rows, "COMPARED", compared)
+    index_TK = np.random.default_rng(0).integers(-1, 7, (50, 3)).astype(np.int32)
+    for num_experts in (7, 9, 2**31 // 150):
+        if compared and num_experts > 9:
+            continue  # as many comparisons
+        routes = sort_routes(jnp.asarray(index_TK), num_experts)
+        flat_R = np.where(index_TK < 0, num_experts, index_TK).reshape(-1)
+        np.testing.assert_array_equal(routes.route_R, np.argsort(flat_R, kind="stable"))
+        counts = np.bincount(flat_R, minlength=num_experts)[:num_experts]
+        np.testing.assert_array_equal(routes.group_sizes_E, counts)
+        assert routes.group_sizes_E.dtype == jnp.int32
     routes = sort_routes(jnp.asarray([[2, 0], [-1, 2], [0, -1]], jnp.int32), 3)
     np.testing.assert_array_equal(routes.route_R, [1, 4, 0, 3, 2, 5])
     np.testing.assert_array_equal(routes.row_TK, [[2, 0], [4, 3], [1, 5]])
