@@ -113,6 +113,14 @@ def test_the_head_as_bits(rows):
     assert got.dtype == want.dtype == jnp.float32 and got.shape == want.shape
     np.testing.assert_allclose(got, want, atol=1e-4)
     assert is_quantized(prepare({"head": head}, "bfloat16")["head"])
+    # A tied one is read like any other; the embedding stays what it was.
+    tied = {"embed": {"tokens": head.T}}
+    ready = prepare(tied, "bfloat16")
+    assert is_quantized(ready["head"]) and ready["embed"]["tokens"] is tied["embed"]["tokens"]
+    np.testing.assert_allclose(
+        transformer.logits(ready, hidden_BSD), transformer.logits(tied, hidden_BSD), atol=1e-4
+    )
+    assert "head" not in prepare({"embed": {"tokens": head.T.astype(jnp.float32)}}, "float32")
 
 
 @pytest.mark.parametrize("tokens, implementation", [(3, "auto"), (40, "auto"), (40, "reference")])

@@ -93,7 +93,8 @@ def prepare(params: dict, dtype: str = "float32", layout: Layout | None = None) 
     mixes streams, the weights of an indexer's heads, position biases. Quantised weights stay as they are. On
     one device it also splits the stack of layers, so that no layer is copied out of it for each token. On CPU
     the experts stay one stack, which is read where it lies, and matrices in bfloat16 (on one device the
-    head, too) become their bits (`weights.as_bits`).
+    head, too) become their bits (`weights.as_bits`). A head that is the embedding gets a copy of its own there:
+    the embedding's rows are its columns.
     """
     on_cpu = jax.default_backend() == "cpu"
 
@@ -111,6 +112,8 @@ def prepare(params: dict, dtype: str = "float32", layout: Layout | None = None) 
     params = jax.tree_util.tree_map_with_path(cast, params, is_leaf=is_quantized)
     if apart or layout is not None:
         return params
+    if on_cpu and "head" not in params and params["embed"]["tokens"].dtype == jnp.bfloat16:
+        params = {**params, "head": as_bits(params["embed"]["tokens"].T)}
     return transformer.unstack(params, but_experts=on_cpu)
 
 
