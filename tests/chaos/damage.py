@@ -1,8 +1,10 @@
-"""One way to damage a file, chosen at random."""
+"""What the campaigns share: one way to damage a file, chosen at random, and what they found."""
 
 import json
 import pathlib
 import random
+
+from tqdm import tqdm
 
 KINDS = [
     *("flip", "zeros", "cut", "empty", "gone", "grow", "swap", "copy", "folder", "link"),
@@ -12,6 +14,31 @@ VALUES = [
     *(None, True, -1, 0, 1, 10**30, 0.5, 1e308, "", "x", [], {}, [[]], "float64", "../../x"),
     *("\x1b[31m", "a\x00b", "\ud800", "\u202e", "x" * 10_000, [[[[[[]]]]]], {"a": {"b": {}}}),
 ]
+
+
+class Found:
+    """What a campaign of hours found, printed as it is found, below a bar where there is a terminal.
+
+    Attributes:
+      number: of things found.
+    """
+
+    def __init__(self, cases: int):
+        self.number = 0
+        self._bar = tqdm(total=cases, unit="case", disable=None)
+
+    def say(self, line: str) -> None:
+        self.number += 1
+        tqdm.write(line)
+
+    def advance(self, cases: int = 1) -> None:
+        self._bar.update(cases)
+
+    def end(self, line: str) -> int:
+        """Prints the campaign's one line; returns the number of things found."""
+        self._bar.close()
+        print(line, flush=True)
+        return self.number
 
 
 def mutate(path: pathlib.Path, rng: random.Random) -> str:

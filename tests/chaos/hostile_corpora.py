@@ -22,7 +22,7 @@ import time
 import pyarrow as pa
 import pyarrow.parquet as pq
 import zstandard
-from damage import mutate
+from damage import Found, mutate
 
 ROOT = pathlib.Path(__file__).parents[2]
 SECONDS, MEGABYTES = 20, 300
@@ -88,18 +88,19 @@ def campaign(count: int, seed: int) -> int:
     from moejax.config import ConfigError
     from moejax.data.sources import read_documents
 
-    rng, tally, bad = random.Random(seed), collections.Counter(), []
+    rng, tally, found = random.Random(seed), collections.Counter(), Found(count)
     before = peak_megabytes()
     for number in range(count):
+        found.advance()
         with tempfile.TemporaryDirectory() as name:
             path, texts = write(pathlib.Path(name), rng)
             kind = mutate(path, rng) if number % 2 else "whole"
             began, result, said = time.monotonic(), "", ""
             try:
-                found = [text_of(d) for d in read_documents(str(path), "text", 0)]
-                right = kind != "whole" or found == texts
+                read = [text_of(d) for d in read_documents(str(path), "text", 0)]
+                right = kind != "whole" or read == texts
                 result = "read" if right else "WRONG"
-                said = "" if right else f"{found[:1]!r:.200} for {texts[:1]!r:.200}"
+                said = "" if right else f"{read[:1]!r:.200} for {texts[:1]!r:.200}"
             except ConfigError as e:
                 result, said = ("refused" if kind != "whole" else "WRONG"), str(e)
             except Exception as e:
@@ -108,17 +109,14 @@ def campaign(count: int, seed: int) -> int:
                 result, said = "HANG", f"{time.monotonic() - began:.0f} s"
             tally[result] += 1
             if result.isupper():
-                bad.append(f"corpus {number}, {path.name}, {kind}: {result} {said}")
+                found.say(f"corpus {number}, {path.name}, {kind}: {result} {said}")
     peak = peak_megabytes() - before
     if peak > MEGABYTES:
-        bad.append(f"{peak} MB of memory")
-    for line in bad:
-        print(line)
-    print(
+        found.say(f"{peak} MB of memory")
+    return found.end(
         f"{count} corpora: {tally['read']} read, {tally['refused']} refused; wrong texts {tally['WRONG']}, "
         f"tracebacks {tally['TRACEBACK']}, hangs {tally['HANG']}, {peak} MB at most"
     )
-    return len(bad)
 
 
 if __name__ == "__main__":

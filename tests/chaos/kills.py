@@ -22,6 +22,7 @@ import time
 
 ROOT = pathlib.Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "tests"))
+from damage import Found  # noqa: E402
 from tiny import OVERRIDES  # noqa: E402
 
 SAVE_EVERY, EVAL_EVERY = 5, 7
@@ -104,18 +105,19 @@ def one_kill(
 
 
 def campaign(count: int, seed: int, where: pathlib.Path) -> int:
-    rng, falls, wrong = random.Random(seed), collections.Counter(), []
+    rng, falls, found = random.Random(seed), collections.Counter(), Found(count)
     killed, whole, cache = where / "killed", where / "whole", where / "cache"
     for number in range(count):
         moment, problem = one_kill(killed, where / "log", cache, rng)
         falls[moment] += 1
         if problem:
-            wrong.append(f"kill {number} ({moment}): {problem}")
+            found.say(f"kill {number} ({moment}): {problem}")
+        found.advance()
     steps = saved(killed) + 3
     for workdir in (killed, whole):
         with (where / "log").open("w") as out:
             if start(workdir, steps, cache, out).wait():
-                wrong.append(f"{workdir.name}: {(where / 'log').read_text()[-600:]}")
+                found.say(f"{workdir.name}: {(where / 'log').read_text()[-600:]}")
     pairs = {}
     for name, workdir in (("killed", killed), ("whole", whole)):
         for row in rows(workdir):
@@ -129,14 +131,14 @@ def campaign(count: int, seed: int, where: pathlib.Path) -> int:
         or (len(v) == 2 and v["killed"] != v["whole"])
         or (len(v) == 1 and k[1] == "train")
     ]
-    for line in wrong:
-        print(line)
+    problems = found.number
+    if differ:
+        found.say(f"rows that differ: {differ}")
     where_they_fell = ", ".join(f"{n} at {m}" for m, n in sorted(falls.items()))
-    print(
-        f"{count} kills ({where_they_fell}), {steps} steps: {len(wrong)} steps lost or errors, "
-        f"{len(differ)} of {len(pairs)} rows differ{': ' + str(differ[:5]) if differ else ''}"
+    return found.end(
+        f"{count} kills ({where_they_fell}), {steps} steps: {problems} steps lost or errors, "
+        f"{len(differ)} of {len(pairs)} rows differ"
     )
-    return len(wrong) + len(differ)
 
 
 if __name__ == "__main__":

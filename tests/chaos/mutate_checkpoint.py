@@ -18,7 +18,7 @@ import sys
 import tempfile
 import warnings
 
-from damage import mutate
+from damage import Found, mutate
 
 ROOT = pathlib.Path(__file__).parents[2]
 BATCH = 25  # mutations read by one process: a death costs only the rest of them
@@ -111,7 +111,7 @@ def campaign(count: int, seed: int, where: pathlib.Path) -> int:
     (where / "2").rename(whole / "checkpoints" / "2")
     names = [p.relative_to(whole) for p in (whole / "checkpoints" / "2").rglob("*") if p.is_file()]
     names.sort()
-    rng, tally, bad = random.Random(seed), collections.Counter(), []
+    rng, tally, found = random.Random(seed), collections.Counter(), Found(count)
     for begin in range(0, count, BATCH):
         made = []
         for number in range(begin, min(begin + BATCH, count)):
@@ -123,15 +123,13 @@ def campaign(count: int, seed: int, where: pathlib.Path) -> int:
         for (_, name, kind), result in zip(made, results, strict=True):
             tally[result["is"]] += 1
             if result["is"] in ("WRONG", "TRACEBACK"):
-                bad.append(f"{name} {kind}: {result['text']}")
+                found.say(f"{name} {kind}: {result['text']}")
         shutil.rmtree(where / "copies")
-    for line in bad:
-        print(line)
-    print(
+        found.advance(len(made))
+    return found.end(
         f"{count} mutations of {len(names)} files: {tally['harmless']} harmless, {tally['fell back']} fell "
         f"back, {tally['refused']} refused; silently wrong {tally['WRONG']}, tracebacks {tally['TRACEBACK']}"
     )
-    return len(bad)
 
 
 def _read_apart(folders: list[str], right: dict) -> list[dict]:

@@ -18,7 +18,7 @@ import sys
 import tempfile
 import time
 
-from damage import mutate
+from damage import Found, mutate
 
 ROOT = pathlib.Path(__file__).parents[2]
 FAMILIES = ("llama", "deepseek_v3", "gpt_oss", "qwen2_moe", "deepseek")
@@ -67,7 +67,7 @@ def campaign(count: int, seed: int, where: pathlib.Path) -> int:
     for family in FAMILIES:
         (where / family).mkdir()
         checkpoint(where / family / "hf", family)
-    rng, tally, bad = random.Random(seed), collections.Counter(), []
+    rng, tally, found = random.Random(seed), collections.Counter(), Found(count)
     for begin in range(0, count, BATCH):
         made = []
         for number in range(begin, min(begin + BATCH, count)):
@@ -85,23 +85,21 @@ def campaign(count: int, seed: int, where: pathlib.Path) -> int:
         ):
             tally[result["is"]] += 1
             if result["is"] not in ("imported", "refused"):
-                bad.append(f"{family} {', '.join(done)}: {result['is']} {result['text']}")
+                found.say(f"{family} {', '.join(done)}: {result['is']} {result['text']}")
         outside = {p.name for p in (where / "copies").iterdir()} - {
             str(n) for n in range(begin, begin + BATCH)
         }
         beside = [p for p in (where / "copies").glob("*/*") if p.name != "x"]
         if outside or beside:
             tally["OUTSIDE"] += 1
-            bad.append(f"written outside: {outside or beside}")
+            found.say(f"written outside: {outside or beside}")
         shutil.rmtree(where / "copies")
-    for line in bad:
-        print(line)
-    print(
+        found.advance(len(made))
+    return found.end(
         f"{count} damaged folders: {tally['imported']} imported, {tally['refused']} refused; tracebacks "
         f"{tally['TRACEBACK']}, hangs {tally['HANG']}, unprintable messages {tally['UNPRINTABLE']}, left "
         f"behind {tally['LEFTOVER']}, written outside {tally['OUTSIDE']}"
     )
-    return len(bad)
 
 
 def _read_apart(folders: list[str]) -> list[dict]:

@@ -18,6 +18,8 @@ import sys
 import traceback
 import typing
 
+from damage import Found
+
 ROOT = pathlib.Path(__file__).parents[2]
 # Sizes that a step of a few seconds has, and what is not about the step.
 SIZES = {
@@ -45,7 +47,9 @@ SIZES = {
     "model.attention.v_head_dim": (0, 4),
     "compute.attention_block": (0, 0, 3),
     "compute.loss_chunk": (0, 4, 100),
+    # Rounded to fewer bits, a sum in another order is another number.
     "compute.dtype": ("float32",),
+    "compute.router_dtype": ("float32",),
     "train.accumulation": (1, 1, 2, 4),
 }
 GROUPS = ("model", "objective", "compute")
@@ -125,19 +129,20 @@ def campaign(count: int, seed: int, names: list[str]) -> int:
     from moejax.routers import ROUTERS
     from tests.flat import change
 
-    rng, tally, bad = random.Random(seed), collections.Counter(), []
+    rng, tally, found = random.Random(seed), collections.Counter(), Found(count)
     for number in range(count):
+        found.advance()
         cfg, values = draw(rng, names or list(ROUTERS))
         try:
             cfg = from_config_dict(values)
         except ConfigError as e:
             tally["refused"] += 1
             if not str(e).strip():
-                bad.append(f"config {number}: no reason")
+                found.say(f"config {number}: no reason")
             continue
         except Exception:
             tally["TRACEBACK"] += 1
-            bad.append(f"config {number}: {traceback.format_exc()[-600:]}\n{cfg.model}")
+            found.say(f"config {number}: {traceback.format_exc()[-600:]}\n{cfg.model}")
             continue
         try:
             got = step(cfg)
@@ -164,19 +169,16 @@ def campaign(count: int, seed: int, names: list[str]) -> int:
                     for p, ok in jax.tree_util.tree_leaves_with_path(close)
                     if not ok
                 ]
-                bad.append(f"config {number}: {got[0]} for {want[0]}, {off[:4]}: {about(cfg)}")
+                found.say(f"config {number}: {got[0]} for {want[0]}, {off[:4]}: {about(cfg)}")
         except Exception:
             tally["TRACEBACK"] += 1
-            bad.append(f"config {number}: {traceback.format_exc()[-1500:]}\n{about(cfg)}")
+            found.say(f"config {number}: {traceback.format_exc()[-1500:]}\n{about(cfg)}")
         if number % 10 == 9:
             jax.clear_caches()
-    for line in bad:
-        print(line)
-    print(
+    return found.end(
         f"{count} configs: {tally['refused']} refused, {tally['right']} trained as the dense oracle does; "
         f"different {tally['DIFFERENT']}, tracebacks {tally['TRACEBACK']}"
     )
-    return len(bad)
 
 
 if __name__ == "__main__":
