@@ -6,12 +6,13 @@ import textwrap
 from typing import Any
 
 from moejax.evals.comparison import Comparison, Result
-from moejax.evals.run_groups import in_order
+from moejax.evals.run_groups import OF_EXPERTS, in_order
 from moejax.evals.statistics import Difference
 from moejax.text import Table, count_text, cut, flops_text, seconds_text
 
 UNKNOWN = "-"
 _MOST = 40  # characters of a value of the config
+_SIDE_BY_SIDE = 8  # groups whose configs are columns
 
 
 def tables(c: Comparison, *, width: int = 98) -> list[Table]:
@@ -24,14 +25,23 @@ def tables(c: Comparison, *, width: int = 98) -> list[Table]:
 
 
 def config_table(c: Comparison) -> Table:
-    rows = [[key, *(cut(v, _MOST) for v in values)] for key, values in c.config.items()]
-    return Table("What differs", ["key", *_names(c)], rows)
+    """The keys that differ, a column for each group; of many groups, a line for each with what the baseline has
+    otherwise."""
+    names, config = _names(c), {k: [cut(v, _MOST) for v in vs] for k, vs in c.config.items()}
+    if len(names) <= _SIDE_BY_SIDE:
+        return Table("What differs", ["key", *names], [[k, *vs] for k, vs in config.items()])
+    rows = []
+    for i, name in enumerate(names[1:], 1):
+        own = [f"{k}={vs[i]}" for k, vs in config.items() if vs[i] not in (vs[0], "-")]
+        lines = textwrap.wrap("; ".join(own), 78, break_long_words=False, break_on_hyphens=False)
+        rows += [["" if n else name, line] for n, line in enumerate(lines)]
+    return Table(f"What differs from {names[0]}", ["group", "config"], rows)
 
 
 def groups_table(c: Comparison) -> Table:
     """Held-out text, speed and balance; a line for each group."""
     head = ["group", "runs", c.metric, "±", *_others(c)]
-    head += ["tokens/s", "MaxVio", "dead experts"]
+    head += ["tokens/s", "MaxVio", "dead experts", "experts/token"]
     rows = []
     for r in c.results:
         m = r.means
@@ -42,12 +52,12 @@ def groups_table(c: Comparison) -> Table:
                 *(r.name, runs, metric, _number(r.error) if c.metric in m else UNKNOWN),
                 *(_number(m.get(k)) if c.metric in m else UNKNOWN for k in _others(c)),
                 f"{m['tokens_per_second']:,.0f}" if "tokens_per_second" in m else UNKNOWN,
-                *(_number(m.get(k), 3) for k in ("max_vio", "dead_experts")),
+                *(_number(m.get(k), 3) for k in OF_EXPERTS),
             ]
         )
     note = (
-        "Means over the seeds, ± the standard error of that mean; MaxVio and dead experts over the last tenth "
-        "of the steps."
+        "Means over the seeds, ± the standard error of that mean; what stands right of the speed over the last "
+        "tenth of the steps."
     )
     return Table("What it gives", head, rows, textwrap.fill(note, 98))
 
@@ -135,7 +145,7 @@ def seeds_table(c: Comparison) -> Table:
 
 def run_table(c: Comparison) -> Table:
     """A line for each run, plain numbers: for a spreadsheet."""
-    keys = ["loss", "bits_per_byte", "tokens_per_second", "max_vio", "dead_experts"]
+    keys = ["loss", "bits_per_byte", "tokens_per_second", *OF_EXPERTS]
     keys = list(dict.fromkeys([c.metric, *keys]))
     rows = []
     for group, result in zip(c.groups, c.results):

@@ -22,6 +22,10 @@ SAME = ("train.seed", "data.seed", "name")
 LAST = 0.1  # of the steps: over so many, at the end, what is noisy in a single batch is averaged
 
 
+# Of the last tenth of the steps.
+OF_EXPERTS = ("max_vio", "dead_experts", "experts_per_token")
+
+
 @dataclasses.dataclass(frozen=True)
 class Run:
     """One run.
@@ -32,7 +36,7 @@ class Run:
       rows: its metrics, kind -> step -> row.
       tokenizer, text: what its held-out text was split by, and which text that was.
       at: the step of the held-out metrics in `values`; None if there are none to be compared.
-      values: held-out metrics, and `tokens_per_second`, `max_vio`, `dead_experts`, where known.
+      values: held-out metrics, `tokens_per_second`, and the means of `OF_EXPERTS`, where known.
       made: commit and devices of its parts.
       starts: the steps at which its parts began.
     """
@@ -140,7 +144,7 @@ def _values(rows: dict, step: int) -> dict[str, float]:
     train = {s: r for s, r in rows["train"].items() if s <= step}
     end = [r for s, r in train.items() if s > step - LAST * step] or list(train.values())[-1:]
     out = {k: float(v) for k, v in rows["validation"][step].items() if k not in ("step", "kind")}
-    for key in ("max_vio", "dead_experts"):
+    for key in OF_EXPERTS:
         if all(key in r for r in end):
             out[key] = statistics.fmean(r[key] for r in end)
     speeds = [r["tokens_per_second"] for r in train.values()]

@@ -5,6 +5,7 @@ import dataclasses
 import io
 import json
 import math
+import re
 import xml.etree.ElementTree as ET
 
 import pytest
@@ -233,3 +234,30 @@ def test_a_diverged_run_is_a_line_of_its_own(tmp_path):
     assert bad.y == [9.0] and bad.thin
     assert "base" in page(compare([root, tmp_path / "x"]))
     assert read_run(path).state == "diverged"
+
+
+def test_of_many_groups_each_says_what_it_has_otherwise(tmp_path, capsys):
+    """Ten columns of one config would be read by nobody."""
+    root = write_sweep(tmp_path / "s", {f"g{i}": [2.0] for i in range(10)})
+    assert main([str(root)]) == 0
+    printed = capsys.readouterr().out
+    assert "What differs from g0" in printed
+    assert re.search(r"^g3 +optimizer\.learning_rate=0\.004$", printed, re.M)
+    assert max(map(len, printed.splitlines())) <= 120
+
+
+def test_experts_per_token_stand_beside_the_loss(tmp_path, capsys):
+    """Routers that choose how many differ in what they cost; the mean of the last tenth is shown."""
+    root = write_sweep(tmp_path / "s", {"a": [2.0], "b": [1.0]})
+    path = root / "b" / "seed_0" / "metrics.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    for row in rows:
+        if row["kind"] == "train":
+            row["experts_per_token"] = 2.5 if row["step"] > 90 else 9.0
+    path.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    main([str(root), "--format=csv"])
+    found = list(csv.DictReader(io.StringIO(capsys.readouterr().out)))
+    assert [row["experts_per_token"] for row in found] == ["", "2.5"]
+    main([str(root)])
+    given = next(x for x in capsys.readouterr().out.split("\n\n") if "experts/token" in x)
+    assert re.search(r"^b .* 2\.500$", given, re.M) and re.search(r"^a .* -$", given, re.M)
