@@ -9,6 +9,10 @@ they are wider and there are fewer of them, so that the total is the same too.
 
 What that leaves unequal: the router's own parameters and time; special experts, which cost nothing, so that the
 others are wider; routers with another number of experts by design.
+
+Result, with tables in docs/routers.md: only tables of token ids (hash, deepseek_v4_hash) are told from plain
+token choice by three seeds; they predict better. All others lie within the noise. It took two hours, on two
+cores.
 """
 
 import dataclasses
