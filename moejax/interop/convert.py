@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import os
 import pathlib
 from collections.abc import Collection
 from typing import NamedTuple
@@ -151,14 +152,15 @@ def read_source(
 
 def _config_of(opened: HfFolder) -> ExperimentConfig:
     """The experiment of an imported model: its model, what it was trained for, its tokenizer."""
-    model_type = opened.hf["model_type"]
-    model = as_saved(config_from_hf(opened.hf), model_type, opened.tensors)
+    model = config_from_hf(opened.hf)
+    model = as_saved(model, opened.hf["model_type"], opened.tensors)
     return ExperimentConfig(
         name=opened.folder.name,
         model=model,
         objective=objective_from_hf(opened.hf),
         data=DataConfig(
-            tokenizer=str((opened.folder / FILE_NAME).resolve()),
+            # Not resolve(), which raises RuntimeError for a loop of links before Python 3.13.
+            tokenizer=os.path.realpath(opened.folder / FILE_NAME),
             vocab_size=model.vocab_size,
             seq_len=min(DataConfig.seq_len, model.max_seq_len),
         ),

@@ -6,6 +6,7 @@ import atexit
 import gc
 import logging
 import sys
+import threading
 import time
 from collections.abc import Callable
 
@@ -17,9 +18,31 @@ class Quiet:
         self._print_others = print_others
 
     def __call__(self, unraisable) -> None:
-        late = str(unraisable.exc_value) == "Event loop is closed"
+        late = _too_late(unraisable.exc_value)
         if not late and "_read_array_index" not in repr(unraisable.object):
             self._print_others(unraisable)
+
+
+class QuietThreads:
+    """A `sys.excepthook` that leaves out what their threads, which no Python code began, cannot tell."""
+
+    def __init__(self, print_others: Callable):
+        self._print_others = print_others
+
+    def __call__(self, kind, value, traceback) -> None:
+        here = threading.get_ident() == threading.main_thread().ident
+        if here or not _too_late(value):
+            self._print_others(kind, value, traceback)
+
+
+def _too_late(error) -> bool:
+    return str(error) == "Event loop is closed"
+
+
+def threads() -> None:
+    """Before anything is read: a thread may be late before the error is raised that it is late for."""
+    if not isinstance(sys.excepthook, QuietThreads):
+        sys.excepthook = QuietThreads(sys.excepthook)
 
 
 def readers() -> None:

@@ -321,6 +321,7 @@ def read_meta(path: pathlib.Path) -> dict:
 def _read(path: pathlib.Path, shapes: dict) -> dict:
     """An item's arrays. orbax's handler by itself has no barrier at which processes could wait in vain."""
     handler = ocp.StandardCheckpointHandler()
+    hush.threads()
     try:
         return handler.restore(path, args=ocp.args.StandardRestore(shapes))
     except Exception:

@@ -196,6 +196,10 @@ def test_export_of_a_run_that_was_trained_here(tmp_path, key, capsys):
     assert not (tmp_path / "other").exists()
 
 
+def loop(path):
+    path.symlink_to(path)
+
+
 @pytest.mark.parametrize(
     "change, text",
     [
@@ -203,7 +207,15 @@ def test_export_of_a_run_that_was_trained_here(tmp_path, key, capsys):
         (lambda hf: (hf / "tokenizer.json").write_bytes(b"\xff"), "not text in UTF-8"),
         (lambda hf: (hf / "tokenizer.json").write_text("{}"), "not a tokenizer.json"),
         (lambda hf: (hf / "generation_config.json").write_text('{"top_k": "x"}'), "top_k='x'"),
+        (
+            lambda hf: (hf / "tokenizer.json").unlink() or loop(hf / "tokenizer.json"),
+            "missing file tokenizer.json",
+        ),
         (lambda hf: (hf / "config.json").unlink(), "missing file config.json"),
+        (
+            lambda hf: (hf / "config.json").write_text('{"a": 1}'),
+            "must be an object with a model_type",
+        ),
         (lambda hf: (hf / "model-00002-of-00002.safetensors").unlink(), "missing file model-00002"),
     ],
 )

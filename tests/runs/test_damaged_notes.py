@@ -2,6 +2,7 @@
 
 import json
 import sys
+import threading
 
 import jax
 import jax.numpy as jnp
@@ -74,3 +75,28 @@ def test_other_errors_at_the_end_of_things_are_still_printed(monkeypatch):
         Raises(text)
     Raises_read_array_index("Encountered error while reading array index")
     assert printed == ["of somebody else"]
+
+
+def test_threads_that_are_late_print_nothing(monkeypatch):
+    """tensorstore's threads call back into a loop that is closed: pages of tracebacks in front of a warning.
+    The same error in the main thread is somebody's, and printed."""
+    printed = []
+    monkeypatch.setattr(
+        sys, "excepthook", lambda kind, value, traceback: printed.append(str(value))
+    )
+    hush.threads()
+    hook = sys.excepthook
+    hush.threads()
+    assert sys.excepthook is hook  # once
+
+    def call():
+        for text in ("Event loop is closed", "of somebody else"):
+            error = RuntimeError(text)
+            hook(type(error), error, None)
+
+    thread = threading.Thread(target=call)
+    thread.start()
+    thread.join()
+    assert printed == ["of somebody else"]
+    call()
+    assert printed == ["of somebody else", "Event loop is closed", "of somebody else"]
