@@ -34,7 +34,11 @@ CORE: dict[str, dict] = {
         mesh=dict(data=2, fsdp=2, tensor=2), capacity_factor=ALL_SLOTS, accumulation=4
     ),
 }
-DEAR = ("all_to_all on all axes", "experts on the batch's axis")  # these in `pytest -m product`
+DEAR = (
+    "data",
+    "all_to_all on all axes",
+    "experts on the batch's axis",
+)  # these in `pytest -m product`
 
 
 def check(skewed=False, mtp=0, **how):

@@ -56,6 +56,7 @@ def test_names_and_text_are_escaped(trained, tmp_path):
     assert "<script>" not in page and "&lt;script&gt;" in page
 
 
+@pytest.mark.product
 def test_a_model_that_cannot_generate_has_a_report_too(trained, tmp_path):
     moe = MoEConfig(
         num_experts=8,

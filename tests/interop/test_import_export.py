@@ -269,6 +269,7 @@ def command(*arguments):
     )
 
 
+@pytest.mark.product
 def test_killed_import(tmp_path):
     """SIGKILL in the middle: no run, and the same command then succeeds and clears the rest away."""
     hf = checkpoint(tmp_path / "hf", "deepseek_v3", n_routed_experts=64, num_hidden_layers=12)

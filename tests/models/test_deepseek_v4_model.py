@@ -37,7 +37,7 @@ def model():
     return params, state
 
 
-@pytest.mark.parametrize("speculative", [False, True])
+@pytest.mark.parametrize("speculative", [False, pytest.param(True, marks=pytest.mark.product)])
 def test_generated_text_is_the_greedy_one(speculative):
     """Prompts of 1, 5 and 14 tokens in one batch, through every cache, for 20 tokens; guessed ones too.
     float64, so that no token is a matter of rounding."""
@@ -62,6 +62,7 @@ def test_generated_text_is_the_greedy_one(speculative):
         assert row == guess[len(prompt) - 1 : len(prompt) + 19].tolist()
 
 
+@pytest.mark.product
 def test_it_learns():
     """60 steps of Adam on one batch; the table of the hash layer stands still, and the biases move."""
     params, state = transformer.init_model(MODEL, jax.random.key(0))

@@ -145,7 +145,11 @@ def gradient(params, state, cfg, compute):
 
 @pytest.mark.parametrize(
     "how",
-    [dict(attention_block=4), dict(scan_layers=False), dict(remat="full", attention_block=3)],
+    [
+        pytest.param(dict(attention_block=4), marks=pytest.mark.product),
+        dict(scan_layers=False),
+        dict(remat="full", attention_block=3),
+    ],
     ids=["blocks", "unrolled", "remat-blocks"],
 )
 def test_gradients_however_it_is_computed(how):

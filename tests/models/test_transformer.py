@@ -61,6 +61,7 @@ def test_cached_equals_full(name):
     np.testing.assert_allclose(jnp.concatenate(got, axis=1), want, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.product
 def test_a_cache_in_layers_equals_a_stacked_one():
     """Also with stacked parameters, whose experts are found by their place in the stack."""
     cfg, params, state = setup(MHA)

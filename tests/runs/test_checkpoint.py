@@ -185,6 +185,7 @@ def other_json(file):
     file.write_bytes(b'{"a": [1]}')
 
 
+@pytest.mark.product
 def test_damage_of_any_file_is_noticed_or_harmless(tmp_path, state):
     """Every file of a checkpoint, orbax's own among them, cut, gone, or JSON of another kind."""
     whole = saved(tmp_path / "whole", state, steps=(1, 2))

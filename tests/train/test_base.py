@@ -160,6 +160,7 @@ def test_a_run_begins_from_another_and_leaves_it_alone(cfg, base, tmp_path, caps
         train(new, tmp_path / "another")
 
 
+@pytest.mark.product
 def test_any_checkpoint_on_any_mesh(cfg, base, tmp_path):
     """Step 1 of the base, sharded over eight devices, and with frozen parameters."""
     spread = begun(
