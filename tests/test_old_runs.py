@@ -164,7 +164,9 @@ def test_it_is_evaluated(name, unpack):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    "name", [n if n == "bias" else pytest.param(n, marks=pytest.mark.product) for n in NAMES]
+)
 def test_it_goes_on(name, unpack):
     workdir = unpack(name)
     cfg = dataclasses.replace(read_config(workdir), mesh=MeshConfig(data=1))

@@ -69,7 +69,13 @@ def test_values_are_rounded_to_the_nearest(name):
     np.testing.assert_array_equal(q[1].astype(jnp.float32), got[1])
 
 
-@pytest.mark.parametrize("name", [*FORMS, "bits"])
+DEAR = "int4 in blocks of 64"
+
+
+@pytest.mark.parametrize(
+    "name",
+    [n if n != DEAR else pytest.param(n, marks=pytest.mark.product) for n in [*FORMS, "bits"]],
+)
 def test_dot(name):
     """As the product with the matrix written out, in x's dtype, with the gradient of x. float32 sums of 128
     products of order 1: 1e-4."""

@@ -150,6 +150,7 @@ def test_memory_of_a_mesh_is_xlas():
 
 
 @pytest.mark.slow
+@pytest.mark.product
 def test_verify_reports_every_prediction():
     cfg = experiment(
         {"num_layers": 1, "num_dense_layers": 0},

@@ -5,6 +5,7 @@ import re
 
 import jax
 import jax.numpy as jnp
+import pytest
 from jax.sharding import PartitionSpec
 from mesh_case import QUICK, assert_same, config, layout_of, oracle, run
 
@@ -14,6 +15,7 @@ MESH = dict(data=2, fsdp=2, tensor=2)
 CFG = dict(sinks=True, windows=(3, 0))
 
 
+@pytest.mark.product
 def test_a_step_in_blocks():
     """Rows of four tokens in blocks of two: rematerialised, in two micro-batches."""
     assert_same(

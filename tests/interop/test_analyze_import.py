@@ -10,7 +10,8 @@ from test_import_export import checkpoint
 from moejax.__main__ import main
 
 
-@pytest.mark.parametrize("family", ["deepseek", pytest.param("olmoe", marks=pytest.mark.product)])
+@pytest.mark.parametrize("family", ["deepseek", "olmoe"])
+@pytest.mark.product
 def test_an_imported_model_is_analysed_and_drawn(tmp_path, capsys, family):
     run = tmp_path / "run"
     hf = checkpoint(tmp_path / "hf", family)

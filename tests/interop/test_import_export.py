@@ -107,7 +107,7 @@ def test_import_says_what_was_left_out(tmp_path, capsys):
 
 
 # The two that differ most; test_every_family.py has all.
-@pytest.mark.parametrize("family", ["gpt2", "deepseek_v3"])
+@pytest.mark.parametrize("family", [pytest.param("gpt2", marks=pytest.mark.product), "deepseek_v3"])
 def test_commands_in_sequence(tmp_path, capsys, family):
     """import, generate, evaluate, export; and the export imports again."""
     hf = checkpoint(tmp_path / "hf", family)

@@ -75,6 +75,7 @@ def run(accumulation, remat, scan):
     return loss, parts.balance, grads, {n: a.stats for n, a in parts.aux.items()}
 
 
+@pytest.mark.product
 def test_same_step():
     """Scanned or not, rematerialised or not, in micro-batches or whole. The gradient reaches a layer's
     matrix on what it received, but not where that was zero: in the first layer and in multi-token

@@ -37,7 +37,8 @@ def model():
     return params, state
 
 
-@pytest.mark.parametrize("speculative", [False, pytest.param(True, marks=pytest.mark.product)])
+@pytest.mark.parametrize("speculative", [False, True])
+@pytest.mark.product
 def test_generated_text_is_the_greedy_one(speculative):
     """Prompts of 1, 5 and 14 tokens in one batch, through every cache, for 20 tokens; guessed ones too.
     float64, so that no token is a matter of rounding."""

@@ -91,6 +91,7 @@ def damage(folder):
             file.write_bytes(b"")
 
 
+@pytest.mark.product
 def test_any_mesh_to_any_mesh(tmp_path, state):
     sharded = create_state(CFG, jax.random.key(0), on_mesh(data=2, expert=2, tensor=2))
     first = jax.device_get(sharded)
