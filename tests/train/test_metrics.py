@@ -178,7 +178,11 @@ def test_weights_and_biases_has_the_same_charts(tmp_path, monkeypatch):
     class Wandb:
         """What is used of the library."""
 
-        Histogram = staticmethod(lambda values: ("histogram", list(values)))
+        @staticmethod
+        def Histogram(values=None, np_histogram=None):
+            given = values if np_histogram is None else np.concatenate(np_histogram)
+            return "histogram", list(given)
+
         runs: ClassVar = []
 
         @classmethod
@@ -201,6 +205,11 @@ def test_weights_and_biases_has_the_same_charts(tmp_path, monkeypatch):
         log.write(begin, "train", {"loss": 1.0, "bad": float("nan")})
         log.write(begin, "load", {"load_LE": [[1.0, 3.0]]})
         log.write(begin, "receipt", {"tokens_per_second": 1.0})
+        log.write(
+            begin,
+            "routing",
+            {"logits_LN": [[3, 1, 2, 0, 4]], "logit_edges": [-2.0, -1.0, 1.0, 2.0]},
+        )
         log.close()
     first, second = Wandb.runs
     assert first["id"] == second["id"] and first["finished"] and first["name"] == "a"
@@ -208,7 +217,10 @@ def test_weights_and_biases_has_the_same_charts(tmp_path, monkeypatch):
     assert first["config"]["model"]["d_model"] == ModelConfig().d_model
     assert first["rows"][0]["loss/train/loss"] == 1.0 and first["rows"][0]["step"] == 0
     assert first["rows"][1] == {"step": 0, "experts/load/layer_0": ("histogram", [1.0, 3.0])}
-    assert len(first["rows"]) == 2
+    # Counts, then the edges of their bins.
+    logits = ("histogram", [3, 1, 2, 0, 4, -4.0, -2.0, -1.0, 1.0, 2.0, 4.0])
+    assert first["rows"][2] == {"step": 0, "experts/logits/layer_0": logits}
+    assert len(first["rows"]) == 3
 
 
 def test_weights_and_biases_is_an_extra(monkeypatch):
