@@ -3,7 +3,9 @@
 Must run before JAX initialises its backend, hence at import.
 """
 
+import functools
 import gc
+import importlib.metadata
 import itertools
 import os
 import pathlib
@@ -14,7 +16,11 @@ os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "")
     + " --xla_force_host_platform_device_count=8"
     + " --xla_cpu_collective_call_terminate_timeout_seconds=600"
+    + " --xla_cpu_parallel_codegen_split_count=1"  # each worker of pytest-xdist has a core
 ).strip()
+if importlib.metadata.version("jaxlib").startswith("0.10."):
+    # Compiles in a third of the time. Later versions have no such flag, and XLA ends at a flag it does not know.
+    os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false"
 os.environ["MOEJAX_CACHE"] = (
     "off"  # commands in processes of their own leave the user's cache alone
 )
@@ -22,6 +28,8 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 import jax
 import pytest
+
+from moejax.cost import hardware
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 # Most of the time is LLVM's; the HLO, and so FLOPs, memory and collectives, stay what they are.
@@ -32,6 +40,11 @@ _worker = os.environ.get("PYTEST_XDIST_WORKER", "main")
 jax.config.update("jax_compilation_cache_dir", str(_cache / jax.__version__ / _worker))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
+
+
+# A run measures the machine as it begins, which takes as long as a tiny model's training: once for all here.
+hardware.matmul_peak = functools.cache(hardware.matmul_peak)
+hardware.copy_bandwidth = functools.cache(hardware.copy_bandwidth)
 
 
 @pytest.fixture

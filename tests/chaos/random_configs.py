@@ -148,13 +148,15 @@ def campaign(count: int, seed: int, names: list[str]) -> int:
             got = step(cfg)
             router = cfg.model.router
             tied = router is not None and (
-                router.form == "slot" or cfg.objective.capacity_factor > 0
+                router.form == "slot"
+                or not router.causal_in_training
+                or cfg.objective.capacity_factor > 0
             )
             same = dict(
                 dispatcher="dense", remat="none", scan_layers=False, loss_chunk=0, attention_block=0
             )
             if not tied:
-                same["accumulation"] = 1  # slots are filled within a micro-batch
+                same["accumulation"] = 1  # otherwise the tokens of a micro-batch compete
             want = step(change(cfg, **same))
             finite = all(np.isfinite(a).all() for a in jax.tree.leaves(got))
             # float32 sums in another order, through up to three layers with weights of 0.2.
