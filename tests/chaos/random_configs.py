@@ -11,6 +11,7 @@ tracebacks and differences must be zero.
 import argparse
 import collections
 import dataclasses
+import importlib.metadata
 import os
 import pathlib
 import random
@@ -185,6 +186,11 @@ def campaign(count: int, seed: int, names: list[str]) -> int:
 
 if __name__ == "__main__":
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    # Two programs for each config: compiling them with all that LLVM can do takes ten times as long as the rest.
+    os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+    if importlib.metadata.version("jaxlib").startswith("0.10."):  # later ones have no such flag
+        flags = os.environ.get("XLA_FLAGS", "") + " --xla_cpu_use_fusion_emitters=false"
+        os.environ["XLA_FLAGS"] = flags.strip()
     sys.path.insert(0, str(ROOT))
     parser = argparse.ArgumentParser()
     parser.add_argument("--count", type=int, default=1000)

@@ -146,7 +146,8 @@ def test_muon_takes_what_it_is_asked_to():
         updates_of(dataclasses.replace(cfg, **c), specs, grads, params)
         for c in ({}, {"name": "adamw", "muon_roles": ("matrix",)})
     )
-    differ = {p for p, a in got.items() if (a != adamw[p]).any()}
+    # Two programs round Adam's square root and quotient apart; Muon's updates are others altogether.
+    differ = {p for p, a in got.items() if not np.allclose(a, adamw[p], rtol=1e-5, atol=0)}
     assert differ == {p for p, s in by_path(specs).items() if s.role in cfg.muon_roles}
 
 
