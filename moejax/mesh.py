@@ -8,6 +8,7 @@ over the devices that hold the batch.
 """
 
 import dataclasses
+import importlib.util
 import math
 from collections.abc import Iterable
 
@@ -234,5 +235,10 @@ def _strategy_problems(compute: ComputeConfig, mesh: MeshSizes, platform: str) -
     if compute.grouped_matmul == "tokamax" and platform == "cpu":
         problems.append(
             "compute.grouped_matmul='tokamax' has no kernels for platform 'cpu': 'auto' would work"
+        )
+    elif compute.grouped_matmul == "tokamax" and importlib.util.find_spec("tokamax") is None:
+        problems.append(
+            "compute.grouped_matmul='tokamax' needs the package tokamax: pip install 'moejax[kernels]', "
+            "or 'auto' would work"
         )
     return problems

@@ -19,7 +19,7 @@ os.environ["XLA_FLAGS"] = (
     + " --xla_cpu_parallel_codegen_split_count=1"  # each worker of pytest-xdist has a core
 ).strip()
 if importlib.metadata.version("jaxlib").startswith("0.10."):
-    # Compiles in a third of the time. Later versions have no such flag, and XLA ends at a flag it does not know.
+    # Compiles in a third of the time. Later versions have no such flag, and XLA ends at one it does not know.
     os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false"
 os.environ["MOEJAX_CACHE"] = (
     "off"  # commands in processes of their own leave the user's cache alone

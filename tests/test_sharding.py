@@ -1,6 +1,9 @@
 """The mesh, the table, errors before compilation, and where arrays really lie."""
 
 import dataclasses
+import importlib.machinery
+import sys
+import types
 
 import chex
 import jax
@@ -19,7 +22,7 @@ from moejax.config import (
     ObjectiveConfig,
     TrainConfig,
 )
-from moejax.mesh import RULES, TOGETHER, parse_rules
+from moejax.mesh import RULES, TOGETHER, check_layout, mesh_sizes, parse_rules
 from moejax.models import transformer
 from moejax.params import path_name
 from moejax.routers import router_options
@@ -182,6 +185,21 @@ def test_all_to_all_without_batch_on_the_expert_axis():
 def test_kernels_that_the_platform_lacks():
     with pytest.raises(ConfigError, match=r"grouped_matmul='tokamax'.*'cpu'.*'auto' would work"):
         make_layout(with_mesh(dict(expert=2), dict(grouped_matmul="tokamax")))
+
+
+def test_kernels_whose_package_is_missing(monkeypatch):
+    """Before anything is compiled, where they would run."""
+    cfg = with_mesh({}, dict(grouped_matmul="tokamax"))
+    mesh = mesh_sizes(cfg.mesh, 1)
+    monkeypatch.setitem(sys.modules, "tokamax", None)
+    with pytest.raises(
+        ConfigError, match=r"needs the package tokamax: pip install 'moejax\[kernels"
+    ):
+        check_layout(cfg, mesh, "gpu")
+    tokamax = types.ModuleType("tokamax")
+    tokamax.__spec__ = importlib.machinery.ModuleSpec("tokamax", None)
+    monkeypatch.setitem(sys.modules, "tokamax", tokamax)
+    check_layout(cfg, mesh, "gpu")
 
 
 # ---------------------------------------------------------------------------------------------------

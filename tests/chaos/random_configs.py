@@ -127,6 +127,7 @@ def campaign(count: int, seed: int, names: list[str]) -> int:
 
     from moejax.config import ConfigError
     from moejax.config_io import from_config_dict
+    from moejax.mesh import check_layout, mesh_sizes
     from moejax.routers import ROUTERS
     from tests.flat import change
 
@@ -136,6 +137,7 @@ def campaign(count: int, seed: int, names: list[str]) -> int:
         cfg, values = draw(rng, names or list(ROUTERS))
         try:
             cfg = from_config_dict(values)
+            check_layout(cfg, mesh_sizes(cfg.mesh, 1), "cpu")  # as training does
         except ConfigError as e:
             tally["refused"] += 1
             if not str(e).strip():
@@ -186,7 +188,7 @@ def campaign(count: int, seed: int, names: list[str]) -> int:
 
 if __name__ == "__main__":
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
-    # Two programs for each config: compiling them with all that LLVM can do takes ten times as long as the rest.
+    # Two programs for each config: compiling them as well as LLVM can takes ten times as long as the rest.
     os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
     if importlib.metadata.version("jaxlib").startswith("0.10."):  # later ones have no such flag
         flags = os.environ.get("XLA_FLAGS", "") + " --xla_cpu_use_fusion_emitters=false"
