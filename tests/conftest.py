@@ -5,10 +5,11 @@ Must run before JAX initialises its backend, hence at import.
 
 import functools
 import gc
-import importlib.metadata
 import itertools
 import os
 import pathlib
+
+from compile_flags import PLAIN
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 # Eight devices on two cores wait for each other; XLA aborts the process after 40 s, which a busy machine takes.
@@ -16,11 +17,9 @@ os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "")
     + " --xla_force_host_platform_device_count=8"
     + " --xla_cpu_collective_call_terminate_timeout_seconds=600"
-    + " --xla_cpu_parallel_codegen_split_count=1"  # each worker of pytest-xdist has a core
+    + " --xla_cpu_parallel_codegen_split_count=1 "  # each worker of pytest-xdist has a core
+    + PLAIN
 ).strip()
-if importlib.metadata.version("jaxlib").startswith("0.10."):
-    # Compiles in a third of the time. Later versions have no such flag, and XLA ends at one it does not know.
-    os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false"
 os.environ["MOEJAX_CACHE"] = (
     "off"  # commands in processes of their own leave the user's cache alone
 )

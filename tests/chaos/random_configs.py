@@ -11,7 +11,6 @@ tracebacks and differences must be zero.
 import argparse
 import collections
 import dataclasses
-import importlib.metadata
 import os
 import pathlib
 import random
@@ -19,9 +18,11 @@ import sys
 import traceback
 import typing
 
-from damage import Found
-
 ROOT = pathlib.Path(__file__).parents[2]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+from compile_flags import PLAIN  # noqa: E402
+from damage import Found  # noqa: E402
+
 # Sizes that a step of a few seconds has, and what is not about the step.
 SIZES = {
     "model.vocab_size": (32, 40),
@@ -190,10 +191,7 @@ if __name__ == "__main__":
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     # Two programs for each config: compiling them as well as LLVM can takes ten times as long as the rest.
     os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
-    if importlib.metadata.version("jaxlib").startswith("0.10."):  # later ones have no such flag
-        flags = os.environ.get("XLA_FLAGS", "") + " --xla_cpu_use_fusion_emitters=false"
-        os.environ["XLA_FLAGS"] = flags.strip()
-    sys.path.insert(0, str(ROOT))
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {PLAIN}".strip()
     parser = argparse.ArgumentParser()
     parser.add_argument("--count", type=int, default=1000)
     parser.add_argument("--seed", type=int, default=0)

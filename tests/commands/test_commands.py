@@ -11,6 +11,7 @@ import time
 
 import pytest
 import tiny
+from compile_flags import UNOPTIMISED
 
 ROOT = pathlib.Path(__file__).parents[2]
 TINY = tiny.flags({"train.checkpoint_every": 5})
@@ -33,8 +34,7 @@ def environment(workdir):
         # The runs of a test are compiled once.
         "JAX_COMPILATION_CACHE_DIR": str(workdir.parent / "compiled"),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.3",
-        # Unoptimised code is compiled a third faster, and is the same for all.
-        "XLA_FLAGS": "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true",
+        "XLA_FLAGS": UNOPTIMISED,
     }
 
 

@@ -11,6 +11,7 @@ import time
 
 import pytest
 import tiny
+from compile_flags import UNOPTIMISED
 
 from moejax.commands import sweep, sweep_file, sweep_jobs
 from moejax.config import ConfigError, ExperimentConfig, ModelConfig
@@ -354,8 +355,8 @@ def test_a_real_sweep_goes_on_after_a_kill_and_ends_with_the_comparison(tmp_path
         f"--workdir={root}",
     ]
     command += ["--seeds=0,1", "--only=moe", *flags]
-    env = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
-    env |= {
+    env = os.environ | {
+        "XLA_FLAGS": UNOPTIMISED,
         "JAX_PLATFORMS": "cpu",
         "PYTHONPATH": str(ROOT),
         "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "compiled"),

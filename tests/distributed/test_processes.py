@@ -15,6 +15,7 @@ import jax
 import numpy as np
 import pytest
 import tiny
+from compile_flags import UNOPTIMISED
 
 from moejax.config import ConfigError, ExperimentConfig, MeshConfig
 from moejax.sharding import make_layout, place_rows, place_whole, rows_here
@@ -42,12 +43,10 @@ class Command:
         self.out = workdir.parent / f"{workdir.name}{len(flags)}{flags[0]}{flags[-1]}".replace(
             ":", ""
         )
-        env = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"} | {
+        env = os.environ | {
             "JAX_PLATFORMS": "cpu",
             "PYTHONPATH": str(ROOT),
-            # Unoptimised code is compiled a third faster, and is the same for all.
-            "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"
-            " --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true",
+            "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} {UNOPTIMISED}",
         }
         config = f"--config={ROOT / 'experiments/quickstart.py'}"
         args = [config, f"--workdir={workdir}", *FLAGS, *flags]

@@ -19,6 +19,7 @@ import numpy as np
 import published
 import pytest
 import tokenizers
+from compile_flags import UNOPTIMISED
 from safetensors.numpy import load_file
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
@@ -258,8 +259,11 @@ def test_workdir_that_is_taken(tmp_path):
 
 
 def command(*arguments):
-    env = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
-    env |= {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
+    env = os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        "PYTHONPATH": str(ROOT),
+        "XLA_FLAGS": UNOPTIMISED,
+    }
     return subprocess.Popen(
         [sys.executable, "-m", "moejax", *arguments],
         env=env,

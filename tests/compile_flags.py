@@ -1,0 +1,14 @@
+"""XLA's flags for what tests compile: nothing of it runs long enough to be worth optimising."""
+
+import importlib.metadata
+
+# Compiles in a third of the time. Versions after 0.10 have no such flag, and XLA ends at one it does not know.
+PLAIN = (
+    "--xla_cpu_use_fusion_emitters=false"
+    if importlib.metadata.version("jaxlib").startswith("0.10.")
+    else ""
+)
+# For a process of its own; in tests themselves `jax_disable_most_optimizations` says the same.
+UNOPTIMISED = (
+    f"--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true {PLAIN}".strip()
+)
