@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 
 class Quiet:
-    """A `sys.unraisablehook` that leaves out what is of those readers."""
+    """A `sys.unraisablehook` that leaves out what is of those readers, and of their threads."""
 
     def __init__(self, print_others: Callable):
         self._print_others = print_others
@@ -43,14 +43,16 @@ def threads() -> None:
     """Before anything is read: a thread may be late before the error is raised that it is late for."""
     if not isinstance(sys.excepthook, QuietThreads):
         sys.excepthook = QuietThreads(sys.excepthook)
+    if not isinstance(sys.unraisablehook, Quiet):
+        sys.unraisablehook = Quiet(sys.unraisablehook)
 
 
 def readers() -> None:
     """From now on."""
+    threads()
     logging.getLogger("asyncio").disabled = True
-    if not isinstance(sys.unraisablehook, Quiet):
-        sys.unraisablehook = Quiet(sys.unraisablehook)
-        atexit.register(_let_them_end)
+    atexit.unregister(_let_them_end)  # once is enough
+    atexit.register(_let_them_end)
 
 
 def _let_them_end() -> None:

@@ -3,6 +3,7 @@
 import json
 import sys
 import threading
+import types
 
 import jax
 import jax.numpy as jnp
@@ -84,8 +85,15 @@ def test_threads_that_are_late_print_nothing(monkeypatch):
     monkeypatch.setattr(
         sys, "excepthook", lambda kind, value, traceback: printed.append(str(value))
     )
+    monkeypatch.setattr(sys, "unraisablehook", lambda u: printed.append(str(u.exc_value)))
     hush.threads()
     hook = sys.excepthook
+    for text in (
+        "Event loop is closed",
+        "of no object",
+    ):  # as C code says it, before any error is raised
+        sys.unraisablehook(types.SimpleNamespace(exc_value=RuntimeError(text), object=None))
+    assert printed.pop() == "of no object" and not printed
     hush.threads()
     assert sys.excepthook is hook  # once
 
