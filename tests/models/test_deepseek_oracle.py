@@ -4,6 +4,9 @@ Token by token and head by head, without a mask, a scan or a cache; it shares no
 published implementations do not contain the MTP loss, and this needs neither of them.
 """
 
+import dataclasses
+
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -208,16 +211,37 @@ def test_losses_equal_the_equations(model):
     np.testing.assert_allclose(loss, main + 0.3 * mtp + 0.1 * np.mean(balance), rtol=1e-5)
 
 
-def test_padding_and_its_ids_count_nowhere(model):
+ALL = dict(expert_loss=0.1, device_loss=0.2, communication_loss=0.3, z_loss=0.01, balance_groups=2)
+
+
+@pytest.mark.parametrize("losses", [{}, ALL], ids=["sequence", "all losses"])
+def test_padding_and_its_ids_count_nowhere(model, losses):
     """At depth 2 a document's last two positions have no target: neither they nor padding, whatever its ids,
-    are routed, balanced or counted."""
+    are routed, balanced or counted. One row is padding alone."""
     params, state = model
-    step = jax.jit(lambda p, s, b: loss_fn(p, s, b, CFG, objective=OBJECTIVE))
-    one, other = batch(), batch()
-    other["tokens"] = jnp.where(one["segment_ids"] > 0, one["tokens"], 17)
-    other["targets"] = jnp.where(one["segment_ids"] > 0, one["targets"], 5)
-    (loss, parts), (again, _) = step(params, state, one), step(params, state, other)
-    assert loss == again
+    objective = dataclasses.replace(OBJECTIVE, **losses)
+
+    def step(params, state, batch):
+        of = lambda p: loss_fn(p, state, batch, CFG, objective=objective)  # noqa: E731
+        (loss, parts), grads = jax.value_and_grad(of, has_aux=True)(params)
+        stats = {name: aux.stats for name, aux in parts.aux.items()}
+        moved = transformer.update_router_state(state, stats, CFG, objective)
+        return loss, parts.balance, grads, moved, stats
+
+    one = {k: jnp.concatenate([v, jnp.zeros_like(v[:1])]) for k, v in batch().items()}
+    real, other = one["segment_ids"] > 0, dict(one)
+    other["tokens"] = jnp.where(real, one["tokens"], 17)
+    other["targets"] = jnp.where(real, one["targets"], 5)
+    run = jax.jit(step)
+    first, second = run(params, state, one), run(params, state, other)
+    chex.assert_trees_all_equal(first, second)
+    _, balance, _, moved, stats = first
+    assert len(balance) == 1 + 4 * bool(losses) and all(v > 0 for v in balance.values())
     # Documents of 5, 3 and 9 targets: 4 + 2 + 8 of them have one more token ahead, 3 + 1 + 7 two more.
-    routed = parts.aux["mtp"].stats["load"].sum(axis=1)
-    np.testing.assert_array_equal(routed, [2 * 14, 2 * 11])
+    np.testing.assert_array_equal(stats["mtp"]["load"].sum(axis=1), [2 * 14, 2 * 11])
+    # One layer's bias moves by what the 17 tokens of the two rows chose.
+    load = stats["moe_blocks"]["load"]
+    assert load.sum() == 2 * 17
+    step_E = np.sign(load.mean() - load) * objective.bias_rate
+    chosen = state["moe_blocks"]["expert_bias"] + step_E
+    np.testing.assert_allclose(moved["moe_blocks"]["expert_bias"], chosen, atol=1e-7)

@@ -9,6 +9,7 @@ from moejax.config import ConfigError, ModelConfig
 from moejax.config_checks import model_problems
 from moejax.models import zoo
 from moejax.models.zoo.architecture import architecture
+from moejax.routers import router_options
 
 
 def load(name):
@@ -158,6 +159,20 @@ def test_dense_layers_anywhere(name, change, at):
     assert (cfg.dense_at, cfg.num_dense_layers) == (at, len(at))
     assert cfg.layers["dense_blocks"] == at and not {*at} & {*cfg.layers["moe_blocks"]}
     assert zoo.lost_fields(cfg, hf["model_type"]) == []
+
+
+def test_a_router_that_is_another_by_a_papers_name_is_written_as_that():
+    """Mixtral's and V3's routers are token choice with options; the switch router is a function of its own."""
+    cfg, _ = load("mixtral-8x7b")
+    named = lambda name, **values: dataclasses.replace(  # noqa: E731
+        cfg, moe=dataclasses.replace(cfg.moe, router=router_options(name, **values))
+    )
+    assert zoo.lost_fields(named("mixtral"), "mixtral") == []
+    assert zoo.config_to_hf(named("mixtral"), "mixtral") == zoo.config_to_hf(cfg, "mixtral")
+    assert any(
+        "routed_scaling=16.0" in lost for lost in zoo.lost_fields(named("deepseek_v2"), "mixtral")
+    )
+    assert "router.name='cosine'" in zoo.lost_fields(named("cosine"), "mixtral")[0]
 
 
 def test_balance_coefficient_of_transformers_counts_k_times():

@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+import pathlib
 import shutil
 
 import jax
@@ -10,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from moejax.__main__ import main
 from moejax.config import (
     AttentionConfig,
     ConfigError,
@@ -31,6 +33,8 @@ from moejax.runs.metrics import read_metrics
 from moejax.runs.open import load_run
 from moejax.train.base import as_base, fingerprint, open_base
 from moejax.train.loop import train
+
+ROOT = pathlib.Path(__file__).parents[2]
 
 
 def text(path, letters, seed) -> str:
@@ -277,3 +281,33 @@ def test_a_fingerprint_knows_every_array_and_no_dtype():
     assert fingerprint(params, {}) == fingerprint(half, {})
     assert fingerprint(params, {}) != fingerprint({**params, "a": params["a"][::-1]}, {})
     assert fingerprint({"a": params["a"]}, {}) != fingerprint({}, {"a": params["a"]})
+
+
+def test_the_command_of_fine_tuning_takes_a_run_trained_here(cfg, base, tmp_path):
+    """Its tokenizer, its model and its weights: before a step the losses are the base's."""
+    new = tmp_path / "new"
+    flags = {
+        "data.sources": repr(cfg[1]),
+        "data.validation_fraction": 0.2,
+        "data.seq_len": 32,
+        "data.batch_size": 8,
+        "mesh.data": 1,
+        "train.steps": 1,
+        "train.eval_every": 1,
+        "train.eval_batches": 2,
+        "optimizer.warmup_steps": 1,
+    }
+    argv = [f"--config.{key}={value}" for key, value in flags.items()]
+    finetune = f"--config={ROOT / 'experiments/finetune.py'}:{base}"
+    assert main(["train", "--noreport", finetune, f"--workdir={new}", *argv]) == 0
+    assert (new / "tokenizer.json").read_text() == (base / "tokenizer.json").read_text()
+    was, now = load_run(base), load_run(new)
+    assert now.cfg.model == was.cfg.model
+    corpus = load_corpus(now.cfg.data)
+    batches = validation_batches(corpus, was.tokenizer, now.cfg.data, 16)
+    eval_fn = compile_eval(was.cfg, num_domains=1)
+    loss = evaluate(eval_fn, was.params, was.router_state, batches, corpus.domains)[0]["loss"]
+    assert read_metrics(new)["validation"][0]["loss"] == pytest.approx(loss, rel=1e-6)
+    # A step of Adam moves no weight by more than its rate.
+    moved = jax.tree.map(lambda a, b: abs(a - b).max(), was.params, now.params)
+    assert 0 < max(jax.tree.leaves(moved)) < 1.01 * now.cfg.optimizer.learning_rate

@@ -14,8 +14,10 @@ import sys
 import jax
 import numpy as np
 import pytest
+import tiny
 
 from moejax import user_cache
+from moejax.__main__ import main
 from moejax.config import (
     AttentionConfig,
     ComputeConfig,
@@ -36,6 +38,7 @@ from moejax.runs.open import load_run
 from moejax.train.loop import Diverged, train
 from moejax.train.signals import StopRequest
 
+ROOT = pathlib.Path(__file__).parents[2]
 ONE, EIGHT = MeshConfig(data=1), MeshConfig(data=2, expert=2, tensor=2)
 
 
@@ -362,9 +365,20 @@ def test_a_vocabulary_that_is_given_is_kept_or_refused(cfg, tmp_path, given, wor
         said = dataclasses.replace(said, train=dataclasses.replace(cfg.train, steps=1))
         train(said, tmp_path / "a")
         assert load_run(tmp_path / "a").params["embed"]["tokens"].shape == (given, 16)
+        assert json.loads((tmp_path / "a/config.json").read_text())["model"]["vocab_size"] == given
         return
     with pytest.raises(ConfigError, match=r"vocab_size=299.*300 would work, .*data.vocab_size=299"):
         train(said, tmp_path / "a")
+    assert not (tmp_path / "a").exists()
+
+
+def test_a_vocabulary_given_by_a_flag_is_not_ignored(tmp_path, capsys):
+    """By the command, before anything is written."""
+    quickstart = f"--config={ROOT / 'experiments/quickstart.py'}"
+    changes = {"data.tokenizer": "bpe", "data.vocab_size": 2048, "model.vocab_size": 1024}
+    flags = tiny.flags({**changes, "mesh.data": 1})
+    assert main(["train", quickstart, f"--workdir={tmp_path / 'a'}", *flags]) == 2
+    assert "model.vocab_size=1024" in capsys.readouterr().err
     assert not (tmp_path / "a").exists()
 
 

@@ -43,6 +43,7 @@ from moejax.models.zoo import (
     solar_open,
 )
 from moejax.models.zoo.architecture import architecture
+from moejax.routers import ROUTERS
 from moejax.text import plain, shown
 
 # Hugging Face model_type -> the module that reads and writes it. Of several that can express a model, `moejax
@@ -254,7 +255,10 @@ def lost_fields(cfg: ModelConfig, model_type: str) -> list[str]:
     family = FAMILIES[model_type]
     router, theirs = cfg.moe.router.name, getattr(family, "ROUTER", MoEConfig().router.name)
     if cfg.num_moe_layers and router != theirs:
-        return [f"moe.router.name={router!r} (would become {theirs!r})"]
+        if not _same_formula(router, theirs):
+            return [f"moe.router.name={router!r} (would become {theirs!r})"]
+        named = dataclasses.replace(cfg.moe.router, name=theirs)
+        cfg = dataclasses.replace(cfg, moe=dataclasses.replace(cfg.moe, router=named))
     before = architecture(cfg)
     try:
         after = architecture(family.config_from_hf(family.config_to_hf(cfg, ObjectiveConfig())))
@@ -265,3 +269,12 @@ def lost_fields(cfg: ModelConfig, model_type: str) -> list[str]:
         for key in before
         if before[key] != after[key]
     ]
+
+
+def _same_formula(one: str, other: str) -> bool:
+    """Whether two routers differ by their papers and default options alone, as mixtral and token_choice."""
+    first, second = ROUTERS[one], ROUTERS[other]
+    alike = {"options": first.options, "source": "", "about": "", "recipe": ()}
+    return type(first.options) is type(second.options) and (
+        dataclasses.replace(first, **alike) == dataclasses.replace(second, **alike)
+    )
