@@ -15,12 +15,14 @@ from small import get_config as get_config
 MANY = (1, 2, 4, 8)
 
 
+def used(k: int) -> dict:
+    """K experts a token. One weight divided by itself would be 1, and tell the router nothing."""
+    return {"model.moe.experts_per_token": k, "model.moe.router.normalize_weights": k > 1}
+
+
 def get_sweep():
-    flops = {
-        f"flops-{k}": {"model.moe.experts_per_token": k, "model.moe.d_expert": TOKEN // k}
-        for k in MANY
-    }
-    memory = {f"memory-{k}": {"model.moe.experts_per_token": k} for k in MANY if k != PER_TOKEN}
+    flops = {f"flops-{k}": {**used(k), "model.moe.d_expert": TOKEN // k} for k in MANY}
+    memory = {f"memory-{k}": used(k) for k in MANY if k != PER_TOKEN}
     return {
         "variants": {**flops, **memory},
         "seeds": (0, 1, 2),
