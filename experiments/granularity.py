@@ -15,9 +15,9 @@ Result, seeds 0 to 2, held-out loss (interval of the difference: Student's t, 95
     pieces-16  4.5502  -0.064 (-0.087 .. -0.040)
 
 Cut experts are better than whole ones with every seed; how finely they are cut does not show: 2 to 16 pieces
-lie within 0.03, and only 16 are told from whole ones by three seeds. Twelve would tell the others. With
-normalised weights, which one expert a token turns into the number 1, `pieces-1` ends at 4.7964: its router then
-learns from the balance alone. A run takes 75 to 120 s on one core.
+lie within 0.03, and only 16 are told from whole ones by three seeds. Twelve would tell the others. With one
+expert a token, `normalize_weights=True` would make every weight 1, and the router learn from the balance alone.
+A run takes 75 to 120 s on one core.
 """
 
 from small import TOKEN

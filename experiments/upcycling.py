@@ -15,7 +15,7 @@ Result, seeds 0 to 2, added compute 3.23 TFLOPs each (interval of the difference
     scratch     234  4.8800         +0.858 (+0.749 .. +0.967)
 
 Better than from scratch, which has no base to build on; but going on with the dense model is better still, with
-every seed. The mixture begins exactly where the base ended (4.6766) and has read 22% fewer tokens when its
+every seed. The mixture begins where the base ended (4.6766) and has read 22% fewer tokens when its
 compute is spent: while the loss falls this fast, tokens are worth more than experts. A base trained until its
 loss is flat would change our mind. A run takes 70 to 110 s on one core.
 """

@@ -2,7 +2,8 @@
 
 import importlib.metadata
 
-# Compiles in a third of the time. Versions after 0.10 have no such flag, and XLA ends at one it does not know.
+# They take most of the time of compiling unoptimised programs. Versions after 0.10 have no such flag, and XLA
+# ends at one that it does not know.
 PLAIN = (
     "--xla_cpu_use_fusion_emitters=false"
     if importlib.metadata.version("jaxlib").startswith("0.10.")

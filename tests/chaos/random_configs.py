@@ -189,7 +189,7 @@ def campaign(count: int, seed: int, names: list[str]) -> int:
 
 if __name__ == "__main__":
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
-    # Two programs for each config: compiling them as well as LLVM can takes ten times as long as the rest.
+    # Two programs for each config, run once: compiling them well is not worth its time.
     os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {PLAIN}".strip()
     parser = argparse.ArgumentParser()

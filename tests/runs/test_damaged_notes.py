@@ -88,10 +88,8 @@ def test_threads_that_are_late_print_nothing(monkeypatch):
     monkeypatch.setattr(sys, "unraisablehook", lambda u: printed.append(str(u.exc_value)))
     hush.threads()
     hook = sys.excepthook
-    for text in (
-        "Event loop is closed",
-        "of no object",
-    ):  # as C code says it, before any error is raised
+    # As C code says it, before any error is raised.
+    for text in ("Event loop is closed", "of no object"):
         sys.unraisablehook(types.SimpleNamespace(exc_value=RuntimeError(text), object=None))
     assert printed.pop() == "of no object" and not printed
     hush.threads()

@@ -99,6 +99,14 @@ def begun(cfg, init_from, **changes) -> ExperimentConfig:
     return dataclasses.replace(as_base(new, None), **changes)
 
 
+def loss_of(run, data) -> float:
+    """Of a run as it stands, on the first 16 rows held out from a text."""
+    corpus = load_corpus(data)
+    batches = validation_batches(corpus, run.tokenizer, data, 16)
+    eval_fn = compile_eval(run.cfg, num_domains=1)
+    return evaluate(eval_fn, run.params, run.router_state, batches, corpus.domains)[0]["loss"]
+
+
 def contents(path) -> dict[str, str]:
     return {
         str(
@@ -122,10 +130,7 @@ def test_a_run_begins_from_another_and_leaves_it_alone(cfg, base, tmp_path, caps
     written = read_metrics(tmp_path / "new")
     assert list(written["train"]) == [1, 2] and list(written["validation"]) == [0, 2]
     # Before the first step it is the base: its loss on this text with its tokenizer, computed here.
-    corpus = load_corpus(new.data)
-    batches = validation_batches(corpus, was.tokenizer, new.data, 16)
-    eval_fn = compile_eval(was.cfg, num_domains=1)
-    loss = evaluate(eval_fn, was.params, was.router_state, batches, corpus.domains)[0]["loss"]
+    loss = loss_of(was, new.data)
     # The same program and arrays.
     assert written["validation"][0]["loss"] == pytest.approx(loss, rel=1e-6)
     assert f"before training: validation loss {loss:.4f}" in out.out
@@ -303,10 +308,7 @@ def test_the_command_of_fine_tuning_takes_a_run_trained_here(cfg, base, tmp_path
     assert (new / "tokenizer.json").read_text() == (base / "tokenizer.json").read_text()
     was, now = load_run(base), load_run(new)
     assert now.cfg.model == was.cfg.model
-    corpus = load_corpus(now.cfg.data)
-    batches = validation_batches(corpus, was.tokenizer, now.cfg.data, 16)
-    eval_fn = compile_eval(was.cfg, num_domains=1)
-    loss = evaluate(eval_fn, was.params, was.router_state, batches, corpus.domains)[0]["loss"]
+    loss = loss_of(was, now.cfg.data)
     assert read_metrics(new)["validation"][0]["loss"] == pytest.approx(loss, rel=1e-6)
     # A step of Adam moves no weight by more than its rate.
     moved = jax.tree.map(lambda a, b: abs(a - b).max(), was.params, now.params)
