@@ -3,11 +3,12 @@
     python -m benchmarks.gpu --json=gpu.json         # one H100 or like it, bfloat16
     python -m benchmarks.gpu --tiny --on_cpu         # toy sizes on a CPU, to test the script
 
-Six parts: the machine and its matmul peak; the three grouped products by every kernel that is here, checked
-against float32; the MoE layer beside a dense FFN of the same FLOPs; the training step of a slice of a 30B
-mixture, its tokens/s and share of the peak; decoding; attention. Each part prints its table when it is done,
-and the JSON is written again after each, so that a machine that is taken away leaves what was measured. What
-fails is a line that says so, and the parts behind it still run. No part begins after --minutes.
+Seven parts: the machine and its matmul peak; what the kernels compute, beside float32; the three grouped
+products by every kernel that is here; the MoE layer beside a dense FFN of the same FLOPs; attention; the
+training step of a slice of a 30B mixture, its tokens/s and share of the peak; decoding. Each part prints its
+table when it is done, and the JSON is written again after each, so that a machine that is taken away leaves
+what was measured. What fails is a line that says so, and the parts behind it still run. No part begins after
+--minutes.
 
 Goals: layer ≤ 1.5 of dense, step ≥ 28% of the matmul peak.
 """
@@ -28,8 +29,8 @@ from absl import app, flags
 from benchmarks import common
 from benchmarks import moe_layer as layers
 from benchmarks.training import moejax_step
-from moejax.attention.block_attention import Sight
-from moejax.attention.core import attend
+from moejax.attention.contract import Call, Where
+from moejax.attention.core import attend, seen
 from moejax.config import (
     AttentionConfig,
     ComputeConfig,
@@ -41,7 +42,7 @@ from moejax.config import (
 from moejax.cost.receipt import model_flops_per_token
 from moejax.evals.generate import Stats, generate, prepare
 from moejax.models import transformer
-from moejax.moe.grouped_matmul import IMPLEMENTATIONS, ragged
+from moejax.moe.grouped_matmul import grouped_matmul, here, ragged, tokamax_kernels
 from moejax.moe.grouped_matmul.products import Products
 from moejax.params import abstract_params
 
@@ -49,6 +50,7 @@ TINY = flags.DEFINE_bool("tiny", False, "Toy sizes, to test the script.")
 ON_CPU = flags.DEFINE_bool("on_cpu", False, "Run on the CPU, to test the script.")
 MINUTES = flags.DEFINE_float("minutes", 9.0, "Begin no part after so many minutes.")
 REPEATS = flags.DEFINE_integer("repeats", 10, "Timed calls of each function.")
+ONLY = flags.DEFINE_list("only", [], "Only these parts, each by the first word of its title.")
 OUTPUT = flags.DEFINE_string("json", "", "Write the results as JSON to this file.")
 
 
@@ -65,6 +67,11 @@ class Shape:
     @property
     def flops(self) -> float:
         return 2.0 * self.rows * self.d * self.f
+
+    @property
+    def expanded(self) -> float:
+        """Bytes of the larger operand as XLA expands it, every row for every expert."""
+        return 2.0 * self.rows * self.experts * max(self.d, self.f)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,6 +107,7 @@ REAL = Sizes(
         Shape("30B up", 131_072, 128, 2048, 768),
         Shape("30B down", 131_072, 128, 768, 2048),
         Shape("V3 split", 32_768, 256, 7168, 1024),
+        Shape("small", 8192, 32, 1024, 512),
     ),
     layers=(layers.Case(16_384, 2048, 768, 128, 8), layers.Case(16_384, 2048, 768, 128, 8, 1.0)),
     model=slice_of_30b(4),
@@ -151,12 +159,86 @@ def kernels() -> dict[str, Products]:
     """The three products by each kernel that is here."""
     out = {"XLA ragged_dot": ragged.PRODUCTS}
     if importlib.util.find_spec("tokamax"):
-        import tokamax
-
         for kernel in ("mosaic", "triton"):
-            call = functools.partial(tokamax.ragged_dot_general, implementation=kernel)
-            out[f"tokamax {kernel}"] = ragged.products_of(call)
+            by = dict.fromkeys(tokamax_kernels.ON_GPU, (kernel,))
+            out[f"tokamax {kernel}"] = tokamax_kernels.products_by(by)
     return out
+
+
+def checks(s: Sizes) -> Iterator[dict]:
+    """What the kernels compute, with gradients, beside float32: groups that are empty or end inside a tile,
+    widths of no whole tile, few rows; documents and windows of attention."""
+    del s
+    for sizes, d, f in (
+        ((300, 1, 0, 129, 265), 128, 256),
+        ((0, 0, 40), 192, 64),
+        ((3, 17, 9, 1, 2), 8, 12),
+        ((1, 0, 1, 0, 0, 1), 256, 128),
+    ):
+        for dtype in (jnp.bfloat16, jnp.float32):
+            line = {"what": f"groups {sizes}, {d} -> {f}", "dtype": jnp.dtype(dtype).name}
+            yield line | tried(groups_error, sizes, d, f, dtype)
+    for width, v_width, window in (
+        (128, 128, None),
+        (128, 128, 100),
+        (64, 64, None),
+        (192, 128, None),
+    ):
+        line = {"what": f"attention {width}/{v_width}, window {window}", "dtype": "bfloat16"}
+        yield line | tried(attention_error, width, v_width, window)
+
+
+def groups_error(sizes, d: int, f: int, dtype) -> dict:
+    rows, sizes_E = (
+        8 * (sum(sizes) // 8 + 1),
+        jnp.asarray(sizes, jnp.int32),
+    )  # the last are no group's
+    shapes = ((rows, d), (len(sizes), d, f), (rows, f))
+    x, w, dy = (jax.random.normal(jax.random.key(i), a).astype(dtype) for i, a in enumerate(shapes))
+
+    def of(name, dtype):
+        call = functools.partial(grouped_matmul, group_sizes_E=sizes_E, implementation=name)
+        y, pull = jax.vjp(call, x.astype(dtype), w.astype(dtype))
+        return y, *pull(dy.astype(dtype))
+
+    with jax.default_matmul_precision("highest"):
+        want = jax.jit(of, static_argnums=(0, 1))("reference", jnp.float32)
+    return _errors(jax.jit(of, static_argnums=(0, 1))(here(), dtype), want, ("y", "dx", "dW"))
+
+
+def attention_error(width: int, v_width: int, window: int | None) -> dict:
+    """Packed documents, 8 query heads on 2 key heads."""
+    rows, length = 2, 1000
+    ends = ((300, 301, 800, length), (length,))
+    ids = [np.searchsorted(e, np.arange(length), side="right") + 1 for e in ends]
+    document_BS = jnp.asarray(np.stack(ids), jnp.int32)
+    starts = [np.concatenate([[0], e])[i - 1] for e, i in zip(ends, ids)]
+    at_BS = jnp.asarray(np.arange(length) - np.stack(starts), jnp.int32)
+    shapes = ((rows, length, 8, width), (rows, 2, length, width), (rows, 2, length, v_width))
+    q, k, v = (jax.random.normal(jax.random.key(i), a, jnp.bfloat16) for i, a in enumerate(shapes))
+    dy = jax.random.normal(jax.random.key(3), (*shapes[0][:3], v_width), jnp.bfloat16)
+
+    def of(block, dtype):
+        def call(q, k, v):
+            where = Where(at_BS, document_BS, None)
+            sight = seen({"k": k, "v": v}, Call(where, window=window)).sight
+            return attend(q, k, v, sight, width**-0.5, block=block)
+
+        y, pull = jax.vjp(call, q.astype(dtype), k.astype(dtype), v.astype(dtype))
+        return y, *pull(dy.astype(dtype))
+
+    with jax.default_matmul_precision("highest"):
+        want = jax.jit(of, static_argnums=(0, 1))(128, jnp.float32)
+    got = jax.jit(of, static_argnums=(0, 1))(0, jnp.bfloat16)
+    return _errors(got, want, ("y", "dq", "dk", "dv"))
+
+
+def _errors(got, want, names) -> dict:
+    """The largest difference over the largest value."""
+    errors = (
+        jnp.abs(g.astype(jnp.float32) - w).max() / jnp.abs(w).max() for g, w in zip(got, want)
+    )
+    return {n: f"{float(e):.1e}" for n, e in zip(names, errors)}
 
 
 def products(s: Sizes) -> Iterator[dict]:
@@ -170,6 +252,8 @@ def products(s: Sizes) -> Iterator[dict]:
             y_RF = jax.random.normal(keys[2], (shape.rows, shape.f), jnp.bfloat16)
             load = "Zipf, some empty" if zipf else "even"
             for name, three in kernels().items():
+                if name.startswith("XLA") and shape.expanded > 8e9:
+                    continue
                 args = {"forward": (x_RD, w_EDF), "dx": (y_RF, w_EDF), "dW": (x_RD, y_RF)}
                 for (what, (a, b)), product in zip(args.items(), three):
                     line = {"shape": shape.name, "groups": load, "product": what, "kernel": name}
@@ -214,13 +298,12 @@ def product_error(out, a, b, sizes_E, what: str) -> float:
 
 
 def layer(s: Sizes) -> Iterator[dict]:
-    """The layer with all gradients, by each implementation that the config offers."""
+    """The layer with all gradients, as 'auto' computes it."""
     for case in s.layers:
         _, dense_step, dense_args = layers.dense(case, jnp.bfloat16)
-        for name in implementations():
-            _, step, args = layers.layer(case, jnp.bfloat16, name)
-            line = {"sizes": f"{case}, {'Zipf' if case.zipf else 'uniform'}", "kernel": name}
-            yield line | tried(timed_layer, step, args, dense_step, dense_args, case)
+        _, step, args = layers.layer(case, jnp.bfloat16)
+        line = {"sizes": f"{case}, {'Zipf' if case.zipf else 'uniform'}", "kernel": here()}
+        yield line | tried(timed_layer, step, args, dense_step, dense_args, case)
 
 
 def timed_layer(step, args, dense_step, dense_args, case: layers.Case) -> dict:
@@ -235,22 +318,14 @@ def timed_layer(step, args, dense_step, dense_args, case: layers.Case) -> dict:
     }
 
 
-def implementations() -> list[str]:
-    here = [n for n in IMPLEMENTATIONS if n != "reference"]
-    return here if importlib.util.find_spec("tokamax") else [n for n in here if n != "tokamax"]
-
-
 def step(s: Sizes) -> Iterator[dict]:
     """The whole training step, AdamW and balance loss included."""
-    for name in implementations():
-        for remat in ("none", "full"):
-            compute = ComputeConfig(dtype="bfloat16", grouped_matmul=name, remat=remat)
-            cfg = ExperimentConfig(
-                model=s.model,
-                compute=compute,
-                data=DataConfig(batch_size=s.rows, seq_len=s.length),
-            )
-            yield {"kernel": name, "remat": remat} | tried(timed_step, cfg, s)
+    cfg = ExperimentConfig(
+        model=s.model,
+        compute=ComputeConfig(dtype="bfloat16"),
+        data=DataConfig(batch_size=s.rows, seq_len=s.length),
+    )
+    yield {"tokens": s.rows * s.length} | tried(timed_step, cfg, s)
 
 
 def timed_step(cfg: ExperimentConfig, s: Sizes) -> dict:
@@ -315,15 +390,17 @@ def attentions(s: Sizes) -> Iterator[dict]:
         )
         at = jnp.arange(length)[None]
 
-        def ours(q, k, v, at=at, block=length // 2 if TINY.value else 0):
-            return attend(q, k, v, Sight(at, at), q.shape[-1] ** -0.5, block=block)
+        def ours(q, k, v, at=at, block=0):
+            sight = seen({"k": k, "v": v}, Call(Where(at, None, None))).sight
+            return attend(q, k, v, sight, q.shape[-1] ** -0.5, block=block)
 
         def theirs(q, k, v, kernel):
             k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
             return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation=kernel)
 
         candidates = {
-            "moejax in blocks": ours,
+            "moejax": ours,
+            "moejax in blocks": functools.partial(ours, block=16 if TINY.value else 1024),
             "XLA, all scores": functools.partial(theirs, kernel="xla"),
             "cuDNN": functools.partial(theirs, kernel="cudnn"),
         }
@@ -340,12 +417,13 @@ def timed_attention(function, q, k, v) -> dict:
 
 
 PARTS: dict[str, Callable[[Sizes], Iterator[dict]]] = {
-    "The machine": machine,
+    "Machine": machine,
+    "Checks": checks,
     "Grouped products": products,
-    "MoE layer, forward and backward": layer,
+    "Layer of experts with gradients": layer,
+    "Attention with gradients": attentions,
     "Training step": step,
     "Decoding": decode,
-    "Attention, forward and backward": attentions,
 }
 
 
@@ -374,7 +452,12 @@ def failure(e: Exception) -> dict:
 def run(sizes: Sizes, minutes: float, output: str) -> list[dict]:
     """All parts as tables: title, machine, rows."""
     tables, start = [], time.monotonic()
+    unknown = set(ONLY.value) - {title.split()[0] for title in PARTS}
+    if unknown:
+        raise app.UsageError(f"--only={','.join(unknown)}: the titles are {', '.join(PARTS)}")
     for title, part in PARTS.items():
+        if ONLY.value and title.split()[0] not in ONLY.value:
+            continue
         if time.monotonic() - start > 60 * minutes:
             print(f"\n{title}: left out, --minutes={minutes:g} are over")
             continue

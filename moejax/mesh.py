@@ -241,4 +241,13 @@ def _strategy_problems(compute: ComputeConfig, mesh: MeshSizes, platform: str) -
             "compute.grouped_matmul='tokamax' needs the package tokamax: pip install 'moejax[kernels]', "
             "or 'auto' would work"
         )
+    elif (
+        compute.grouped_matmul == "tokamax"
+        and platform == "gpu"
+        and math.prod(mesh.shape.values()) > 1
+    ):
+        problems.append(
+            "compute.grouped_matmul='tokamax' works on one GPU only: its kernels cannot be split over a mesh; "
+            "'auto' would work"
+        )
     return problems

@@ -200,6 +200,9 @@ def test_kernels_whose_package_is_missing(monkeypatch):
     tokamax.__spec__ = importlib.machinery.ModuleSpec("tokamax", None)
     monkeypatch.setitem(sys.modules, "tokamax", tokamax)
     check_layout(cfg, mesh, "gpu")
+    with pytest.raises(ConfigError, match=r"works on one GPU only.*'auto' would work"):
+        two = with_mesh(dict(data=2), dict(grouped_matmul="tokamax"))
+        check_layout(two, mesh_sizes(two.mesh, 2), "gpu")
 
 
 # ---------------------------------------------------------------------------------------------------

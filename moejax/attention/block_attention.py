@@ -6,8 +6,8 @@ maximum and sum of each softmax. It keeps the output and the logarithm of the su
 positions and documents. A block whose keys no query of it can see (in the future, before the window, of another
 document) is not computed.
 
-`block_size` alone decides what is computed in blocks. A kernel of an accelerator (cuDNN's, splash) would
-replace `_attend`; ring attention would go round its loop over blocks of keys. Neither is here.
+`block_size` alone decides what is computed in blocks, where no kernel of an accelerator (`gpu_kernel`) does it
+all. Ring attention would go round the loop over blocks of keys; it is not here.
 
 Here: T key positions, G query heads that share a key head (N = M G), I blocks of queries, J of keys, Q rows of
 a block of queries (those of all G heads), K keys of a block.
@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 
 BLOCK = 256  # queries, and keys, of a block at most
+GPU_BLOCK = 1024  # there
 SHORT = 512  # up to so many queries, all scores at once are fast and small enough
 
 NOWHERE = jnp.iinfo(jnp.int32).max  # the position of a key that no query sees
@@ -26,7 +27,8 @@ NOWHERE = jnp.iinfo(jnp.int32).max  # the position of a key that no query sees
 
 def block_size(queries: int, asked: int = 0) -> int:
     """Queries (and keys) of a block at most, 0: all scores at once. `asked`: ComputeConfig.attention_block."""
-    size = asked or (BLOCK if queries > SHORT else queries)
+    own = GPU_BLOCK if jax.default_backend() == "gpu" else BLOCK
+    size = asked or (own if queries > SHORT else queries)
     return size if size < queries else 0
 
 
@@ -54,6 +56,8 @@ class Sight(NamedTuple):
       q_segment_BS, k_segment_BT: documents, 0 = padding; or None, one document per row.
       window: keys that a query sees at most; None or 0 = all.
       chosen: of these, the ones that it attends to; None = all.
+      first_BS: says the same once more where keys and queries are the same tokens, and each sees a run of them:
+        the index of the first key that it sees, the last being its own. None: not known.
     """
 
     q_pos_BS: jax.Array
@@ -62,6 +66,7 @@ class Sight(NamedTuple):
     k_segment_BT: jax.Array | None = None
     window: jax.Array | int | None = None
     chosen: Chosen | None = None
+    first_BS: jax.Array | None = None
 
     def mask_BST(self) -> jax.Array:
         """True: same document, not in the future, inside the window, chosen."""

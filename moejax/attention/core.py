@@ -8,7 +8,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from moejax.attention import slots
+from moejax.attention import gpu_kernel, slots
 from moejax.attention.block_attention import Sight, attend_in_blocks, block_size
 from moejax.attention.contract import Call
 from moejax.attention.rope import rotation
@@ -21,6 +21,8 @@ def attend(q_BSNH, k_BMTH, v_BMTH, sight: Sight, scale: float, sinks_N=None, blo
 
     `sinks_N` adds exp(sink) to each head's denominator (gpt-oss, 2508.10925). `block` as in `Call`.
     """
+    if sinks_N is None and not block and gpu_kernel.serves(q_BSNH, v_BMTH, sight):
+        return gpu_kernel.attend(q_BSNH, k_BMTH, v_BMTH, sight, scale)
     b, s, n, h = q_BSNH.shape
     if size := block_size(s, block):
         return attend_in_blocks(q_BSNH, k_BMTH, v_BMTH, sight, scale, sinks_N, size)
@@ -80,11 +82,25 @@ def seen(new: dict[str, jax.Array], call: Call) -> Seen:
         cache = slots.write(cache, call.slot, at_BS, new, prefill=call.prefill)
     if cache is None or call.prefill:
         document_BS = call.where.segment_ids_BS
-        sight = Sight(at_BS, at_BS, document_BS, document_BS, call.window)
+        first_BS = _first_seen(at_BS, document_BS, call.window)
+        sight = Sight(at_BS, at_BS, document_BS, document_BS, call.window, first_BS=first_BS)
         return Seen(new, cache, sight, False)
     keys = slots.read(cache, call.slot)
     every = jnp.arange(next(iter(keys.values())).shape[-2])[None]
     return Seen(keys, cache, Sight(at_BS, every, window=call.window), True)
+
+
+def _first_seen(at_BS, document_BS, window):
+    """`Sight.first_BS`: the tokens of a document lie next to each other, in order."""
+    index_BS = jnp.broadcast_to(jnp.arange(at_BS.shape[1])[None], at_BS.shape)
+    first_BS = jnp.zeros_like(index_BS)
+    if document_BS is not None:
+        before_BS = jnp.pad(document_BS[:, :-1], ((0, 0), (1, 0)), constant_values=-1)
+        first_BS = jax.lax.cummax(jnp.where(document_BS != before_BS, index_BS, 0), axis=1)
+    if window is not None:
+        in_window_BS = jnp.where(jnp.asarray(window) > 0, index_BS - window + 1, 0)
+        first_BS = jnp.maximum(first_BS, in_window_BS)
+    return first_BS
 
 
 def rope(cfg: ModelConfig, positions_BS: jax.Array, width: int):

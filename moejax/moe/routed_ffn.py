@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from moejax.moe import few_rows_ffn, windowed_ffn
 from moejax.moe.experts import Activation, Params
-from moejax.moe.grouped_matmul import grouped_matmul
+from moejax.moe.grouped_matmul import grouped_matmul, here
 from moejax.moe.rows import SortedRoutes, take, to_rows, to_tokens
 from moejax.moe.varying import vary_together
 from moejax.weights import is_quantized
@@ -126,8 +126,8 @@ def _weight_of_rows(weights_TK, routes):
 def _grouped_forward(act, params, stack, x_TD, weights_TK, routes):
     del stack
     weight_R = _weight_of_rows(weights_TK, routes)
-    inputs = _project(params, to_rows(x_TD, routes), routes.group_sizes_E, act, "ragged")
-    y_RD = _finish(params, inputs, weight_R, routes.group_sizes_E, act, "ragged")
+    inputs = _project(params, to_rows(x_TD, routes), routes.group_sizes_E, act, here())
+    y_RD = _finish(params, inputs, weight_R, routes.group_sizes_E, act, here())
     return to_tokens(y_RD, routes), inputs
 
 
@@ -137,14 +137,14 @@ def _grouped_backward(act, params, stack, x_TD, weights_TK, routes, inputs, dy_T
     # The values of both halves are not used, and XLA drops the products that compute them.
     learned = {k: w for k, w in params.items() if not is_quantized(w)}
     _, finish_pullback = jax.vjp(
-        lambda p, inputs, weight: _finish({**params, **p}, inputs, weight, sizes_E, act, "ragged"),
+        lambda p, inputs, weight: _finish({**params, **p}, inputs, weight, sizes_E, act, here()),
         learned,
         inputs,
         weight_R,
     )
     dparams_down, dinputs, dweight_R = finish_pullback(to_rows(dy_TD, routes))
     _, project_pullback = jax.vjp(
-        lambda p, x_RD: _project({**params, **p}, x_RD, sizes_E, act, "ragged"),
+        lambda p, x_RD: _project({**params, **p}, x_RD, sizes_E, act, here()),
         learned,
         to_rows(x_TD, routes),
     )

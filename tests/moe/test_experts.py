@@ -12,7 +12,7 @@ import pytest
 from jax.sharding import AxisType, PartitionSpec
 
 from moejax.config import ModelConfig, MoEConfig
-from moejax.moe import rows, windowed_ffn
+from moejax.moe import routed_ffn, rows, windowed_ffn
 from moejax.moe.dispatch.dropless import dropless
 from moejax.moe.experts import (
     ACTIVATIONS,
@@ -122,12 +122,12 @@ def _numerical_gradient(loss, array, entries, step=1e-6):
     return out
 
 
-# The implementations differ in the products alone: one activation, with biases, will do for the
-# others. Windows of many lengths are the CPU path's own.
+# 'auto' on a CPU, what it is on other devices ("auto elsewhere"), and the implementations. These differ in the
+# products alone: one activation, with biases, will do for them. Windows of many lengths are the CPU path's own.
 CASES = [
     (implementation, activation, kind)
-    for implementation in ("auto", "ragged", "reference")
-    for activation in (ACTIVATIONS if implementation == "auto" else ("swiglu_oai",))
+    for implementation in ("auto", "auto elsewhere", "ragged", "reference")
+    for activation in (ACTIVATIONS if implementation.startswith("auto") else ("swiglu_oai",))
     for kind in (
         *("uniform", "skewed", "with empty slots", "all empty"),
         # As many experts as rows: each row by itself.
@@ -141,6 +141,9 @@ def test_dropless_against_numpy(implementation, activation, kind, monkeypatch):
     """Value and every gradient (x, weights, each parameter), in float64."""
     if kind == "many rows":
         monkeypatch.setattr(windows, "TINY", 0)
+    if implementation == "auto elsewhere":
+        implementation = "auto"
+        monkeypatch.setattr(routed_ffn, "_choose", lambda cpu, grouped, *args: grouped(*args))
     lengths = windows.static_lengths(720, E, D * F)
     assert len(lengths) == (7 if kind == "many rows" else 1) and lengths[-1] == 168
     moe = _config(activation, bias=activation == "swiglu_oai")

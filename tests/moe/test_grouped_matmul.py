@@ -1,7 +1,10 @@
 """One suite over every implementation of the grouped matmul: value, dx and dw against the float64
 oracle."""
 
+import dataclasses
 import functools
+import importlib.machinery
+import importlib.util
 import sys
 import types
 
@@ -15,7 +18,7 @@ import pytest
 from jax.sharding import AxisType, PartitionSpec
 
 from moejax.config import ComputeConfig
-from moejax.moe.grouped_matmul import IMPLEMENTATIONS, grouped_matmul
+from moejax.moe.grouped_matmul import IMPLEMENTATIONS, grouped_matmul, here
 from moejax.options import choices_of
 
 # tokamax is an optional extra for accelerators: see `test_tokamax_*` below.
@@ -217,31 +220,101 @@ def test_tokamax_missing(monkeypatch):
         grouped_matmul(x, w, sizes, implementation="tokamax")
 
 
-def test_tokamax_interface(monkeypatch):
-    """tokamax runs on accelerators; a stand-in with the signature of its `ragged_dot_general`
-    checks what we pass to it, and that it may leave rubbish in the rows past the sum."""
+@dataclasses.dataclass
+class Tokamax:
+    """A stand-in with the interface of tokamax and what was seen of it on a GPU: Mosaic refuses 32 bits; rows
+    past the sum and groups without rows may hold anything."""
+
+    triton: bool = True
+    used: list[str] = dataclasses.field(default_factory=list)
 
     def ragged_dot_general(
-        lhs, rhs, group_sizes, ragged_dot_dimension_numbers, *, preferred_element_type
+        self, lhs, rhs, group_sizes, dimensions, *, preferred_element_type, implementation
     ):
+        sizes, rows = group_sizes
+        assert rows == lhs.shape[0]
+        kernel = implementation if isinstance(implementation, str) else implementation[0]
+        if kernel == "triton" and not self.triton:
+            raise ValueError("Unknown implementation: triton")
+        if kernel == "mosaic" and lhs.dtype == jnp.float32:
+            raise NotImplementedError("16 bits only")
+        self.used.append(kernel)
         out = jax.lax.ragged_dot_general(
-            lhs,
-            rhs,
-            group_sizes,
-            ragged_dot_dimension_numbers,
-            preferred_element_type=preferred_element_type,
+            lhs, rhs, sizes, dimensions, preferred_element_type=preferred_element_type or lhs.dtype
         )
         if out.ndim == 2:
-            past = jnp.arange(out.shape[0])[:, None] >= group_sizes.sum()
-            out = jnp.where(past, jnp.nan, out)
-        return out
+            return jnp.where(jnp.arange(rows)[:, None] >= sizes.sum(), jnp.nan, out)
+        return jnp.where(sizes[:, None, None] == 0, jnp.nan, out)
 
-    module = types.ModuleType("tokamax")
-    module.ragged_dot_general = ragged_dot_general  # type: ignore[attr-defined]
+
+def _tokamax(monkeypatch, backend="gpu", **how):
+    fake, module = Tokamax(**how), types.ModuleType("tokamax")
+    module.__spec__ = importlib.machinery.ModuleSpec("tokamax", None)
+    module.ragged_dot_general = fake.ragged_dot_general  # type: ignore[attr-defined]
+    module.RaggedDotGroupSizes = lambda sizes, rows: (sizes, rows)  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "tokamax", module)
-    x, w, dy, sizes = _inputs(*GROUPS["rows past the sum"], "float32")
-    got = _value_and_gradients(*(jnp.asarray(a, jnp.float32) for a in (x, w, dy)), sizes, "tokamax")
-    _compare(got, _oracle(x, w, dy, sizes), jnp.dtype("float32"), sizes)
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+    jax.clear_caches()  # a program traced for another device
+    return fake
+
+
+@pytest.mark.parametrize(
+    ("dtype", "width", "rows", "kernels"),
+    [
+        ("bfloat16", 64, 40, ["mosaic", "mosaic", "triton"]),
+        ("bfloat16", 64, 41, ["triton"] * 3),
+        ("bfloat16", 8, 40, ["triton"] * 3),
+        ("float32", 64, 40, ["triton"] * 3),
+    ],
+)
+def test_tokamax_kernels(dtype, width, rows, kernels, monkeypatch):
+    """Value, dx and dW each by its kernel; nothing undefined gets out."""
+    fake = _tokamax(monkeypatch)
+    sizes = np.asarray([0, 20, 0, 11, 2], np.int32)
+    rng = np.random.default_rng(0)
+    x, dy = rng.normal(size=(2, rows, width))
+    w = rng.normal(size=(5, width, width))
+    x, w, dy = (np.asarray(jnp.asarray(a, dtype), np.float64) for a in (x, w, dy))
+    got = _value_and_gradients(*(jnp.asarray(a, dtype) for a in (x, w, dy)), sizes, "tokamax")
+    assert fake.used == kernels
+    dtype = jnp.dtype(dtype)
+    for g, want in zip(got, _oracle(x, w, dy, sizes), strict=True):
+        np.testing.assert_allclose(
+            np.asarray(g, np.float64), want, atol=_tolerance(dtype, width), rtol=0
+        )
+
+
+def test_tokamax_without_triton(monkeypatch):
+    fake = _tokamax(monkeypatch, triton=False)
+    x = jnp.zeros((40, 64), jnp.bfloat16)
+    args = x, jnp.zeros((5, 64, 64), jnp.bfloat16), x, jnp.asarray([40, 0, 0, 0, 0])
+    with pytest.warns(UserWarning, match="no Triton kernels here.*pip install jax-triton"):
+        _value_and_gradients(*args, "tokamax")
+    assert fake.used == ["mosaic"] * 3
+
+
+def test_tokamax_on_a_tpu(monkeypatch):
+    fake = _tokamax(monkeypatch, "tpu")
+    x, w, dy, sizes = _inputs(*GROUPS["uneven"], "bfloat16")
+    _value_and_gradients(*(jnp.asarray(a, jnp.bfloat16) for a in (x, w, dy)), sizes, "tokamax")
+    assert fake.used == ["mosaic"] * 3
+
+
+def test_what_auto_takes(monkeypatch):
+    """An accelerator's own kernels, or a warning that every row meets every expert."""
+    assert here() == "ragged"  # tests run on CPUs
+    _tokamax(monkeypatch)
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
+    assert here() == "tokamax"
+    monkeypatch.setattr(jax, "device_count", lambda: 2)
+    with pytest.warns(UserWarning, match="every row by every expert.*one device only"):
+        assert here() == "ragged"
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.warns(
+        UserWarning, match=r"every row by every expert.*pip install 'moejax\[kernels\]'"
+    ):
+        assert here() == "ragged"
 
 
 def test_bad_input():

@@ -6,7 +6,9 @@ Groups follow each other in row order: the first group_sizes_E[0] rows belong to
 on. One contract, several implementations in a table; a test suite runs over all of them.
 """
 
+import importlib.util
 import types
+import warnings
 from collections.abc import Callable, Mapping
 
 import jax
@@ -40,8 +42,9 @@ def grouped_matmul(
       x_RD: (R, D) rows sorted by expert, float32, bfloat16 or (with x64) float64.
       w_EDF: (E, D, F) one matrix per expert, of the same dtype.
       group_sizes_E: (E,) integers >= 0, rows of each expert; their sum is at most R.
-      implementation: a key of IMPLEMENTATIONS. On CPU none of them is fast: the expert FFN has a path of its
-        own there (`moejax.moe.windowed_ffn`), which the config's 'auto' takes.
+      implementation: a key of IMPLEMENTATIONS; `here()` is the fast one of an accelerator. On CPU none is
+        fast: the expert FFN has a path of its own there (`moejax.moe.windowed_ffn`), which the config's 'auto'
+        takes.
 
     Returns:
       y_RF of x_RD's dtype, accumulated in float32 or better. Rows past sum(group_sizes_E) are zero,
@@ -61,6 +64,27 @@ def grouped_matmul(
     # marked as varying here, outside the stated gradient, so that JAX sums their gradients over
     # those axes.
     return IMPLEMENTATIONS[implementation](*vary_together(x_RD, w_EDF, group_sizes_E))
+
+
+def here() -> str:
+    """The implementation that 'auto' takes where the program is traced, on anything but a CPU.
+
+    XLA computes a ragged product on a GPU as a dense one, every row by every expert; this says so where it is
+    all there is.
+    """
+    if jax.default_backend() != "gpu":
+        return "ragged"  # native on a TPU
+    if jax.device_count() == 1 and importlib.util.find_spec("tokamax"):
+        return "tokamax"
+    way_out = (
+        "pip install 'moejax[kernels]' brings kernels that multiply it by its own"
+        if jax.device_count() == 1
+        else "the kernels that multiply it by its own work on one device only"
+    )
+    warnings.warn(
+        f"experts on a GPU: XLA multiplies every row by every expert; {way_out}", stacklevel=2
+    )
+    return "ragged"
 
 
 def _check(x_RD, w_EDF, group_sizes_E):

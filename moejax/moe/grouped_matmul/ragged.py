@@ -22,9 +22,9 @@ def _dimensions(lhs: int, rhs: int, group_dimensions: list[int]):
     )
 
 
-_CONTRACT_D = _dimensions(1, 1, [0])  # x_RD, w_EDF -> y_RF
-_CONTRACT_F = _dimensions(1, 2, [0])  # y_RF, w_EDF -> x_RD
-_CONTRACT_ROWS = _dimensions(0, 0, [])  # x_RD, y_RF -> w_EDF
+CONTRACT_D = _dimensions(1, 1, [0])  # x_RD, w_EDF -> y_RF
+CONTRACT_F = _dimensions(1, 2, [0])  # y_RF, w_EDF -> x_RD
+CONTRACT_ROWS = _dimensions(0, 0, [])  # x_RD, y_RF -> w_EDF
 
 
 def products_of(ragged_dot_general: Callable) -> Products:
@@ -41,11 +41,11 @@ def products_of(ragged_dot_general: Callable) -> Products:
 
     def outer(x_RD, y_RF, group_sizes_E):
         x_RD, y_RF = _masked(x_RD, group_sizes_E), _masked(y_RF, group_sizes_E)
-        return call(x_RD, y_RF, group_sizes_E, _CONTRACT_ROWS)
+        return call(x_RD, y_RF, group_sizes_E, CONTRACT_ROWS)
 
     return Products(
-        matmul=functools.partial(rows_product, _CONTRACT_D),
-        matmul_transposed=functools.partial(rows_product, _CONTRACT_F),
+        matmul=functools.partial(rows_product, CONTRACT_D),
+        matmul_transposed=functools.partial(rows_product, CONTRACT_F),
         outer=outer,
     )
 
