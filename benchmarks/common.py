@@ -114,6 +114,18 @@ def row(
     }
 
 
+def less(long: Seconds, short: Seconds) -> Seconds:
+    return Seconds(*(a - b for a, b in zip(long, short)))
+
+
+def beside(what: str, tokens: int, seconds: dict, goal: float) -> dict:
+    """moejax against the fastest of the others, in tokens per second."""
+    ours = seconds["moejax"]
+    wall, cpu = (min(s[k] for n, s in seconds.items() if n != "moejax") / ours[k] for k in (0, 1))
+    speeds = ", ".join(f"{n} {tokens / s.wall:.0f}" for n, s in seconds.items())
+    return row(what, wall, goal, f"tokens/s: {speeds}; by CPU time {cpu:.2f}", least=True)
+
+
 def print_table(rows: Sequence[Mapping[str, Any]]) -> None:
     """Rows (dicts with the same keys) as a Markdown table."""
     columns = list(rows[0])

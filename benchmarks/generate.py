@@ -50,27 +50,17 @@ def against_torch(sizes: dict, prompt: int, new: int, batches, repeats: int) -> 
         }
         t = common.side_by_side(functions, repeats)
         prefill = {"moejax": t["moejax", 1], **{i: t[i, 0] for i in IMPLEMENTATIONS}}
-        decode = {i: less(t[i, new], t[i, 1]) for i in ("moejax", *IMPLEMENTATIONS)}
+        decode = {i: common.less(t[i, new], t[i, 1]) for i in ("moejax", *IMPLEMENTATIONS)}
         where = f"batch {batch}, prompt {prompt}"
         rows.append(
-            row(f"decode {new - 1} tokens, {where}", batch * (new - 1), decode, decode_goal)
+            common.beside(
+                f"decode {new - 1} tokens, {where}", batch * (new - 1), decode, decode_goal
+            )
         )
         if prefill_goal:
-            rows.append(row(f"prefill, {where}", batch * prompt, prefill, prefill_goal))
+            rows.append(common.beside(f"prefill, {where}", batch * prompt, prefill, prefill_goal))
     peer.close()
     return rows
-
-
-def less(long: common.Seconds, short: common.Seconds) -> common.Seconds:
-    return common.Seconds(*(a - b for a, b in zip(long, short)))
-
-
-def row(what: str, tokens: int, seconds: dict, goal: float) -> dict:
-    """moejax against the fastest of the others, in tokens per second."""
-    ours = seconds["moejax"]
-    wall, cpu = (min(s[k] for n, s in seconds.items() if n != "moejax") / ours[k] for k in (0, 1))
-    speeds = ", ".join(f"{n} {tokens / s.wall:.0f}" for n, s in seconds.items())
-    return common.row(what, wall, goal, f"tokens/s: {speeds}; by CPU time {cpu:.2f}", least=True)
 
 
 def speculation(sizes: dict, new: int, steps: int, repeats: int) -> list[dict]:
@@ -91,10 +81,10 @@ def speculation(sizes: dict, new: int, steps: int, repeats: int) -> list[dict]:
             for n in (1, new)
         }
         t = common.side_by_side(functions, repeats)
-        spent = {name: less(t[name, new], t[name, 1]) for name in ("moejax", "plain")}
+        spent = {name: common.less(t[name, new], t[name, 1]) for name in ("moejax", "plain")}
         accepted = f"{stats.accepted / stats.passes:.0%} accepted"
         what = f"speculative / plain decoding, batch {batch}, {accepted}"
-        out.append(row(what, batch * (new - 1), spent, 1.0))
+        out.append(common.beside(what, batch * (new - 1), spent, 1.0))
     return out
 
 

@@ -27,15 +27,15 @@ import numpy as np
 from absl import app, flags
 
 from benchmarks import common
+from benchmarks.random_weights import random_params
 from moejax.config import ComputeConfig, DataConfig, ExperimentConfig, ModelConfig
 from moejax.data import load_tokenizer
 from moejax.evals.generate import Stats, generate, prepare
 from moejax.models import transformer
 from moejax.models.zoo import load_preset
-from moejax.params import map_specs
 from moejax.runs import folder as run_folder
 from moejax.runs.checkpoint import Checkpoints
-from moejax.weights import FORMATS, quantized_like
+from moejax.weights import FORMATS
 
 LAYERS = flags.DEFINE_integer("layers", 2, "One of them is dense; with --whole all, unless given.")
 FORMS = flags.DEFINE_list("forms", ["float32", "bfloat16", *FORMATS], "Forms of the matrices.")
@@ -63,34 +63,6 @@ def config() -> ModelConfig:
     moe = dataclasses.replace(cfg.moe, num_experts=8, d_expert=32)
     attention = dataclasses.replace(cfg.attention, num_heads=2, num_kv_heads=2, head_dim=32)
     return dataclasses.replace(cfg, d_model=64, d_ff=64, moe=moe, attention=attention)
-
-
-def random_params(cfg: ModelConfig, form: str) -> dict:
-    """Weights of the model, its matrices in a form, made in it. One random matrix stands in every place of a
-    stack: only where it is read from matters."""
-
-    def make(shape, dtype):
-        dtype = jnp.dtype(dtype)
-        if jnp.issubdtype(dtype, jnp.floating):
-            one = lambda key: 0.02 * jax.random.normal(key, shape[-2:], dtype)  # noqa: E731
-        else:
-            kind = jnp.uint8
-            one = lambda key: jax.random.bits(key, shape[-2:], kind).astype(dtype)  # noqa: E731
-        return jax.jit(lambda key: jnp.broadcast_to(one(key), shape))(jax.random.key(0))
-
-    def leaf(spec):
-        if spec.role in ("router", "vector") or spec.init != "normal":
-            return jnp.ones(spec.shape) if spec.init == "ones" else make(spec.shape, jnp.float32)
-        if spec.role != "matrix":
-            return make(spec.shape, jnp.bfloat16 if form != "float32" else jnp.float32)
-        if form not in FORMATS:
-            return make(spec.shape, form)
-        how = FORMATS[form].of(spec.shape[-2])
-        assert how is not None
-        w = quantized_like(spec.shape, how, make)
-        return dataclasses.replace(w, scale=w.scale * 0.01)
-
-    return map_specs(leaf, transformer.param_specs(cfg))
 
 
 def bytes_of_token(params: dict, cfg: ModelConfig) -> tuple[int, int]:

@@ -1,7 +1,8 @@
-"""The torch side of `benchmarks.step` and `benchmarks.generate`: transformers' Qwen2-MoE, on request.
+"""The torch side of `benchmarks.step`, `.generate` and `.full_width`: a model of transformers, on request.
 
-Run by an interpreter that has torch and transformers; it imports nothing else. Reads requests from standard
-input, one a line, and answers with seconds of wall clock and of processor time:
+`--sizes` are those of a Qwen2-MoE, or {"hf": the fields of a config.json, "dtype": ..}. Run by an interpreter
+that has torch and transformers; it imports nothing else. Reads requests from standard input, one a line, and
+answers with seconds of wall clock and of processor time:
 
     step IMPLEMENTATION ROWS LENGTH                a training step (forward, backward, clipping, AdamW)
     generate IMPLEMENTATION ROWS PROMPT NEW        greedy; NEW = 0: only the pass that fills the cache
@@ -21,6 +22,22 @@ import transformers
 
 
 def build(sizes: dict, implementation: str):
+    torch.manual_seed(0)
+    if "hf" in sizes:
+        fields = dict(sizes["hf"])
+        config = transformers.AutoConfig.for_model(fields.pop("model_type"), **fields)
+        config._experts_implementation = implementation
+        dtype = getattr(torch, sizes["dtype"])
+        model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
+    else:
+        model = build_qwen2_moe(sizes, implementation)
+    used = model.config._experts_implementation
+    if used != implementation:
+        raise SystemExit(f"transformers uses {used!r} experts, not {implementation!r}")
+    return model
+
+
+def build_qwen2_moe(sizes: dict, implementation: str):
     config = transformers.Qwen2MoeConfig(
         vocab_size=sizes["vocab_size"],
         hidden_size=sizes["d_model"],
@@ -40,12 +57,7 @@ def build(sizes: dict, implementation: str):
         pad_token_id=0,
     )
     config._experts_implementation = implementation
-    torch.manual_seed(0)
-    model = transformers.Qwen2MoeForCausalLM(config)
-    used = model.config._experts_implementation
-    if used != implementation:
-        raise SystemExit(f"transformers uses {used!r} experts, not {implementation!r}")
-    return model
+    return transformers.Qwen2MoeForCausalLM(config)
 
 
 def training(sizes: dict, implementation: str):
@@ -73,7 +85,8 @@ def generation(sizes: dict, implementation: str):
 
     @torch.inference_mode()
     def generate(rows: int, prompt: int, new: int):
-        tokens = torch.randint(sizes["vocab_size"], (rows, prompt))
+        vocabulary = model.config.vocab_size
+        tokens = torch.randint(vocabulary, (rows, prompt))
         if new:
             out = model.generate(tokens, max_new_tokens=new, do_sample=False)
             assert out.shape == (rows, prompt + new)

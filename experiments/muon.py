@@ -17,6 +17,7 @@ def get_sweep():
     return {
         "variants": {
             **{f"adamw-{r}": {"optimizer.learning_rate": r} for r in (0.002, 0.004)},
+            "adamw-longer": {"train.steps": 375},
             **{f"muon-{r}": muon | {"optimizer.learning_rate": r} for r in (0.002, 0.004)},
         },
         "seeds": (0, 1, 2),

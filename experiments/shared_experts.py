@@ -20,6 +20,8 @@ def get_sweep():
                 "model.moe.d_shared": n * WIDTH,
                 "model.moe.num_experts": EXPERTS + 1 - n,
                 "model.moe.experts_per_token": PER_TOKEN + 1 - n,
+                # One weight divided by itself would be 1, and tell the router nothing.
+                "model.moe.router.normalize_weights": n < PER_TOKEN,
             }
             for n in (0, 1, 2, 4)
         },

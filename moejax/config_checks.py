@@ -219,6 +219,22 @@ def experiment_problems(cfg: ExperimentConfig) -> list[str]:
     return out
 
 
+def training_doubts(cfg: ExperimentConfig) -> list[str]:
+    """What may be meant, but not in training."""
+    moe, router = cfg.model.moe, cfg.model.moe.router
+    if (
+        cfg.model.router is not None
+        and moe.experts_per_token == 1 < moe.num_experts
+        and getattr(router, "normalize_weights", False)
+    ):
+        return [
+            "model.moe.experts_per_token=1 with model.moe.router.normalize_weights=True: the one weight is "
+            "always 1, so the router learns from balancing alone, and nothing from the text; "
+            "model.moe.router.normalize_weights=False would teach it"
+        ]
+    return []
+
+
 def _optimizer_problems(o: OptimizerConfig) -> list[str]:
     out = Problems()
     mine = READS.get(o.name)

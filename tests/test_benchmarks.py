@@ -47,12 +47,21 @@ def test_the_gpu_script_runs_on_a_cpu_and_says_what_failed(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     tables = {t["title"]: t["rows"] for t in json.loads(output.read_text())}
-    assert len(tables) == 6
+    assert len(tables) == 7
     # bfloat16 rounds each product of 16 or 64 terms once, to 8 bits: 2^-8 of the largest and a little more.
     errors = [float(r["relative error"]) for r in tables["Grouped products"]]
     assert len(errors) == 6 and max(errors) < 0.01
     failed = [r for rows in tables.values() for r in rows if r.get("failed")]
     assert [r["attention"] for r in failed] == ["cuDNN"]  # there is none on a CPU
+
+
+def test_full_width_needs_a_python_with_torch():
+    """It builds its own model first: all but the peer."""
+    command = [sys.executable, "-m", "benchmarks.full_width", "--tiny", "--dtypes=float32"]
+    done = subprocess.run(
+        [*command, "--torch_python=/bin/false"], cwd=ROOT, env=ENV, capture_output=True, text=True
+    )
+    assert done.returncode and "--torch_python=PATH" in done.stderr
 
 
 @pytest.mark.product

@@ -10,7 +10,7 @@ from flat import change, put
 
 from moejax.attention import ATTENTIONS
 from moejax.config import ConfigError, ExperimentConfig, MoEConfig
-from moejax.config_checks import model_problems
+from moejax.config_checks import model_problems, training_doubts
 from moejax.config_io import (
     from_config_dict,
     from_stored,
@@ -244,6 +244,18 @@ def test_a_router_of_ones_own_is_checked_like_the_others(monkeypatch):
     monkeypatch.setitem(ROUTERS, "own", wrong)
     (line,) = problems(own)
     assert line.startswith("a special expert of 'own'='zeroo': did you mean 'zero'?")
+
+
+def test_a_router_that_learns_nothing_from_the_text():
+    cfg = change(ExperimentConfig(), num_experts=8, d_expert=8, normalize_weights=True)
+    assert training_doubts(cfg) == []
+    one = put(cfg, "model.moe.experts_per_token", 1)
+    (line,) = training_doubts(one)
+    assert "always 1" in line and "normalize_weights=False would teach it" in line
+    assert training_doubts(change(one, normalize_weights=False)) == []
+    assert training_doubts(put(one, "model.moe.num_experts", 1)) == []  # nothing to learn
+    assert training_doubts(with_router(one, "soft_moe")) == []
+    assert training_doubts(ExperimentConfig()) == []  # dense
 
 
 def test_options_without_a_router():

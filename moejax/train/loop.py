@@ -12,6 +12,7 @@ import jax
 
 from moejax import user_cache
 from moejax.config import ConfigError, ExperimentConfig
+from moejax.config_checks import training_doubts
 from moejax.cost.receipt import RunPlan, model_flops_per_token, plan_run
 from moejax.data import (
     Corpus,
@@ -117,6 +118,8 @@ def train(
                 folder.check_corpus(workdir, corpus.manifest)
                 files = base.files if base else None
                 folder.claim_workdir(workdir, cfg, tokenizer, corpus.manifest, files)
+        for doubt in training_doubts(cfg):
+            processes.say(f"warning: {doubt}")
         index, parts = rows_here(layout, cfg.data.batch_size, cfg.data.seq_len)
         most = cfg.train.eval_batches * cfg.data.batch_size
         session = Session(

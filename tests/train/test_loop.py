@@ -35,6 +35,7 @@ from moejax.data.vocabulary import expected_tokens, with_vocabulary
 from moejax.routers import router_options
 from moejax.runs import lock, provenance
 from moejax.runs.open import load_run
+from moejax.train import loop
 from moejax.train.loop import Diverged, train
 from moejax.train.signals import StopRequest
 
@@ -137,8 +138,10 @@ def test_a_run_that_began_in_memory_goes_on_with_kept_tokens(
     train(dataclasses.replace(cfg, train=dataclasses.replace(cfg.train, steps=2)), workdir)
     monkeypatch.delenv(user_cache.SWITCH)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(loop, "training_doubts", lambda cfg: ["a doubt"])
     results = [train(cfg, workdir), train(cfg, workdir)]  # the second one is finished
     said = capsys.readouterr().out
+    assert "warning: a doubt" in said
     assert f"tokens of vowels, digits: read from {tmp_path}/cache/moejax/text, prepared" in said
     assert results == [finished[1]] * 2
     for step, row in finished[2]["train"].items():
