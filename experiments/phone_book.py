@@ -4,10 +4,13 @@ grows?
     python experiments/phone_book.py runs/phone_book.jsonl
     moejax sweep --config=experiments/phone_book.py --workdir=runs/phone_book --jobs=2
 
-The first command writes a phone book: 20,000 made-up names, each with seven random digits, in pages of 16
-random entries. A number cannot be guessed: it takes 7 log2(10) = 23.3 bits, or none if it is remembered.
-Every entry is on many pages, so held-out pages have known entries, and the held-out loss says how many bits
-of a number are missing: what a model without any memory loses per entry, less what this one loses.
+The first command writes a phone book: 1,000 made-up names, each with seven random digits, in pages of 16
+random entries. Neither can be guessed. Every entry is on many pages, so held-out pages have known entries.
+Who knows the alphabet of names and nothing else loses 3 ln 70 + 7 ln 10 = 28.9 nats for an entry of 15 bytes,
+1.924 a byte; who knows the book loses ln 1000 = 6.9, 0.461 a byte. In between, an entry's remembered bits are
+15 (1.924 - loss) / ln 2, of 31.7.
+
+Muon trains here: it learns the book several times as fast as AdamW.
 
 `dense` and `experts-E` use the same hidden units for each token; `experts-E` has E times as many routed
 ones.
@@ -25,7 +28,7 @@ from small import get_config as small_config
 
 from moejax.config_io import from_config_dict, to_config_dict
 
-ENTRIES, PAGES, PER_PAGE = 20_000, 30_000, 16
+ENTRIES, PAGES, PER_PAGE = 1_000, 8_000, 16
 BOOK = "runs/phone_book.jsonl"
 
 
@@ -43,7 +46,10 @@ def get_config(variant: str = "moe"):
                 seq_len=256,
                 validation_fraction=0.02,
             ),
-            train=dataclasses.replace(cfg.train, steps=600, eval_every=600, checkpoint_every=600),
+            optimizer=dataclasses.replace(
+                cfg.optimizer, name="muon", consistent_rms=0.2, learning_rate=0.004
+            ),
+            train=dataclasses.replace(cfg.train, steps=400, eval_every=400, checkpoint_every=400),
         )
     )
 
