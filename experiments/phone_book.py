@@ -15,7 +15,18 @@ Muon trains here: it learns the book several times as fast as AdamW.
 `dense` and `experts-E` use the same hidden units for each token; `experts-E` has E times as many routed
 ones.
 
-Not run yet.
+Result, seeds 0 to 2, held-out loss (interval of the difference: Student's t, 95%, paired by seed):
+
+                loss    bits of 31.7  parameters  beside dense
+    dense       0.7204  26.0          0.632M
+    experts-4   0.8159  24.0          0.633M      +0.096 (-0.045 .. +0.236)
+    experts-16  0.7562  25.3          1.226M      +0.036 (-0.171 .. +0.242)
+    experts-64  0.7345  25.7          3.598M      +0.014 (-0.291 .. +0.319)
+
+More experts remember more, but no mixture remembers more than the dense model: what limits memory here are
+the steps, and not the parameters, of which even the dense model has 20 for each bit of the book. `experts-4`,
+which uses all of its experts, is worse than dense with every seed. A book that fills the dense model would be
+a hundred times as large, and so would the run. A run takes 165 to 260 s on one core.
 """
 
 import dataclasses
