@@ -16,8 +16,8 @@ At equal compute the mixture wins with every seed, by 0.01 to 0.21; at equal tim
 two seeds of three. The mixture's seeds differ four times as much as the dense model's, so three settle neither:
 by what they show it takes twelve at equal compute, and some forty at equal time.
 
-At three sizes, 0.2 to 5.1 TFLOPs, a mixture is worth 1.01 to 1.09 times the compute and 0.76 to 0.88 times the time
-(`moejax ladder --config=experiments/mixture_against_dense.py --workdir=runs/ladder
+At three sizes, 0.2 to 5.1 TFLOPs, a mixture is worth 1.01 to 1.09 times the compute and 0.76 to 0.88 times the
+time (`moejax ladder --config=experiments/mixture_against_dense.py --workdir=runs/ladder
 --variants=dense,moe --heads=1,2,3 --ratio=3 --seeds=0,1 --jobs=2`).
 """
 
