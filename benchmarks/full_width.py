@@ -29,7 +29,7 @@ from moejax.models.zoo import config_to_hf, load_preset
 PRESETS = flags.DEFINE_list("presets", ["deepseek-v2-lite", "qwen1.5-moe-a2.7b"], "Models.")
 LAYERS = flags.DEFINE_integer("layers", 2, "Of each; DeepSeek's first one is dense.")
 DTYPES = flags.DEFINE_list("dtypes", ["float32", "bfloat16"], "Of weights and computation.")
-PROMPT = flags.DEFINE_integer("prompt", 512, "Tokens of the prompt.")
+PROMPT = flags.DEFINE_integer("prompt", 512, "Tokens of the prompt; of a batch at most 32.")
 NEW = flags.DEFINE_integer("new", 17, "Tokens to generate.")
 TORCH = flags.DEFINE_string(
     "torch_python", sys.executable, "A Python that has torch and transformers."
@@ -64,14 +64,13 @@ def measure(preset: str, dtype: str) -> list[dict]:
     peer, new, rows = Torch(TORCH.value, {"hf": hf, "dtype": dtype}), NEW.value, []
     print(f"peer: {peer.versions}", flush=True)
     for batch, (decode_goal, prefill_goal) in GOALS.items():
-        prompts = (
-            np.random.default_rng(0).integers(0, cfg.vocab_size, (batch, PROMPT.value)).tolist()
-        )
+        prompt = PROMPT.value if prefill_goal else min(PROMPT.value, 32)
+        prompts = np.random.default_rng(0).integers(0, cfg.vocab_size, (batch, prompt)).tolist()
         ours = functools.partial(generate, params, state, cfg, prompts, compute=compute)
         functions = {("moejax", n): functools.partial(ours, n) for n in (1, new)} | {
-            (i, n): peer.timer("generate", i, batch, PROMPT.value, n)
+            (i, n): peer.timer("generate", i, batch, prompt, n)
             for i in IMPLEMENTATIONS
-            for n in (0, 1, new)
+            for n in ((0, 1, new) if prefill_goal else (1, new))
         }
         t = common.side_by_side(functions, REPEATS.value)
         decode = {i: common.less(t[i, new], t[i, 1]) for i in ("moejax", *IMPLEMENTATIONS)}
@@ -80,9 +79,7 @@ def measure(preset: str, dtype: str) -> list[dict]:
         if prefill_goal:
             prefill = {"moejax": t["moejax", 1], **{i: t[i, 0] for i in IMPLEMENTATIONS}}
             rows.append(
-                common.beside(
-                    f"prefill {PROMPT.value}, {where}", batch * PROMPT.value, prefill, prefill_goal
-                )
+                common.beside(f"prefill {prompt}, {where}", batch * prompt, prefill, prefill_goal)
             )
         print(*rows[-1 - bool(prefill_goal) :], sep="\n", flush=True)
     peer.close()
