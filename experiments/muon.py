@@ -21,7 +21,8 @@ least, and its higher rate is the better one, so neither rate is its best yet. I
 these questions.
 
 A profile puts Muon's update at a quarter of a step on two cores: `moejax train --config=experiments/small.py
---workdir=runs/profile --profile=30:33 --config.optimizer.name=muon --config.optimizer.consistent_rms=0.2`.
+--workdir=runs/profile --config.train.steps=40 --profile=30:33 --config.optimizer.name=muon
+--config.optimizer.consistent_rms=0.2`.
 """
 
 from small import get_config as get_config

@@ -19,7 +19,7 @@ ALL = "all"  # the layer kind where all layers are alike
 
 
 class Where(NamedTuple):
-    """Where the tokens stand.
+    """Where the tokens stand. Tokens of a document lie next to each other, in order.
 
     Attributes:
       positions_BS: position of each token within its document.

@@ -254,7 +254,7 @@ def forward(
       cfg: the model (static).
       compute: how it is computed (static); None: in float32, scanned.
       objective: what it is trained for (static); None: it is not, so no losses, and no route is dropped.
-      positions_BS: within each document; 0, 1, 2, .. if None.
+      positions_BS: within each document, whose tokens lie next to each other, in order; 0, 1, 2, .. if None.
       segment_ids_BS: document of each token (0 = padding); None: one document per row.
       mask_BS: 1 = token, 0 = padding; None: from segment_ids_BS, else all ones. Without segment_ids_BS, and in
         a prefill, padding stands behind the tokens: ValueError if not, unless the values are traced.

@@ -24,9 +24,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from moejax.__main__ import main
 from moejax.commands import export, import_
-from moejax.config import (
-    ConfigError,
-)
+from moejax.config import ConfigError
 from moejax.data import load_corpus, validation_batches
 from moejax.interop import convert
 from moejax.runs import provenance

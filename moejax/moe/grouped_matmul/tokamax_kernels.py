@@ -3,8 +3,8 @@
 An optional extra: `pip install 'moejax[kernels]'`. Imported when first used. tokamax reads the default device,
 so a program for a GPU has to be lowered where there is one.
 
-tokamax ships the best tiles for a few shapes, and takes small ones for all others, which are two to three times
-slower. So on Hopper the tiles of its Mosaic kernel are named here.
+tokamax ships the best tiles for a few shapes, and takes small and slow ones for all others. So on Hopper the
+tiles of its Mosaic kernel are named here.
 
 On several GPUs these kernels are not used: they do not say how their results vary over a mesh, which
 `jax.shard_map` needs to know.
@@ -89,7 +89,7 @@ def _ragged_dot_general(on_gpu, a, b, group_sizes_E, dimensions, *, preferred_el
         if "Unknown implementation" not in str(e):
             raise
         warnings.warn(
-            "tokamax has no Triton kernels here: gradients of expert weights take several times as long. "
+            "tokamax has no Triton kernels here: gradients of expert weights take longer. "
             "pip install jax-triton",
             stacklevel=2,
         )
@@ -109,7 +109,7 @@ def _hopper_mosaic() -> Any:
     except (ImportError, AttributeError, TypeError, ValueError) as e:
         warnings.warn(
             f"tokamax {importlib.metadata.version('tokamax')} does not take tiles as 0.0.17 does ({e}): "
-            "experts may be two to three times slower",
+            "experts may be slower",
             stacklevel=2,
         )
         return "mosaic"
