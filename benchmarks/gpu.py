@@ -26,7 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import app, flags
 
-from benchmarks import common
+from benchmarks import common, gpu_checks
 from benchmarks import moe_layer as layers
 from benchmarks.training import moejax_step
 from moejax.attention.contract import Call, Where
@@ -42,7 +42,7 @@ from moejax.config import (
 from moejax.cost.receipt import model_flops_per_token
 from moejax.evals.generate import Stats, generate, prepare
 from moejax.models import transformer
-from moejax.moe.grouped_matmul import grouped_matmul, here, ragged, tokamax_kernels
+from moejax.moe.grouped_matmul import here, ragged, tokamax_kernels
 from moejax.moe.grouped_matmul.products import Products
 from moejax.params import abstract_params
 
@@ -166,79 +166,10 @@ def kernels() -> dict[str, Products]:
 
 
 def checks(s: Sizes) -> Iterator[dict]:
-    """What the kernels compute, with gradients, beside float32: groups that are empty or end inside a tile,
-    widths of no whole tile, few rows; documents and windows of attention."""
+    """What the kernels compute, with gradients, beside float32."""
     del s
-    for sizes, d, f in (
-        ((300, 1, 0, 129, 265), 128, 256),
-        ((0, 0, 40), 192, 64),
-        ((3, 17, 9, 1, 2), 8, 12),
-        ((1, 0, 1, 0, 0, 1), 256, 128),
-    ):
-        for dtype in (jnp.bfloat16, jnp.float32):
-            line = {"what": f"groups {sizes}, {d} -> {f}", "dtype": jnp.dtype(dtype).name}
-            yield line | tried(groups_error, sizes, d, f, dtype)
-    for width, v_width, window in (
-        (128, 128, None),
-        (128, 128, 100),
-        (64, 64, None),
-        (192, 128, None),
-    ):
-        line = {"what": f"attention {width}/{v_width}, window {window}", "dtype": "bfloat16"}
-        yield line | tried(attention_error, width, v_width, window)
-
-
-def groups_error(sizes, d: int, f: int, dtype) -> dict:
-    rows, sizes_E = (
-        8 * (sum(sizes) // 8 + 1),
-        jnp.asarray(sizes, jnp.int32),
-    )  # the last are no group's
-    shapes = ((rows, d), (len(sizes), d, f), (rows, f))
-    x, w, dy = (jax.random.normal(jax.random.key(i), a).astype(dtype) for i, a in enumerate(shapes))
-
-    def of(name, dtype):
-        call = functools.partial(grouped_matmul, group_sizes_E=sizes_E, implementation=name)
-        y, pull = jax.vjp(call, x.astype(dtype), w.astype(dtype))
-        return y, *pull(dy.astype(dtype))
-
-    with jax.default_matmul_precision("highest"):
-        want = jax.jit(of, static_argnums=(0, 1))("reference", jnp.float32)
-    return _errors(jax.jit(of, static_argnums=(0, 1))(here(), dtype), want, ("y", "dx", "dW"))
-
-
-def attention_error(width: int, v_width: int, window: int | None) -> dict:
-    """Packed documents, 8 query heads on 2 key heads."""
-    rows, length = 2, 1000
-    ends = ((300, 301, 800, length), (length,))
-    ids = [np.searchsorted(e, np.arange(length), side="right") + 1 for e in ends]
-    document_BS = jnp.asarray(np.stack(ids), jnp.int32)
-    starts = [np.concatenate([[0], e])[i - 1] for e, i in zip(ends, ids)]
-    at_BS = jnp.asarray(np.arange(length) - np.stack(starts), jnp.int32)
-    shapes = ((rows, length, 8, width), (rows, 2, length, width), (rows, 2, length, v_width))
-    q, k, v = (jax.random.normal(jax.random.key(i), a, jnp.bfloat16) for i, a in enumerate(shapes))
-    dy = jax.random.normal(jax.random.key(3), (*shapes[0][:3], v_width), jnp.bfloat16)
-
-    def of(block, dtype):
-        def call(q, k, v):
-            where = Where(at_BS, document_BS, None)
-            sight = seen({"k": k, "v": v}, Call(where, window=window)).sight
-            return attend(q, k, v, sight, width**-0.5, block=block)
-
-        y, pull = jax.vjp(call, q.astype(dtype), k.astype(dtype), v.astype(dtype))
-        return y, *pull(dy.astype(dtype))
-
-    with jax.default_matmul_precision("highest"):
-        want = jax.jit(of, static_argnums=(0, 1))(128, jnp.float32)
-    got = jax.jit(of, static_argnums=(0, 1))(0, jnp.bfloat16)
-    return _errors(got, want, ("y", "dq", "dk", "dv"))
-
-
-def _errors(got, want, names) -> dict:
-    """The largest difference over the largest value."""
-    errors = (
-        jnp.abs(g.astype(jnp.float32) - w).max() / jnp.abs(w).max() for g, w in zip(got, want)
-    )
-    return {n: f"{float(e):.1e}" for n, e in zip(names, errors)}
+    for line, error, args in gpu_checks.cases():
+        yield line | tried(error, *args)
 
 
 def products(s: Sizes) -> Iterator[dict]:

@@ -1,14 +1,12 @@
 """Attention by tokamax's kernels (on Hopper FlashAttention-3, 2407.08608), where the one device is a GPU.
 
-They need keys that lie in a row: `Sight.first_BS`. An optional extra: `pip install 'moejax[kernels]'`. On
-several devices the compiler could not split a kernel over a mesh, so blocks are computed there.
+They need keys that lie in a row: `Sight.first_BS`.
 """
-
-import importlib.util
 
 import jax
 import jax.numpy as jnp
 
+from moejax import one_gpu
 from moejax.attention.block_attention import Sight, pad
 
 DTYPES = (jnp.bfloat16, jnp.float16)
@@ -23,9 +21,7 @@ def serves(q_BSNH, v_BMTH, sight: Sight) -> bool:
         and sight.chosen is None
         and q_BSNH.dtype in DTYPES
         and max(q_BSNH.shape[-1], v_BMTH.shape[-1]) <= WIDEST
-        and jax.default_backend() == "gpu"
-        and jax.device_count() == 1
-        and importlib.util.find_spec("tokamax") is not None
+        and one_gpu.has_tokamax()
     )
 
 

@@ -4,6 +4,7 @@ A dense stand-in has its interface; the kernel is checked where there is a GPU: 
 """
 
 import importlib.machinery
+import importlib.util
 import sys
 import types
 
@@ -13,6 +14,7 @@ import numpy as np
 import pytest
 
 from moejax.attention import gpu_kernel
+from moejax.attention.block_attention import block_size
 from moejax.attention.contract import Call, Where
 from moejax.attention.core import attend, seen
 
@@ -114,6 +116,13 @@ def test_sinks_and_blocks_asked_for_are_not_the_kernels(gpu, monkeypatch):
 
 def test_without_tokamax(gpu, monkeypatch):
     monkeypatch.delitem(sys.modules, "tokamax")
-    monkeypatch.setattr(gpu_kernel.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     q, _, v, _ = _arrays()
     assert not gpu_kernel.serves(q, v, _sight())
+
+
+def test_blocks_of_a_gpu(monkeypatch):
+    """Where no kernel serves: larger blocks than on a CPU."""
+    assert block_size(4096) == 256 and block_size(512) == 0
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert block_size(4096) == 1024 and block_size(700) == 0 and block_size(4096, 64) == 64

@@ -4,6 +4,7 @@ oracle."""
 import dataclasses
 import functools
 import importlib.machinery
+import importlib.metadata
 import importlib.util
 import sys
 import types
@@ -18,7 +19,13 @@ import pytest
 from jax.sharding import AxisType, PartitionSpec
 
 from moejax.config import ComputeConfig
-from moejax.moe.grouped_matmul import IMPLEMENTATIONS, grouped_matmul, here
+from moejax.moe.grouped_matmul import (
+    IMPLEMENTATIONS,
+    grouped_matmul,
+    here,
+    ragged,
+    tokamax_kernels,
+)
 from moejax.options import choices_of
 
 # tokamax is an optional extra for accelerators: see `test_tokamax_*` below.
@@ -238,6 +245,9 @@ class Tokamax:
             raise ValueError("Unknown implementation: triton")
         if kernel == "mosaic" and lhs.dtype == jnp.float32:
             raise NotImplementedError("16 bits only")
+        # A tuned shape is looked up by all that it is called with, and forward products were tuned with None.
+        forward = dimensions is ragged.CONTRACT_D
+        assert preferred_element_type == (None if forward else lhs.dtype)
         self.used.append(kernel)
         out = jax.lax.ragged_dot_general(
             lhs, rhs, sizes, dimensions, preferred_element_type=preferred_element_type or lhs.dtype
@@ -291,6 +301,27 @@ def test_tokamax_without_triton(monkeypatch):
     with pytest.warns(UserWarning, match="no Triton kernels here.*pip install jax-triton"):
         _value_and_gradients(*args, "tokamax")
     assert fake.used == ["mosaic"] * 3
+
+
+@pytest.mark.parametrize("capability", ["9.0", "8.0"])
+def test_hopper_has_tiles_of_its_own(capability, monkeypatch):
+    """A kernel with HOPPER_TILES; elsewhere, and with a tokamax that does not take them, tokamax's own."""
+    config = dataclasses.make_dataclass("Config", list(tokamax_kernels.HOPPER_TILES))
+    kernel = types.SimpleNamespace(replace=lambda config: config)
+    api = types.SimpleNamespace(IMPLEMENTATIONS={"mosaic_gpu": kernel})
+    common = types.SimpleNamespace(Config=config)
+    inside = types.ModuleType("tokamax._src.ops.ragged_dot")
+    inside.api, inside.pallas_mosaic_gpu_common = api, common  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, inside.__name__, inside)
+    device = types.SimpleNamespace(compute_capability=capability)
+    monkeypatch.setattr(jax, "devices", lambda: [device])
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: "9.9")
+    chosen = tokamax_kernels._hopper_mosaic.__wrapped__
+    assert chosen() == (config(**tokamax_kernels.HOPPER_TILES) if capability == "9.0" else "mosaic")
+    del common.Config
+    if capability == "9.0":
+        with pytest.warns(UserWarning, match=r"tokamax 9\.9 does not take tiles"):
+            assert chosen() == "mosaic"
 
 
 def test_tokamax_on_a_tpu(monkeypatch):

@@ -6,7 +6,6 @@ Groups follow each other in row order: the first group_sizes_E[0] rows belong to
 on. One contract, several implementations in a table; a test suite runs over all of them.
 """
 
-import importlib.util
 import types
 import warnings
 from collections.abc import Callable, Mapping
@@ -14,6 +13,7 @@ from collections.abc import Callable, Mapping
 import jax
 import jax.numpy as jnp
 
+from moejax import one_gpu
 from moejax.moe.grouped_matmul import ragged, reference, tokamax_kernels
 from moejax.moe.grouped_matmul.products import differentiable
 from moejax.moe.varying import vary_together
@@ -72,10 +72,10 @@ def here() -> str:
     XLA computes a ragged product on a GPU as a dense one, every row by every expert; this says so where it is
     all there is.
     """
+    if one_gpu.has_tokamax():
+        return "tokamax"
     if jax.default_backend() != "gpu":
         return "ragged"  # native on a TPU
-    if jax.device_count() == 1 and importlib.util.find_spec("tokamax"):
-        return "tokamax"
     way_out = (
         "pip install 'moejax[kernels]' brings kernels that multiply it by its own"
         if jax.device_count() == 1

@@ -6,8 +6,7 @@ so a program for a GPU has to be lowered where there is one.
 tokamax ships the best tiles for a few shapes, and takes small and slow ones for all others. So on Hopper the
 tiles of its Mosaic kernel are named here.
 
-On several GPUs these kernels are not used: they do not say how their results vary over a mesh, which
-`jax.shard_map` needs to know.
+They do not say how their results vary over a mesh, which `jax.shard_map` needs to know: see `one_gpu`.
 """
 
 import functools
