@@ -1,6 +1,6 @@
 """What a GPU's kernels compute, with gradients, beside float32: a part of `benchmarks.gpu`.
 
-Groups that are empty or end inside a tile, widths of no whole tile, few rows; documents and windows of attention.
+Groups that are empty or end inside a tile, widths of no whole tile, few rows; documents and windows.
 """
 
 import functools
