@@ -22,6 +22,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
+from moejax import cpu_kernels
+
 _BITS = {"int8": 8, "uint8": 4, "uint16": 16}
 
 
@@ -198,6 +200,9 @@ COLUMNS = 4096
 def dot(x_TD: jax.Array, w: Weight) -> jax.Array:
     """x @ w in x's dtype, (T, F). For a few rows on CPU a quantised matrix is never written out."""
     plain = lambda x_TD, w: jnp.dot(x_TD, w.astype(x_TD.dtype))  # noqa: E731
+    in_bits = is_quantized(w) or x_TD.dtype == jnp.bfloat16
+    if in_bits and cpu_kernels.serve(x_TD, w):
+        return jax.lax.platform_dependent(x_TD, w, cpu=cpu_kernels.dot, default=plain)
     if not is_quantized(w) or x_TD.shape[0] > FEW_ROWS:
         return plain(x_TD, w)
     stack = jax.tree.map(lambda a: a[None], w)

@@ -1,6 +1,7 @@
 """The expert FFNs of routed tokens: y_t = sum_k weight_tk FFN_{e(t,k)}(x_t), over sorted rows.
 
-On CPU one loop does it all (`windowed_ffn`), elsewhere three grouped matmuls; the choice falls at lowering.
+On one CPU compiled products do it where there are any (`compiled_ffn`), else one loop (`windowed_ffn`);
+elsewhere three grouped matmuls. The choice falls at lowering.
 """
 
 import functools
@@ -9,7 +10,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from moejax.moe import few_rows_ffn, windowed_ffn
+from moejax import cpu_kernels
+from moejax.moe import compiled_ffn, few_rows_ffn, windowed_ffn
 from moejax.moe.experts import Activation, Params
 from moejax.moe.grouped_matmul import grouped_matmul, here
 from moejax.moe.rows import SortedRoutes, take, to_rows, to_tokens
@@ -67,6 +69,8 @@ def _by_platform(params, stack, x_TD, weights_TK, routes, act):
 
     def few(params, stack, x_TD, weights_TK, routes):
         rows = _rows(params, stack, x_TD, weights_TK, routes)
+        if cpu_kernels.serve(x_TD, params):
+            return to_tokens(compiled_ffn.forward(*rows, act)[0], routes)
         return few_rows_ffn.forward(*rows, act)
 
     def grouped(*args):
@@ -78,7 +82,7 @@ def _by_platform(params, stack, x_TD, weights_TK, routes, act):
 def _by_platform_forward(params, stack, x_TD, weights_TK, routes, act):
     def windowed(params, stack, x_TD, weights_TK, routes):
         rows = _rows(params, stack, x_TD, weights_TK, routes)
-        y_RD, inputs = windowed_ffn.forward(*rows, act)
+        y_RD, inputs = _on_cpu(x_TD, params).forward(*rows, act)
         return to_tokens(y_RD, routes), inputs
 
     grouped = functools.partial(_grouped_forward, act)
@@ -90,7 +94,7 @@ def _by_platform_forward(params, stack, x_TD, weights_TK, routes, act):
 def _by_platform_backward(act, residuals, dy_TD):
     def windowed(params, stack, x_TD, weights_TK, routes, inputs, dy_TD):
         rows = _rows(params, stack, x_TD, weights_TK, routes)
-        return windowed_ffn.backward(*rows, inputs, dy_TD, act)
+        return _on_cpu(x_TD, params).backward(*rows, inputs, dy_TD, act)
 
     grouped = functools.partial(_grouped_backward, act)
     dparams, dx_RD, dweight_R = _choose(windowed, grouped, *residuals, dy_TD)
@@ -99,6 +103,10 @@ def _by_platform_backward(act, residuals, dy_TD):
 
 
 _by_platform.defvjp(_by_platform_forward, _by_platform_backward)
+
+
+def _on_cpu(x_TD, params):
+    return compiled_ffn if cpu_kernels.serve(x_TD, params) else windowed_ffn
 
 
 def _choose(windowed, grouped, *args):

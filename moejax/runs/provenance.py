@@ -17,6 +17,7 @@ from collections.abc import Mapping
 
 import jax
 
+from moejax import cpu_kernels
 from moejax.runs import folder
 from moejax.runs.metrics import append_line
 from moejax.text import Table
@@ -45,6 +46,7 @@ def start(workdir: pathlib.Path, step: int, origin: Mapping[str, str]) -> None:
         "platform": device.platform,
         "devices": jax.device_count(),
         "processes": jax.process_count(),
+        "cpu_kernels": cpu_kernels.here(),
         **origin,
     }
     append_line(workdir / folder.PROVENANCE, row)
@@ -107,7 +109,8 @@ def table(workdir: pathlib.Path) -> Table | None:
         ended = after if after.get("kind") == "end" else {}
         code = str(row.get("commit") or f"moejax {row.get('moejax')}")[:12]
         versions = ", ".join(f"{n} {row.get(n)}" for n in ("jax", "jaxlib", "optax"))
-        devices = f"{row.get('devices')} x {row.get('device')}"
+        kernels = " with compiled kernels" if row.get("cpu_kernels") else ""
+        devices = f"{row.get('devices')} x {row.get('device')}{kernels}"
         body.append(
             (
                 str(row.get("time")),
