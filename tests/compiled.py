@@ -1,5 +1,6 @@
 """Tests' way to the compiled kernels, which one device alone takes: here there are eight."""
 
+import jax
 import pytest
 
 from moejax import cpu_kernels
@@ -12,3 +13,13 @@ def compiled(monkeypatch):
     if not build.load():
         pytest.skip("no C++ compiler")
     monkeypatch.setattr(cpu_kernels, "here", lambda: True)
+    jax.clear_caches()  # programs that were traced without them
+    yield
+    jax.clear_caches()
+
+
+@pytest.fixture(params=["plain", "compiled"])
+def either(request):
+    """The test once without them and once with them."""
+    if request.param == "compiled":
+        request.getfixturevalue("compiled")

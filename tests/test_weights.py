@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from compiled import compiled, either  # noqa: F401
 
 from moejax import weights
 from moejax.config import ComputeConfig, MoEConfig
@@ -131,7 +132,7 @@ def test_the_head_as_bits(rows):
 
 @pytest.mark.parametrize("tokens, implementation", [(3, "auto"), (40, "auto"), (40, "reference")])
 @pytest.mark.parametrize("name", ["bfloat16", *FORMATS])
-def test_experts(name, tokens, implementation):
+def test_experts(name, tokens, implementation, either):  # noqa: F811
     """A few rows and many (the two paths of a CPU), and grouped products: as each token through its experts one
     by one; so is the gradient of tokens and weights, and a quantised matrix has none. Sums of order 1 in
     float32, and bfloat16's products in it too: 1e-4."""
@@ -182,7 +183,7 @@ def model():
 
 
 @pytest.mark.parametrize("name", ["int4", pytest.param("int8", marks=pytest.mark.product)])
-def test_generating_is_as_with_the_matrices_written_out(model, name):
+def test_generating_is_as_with_the_matrices_written_out(model, name, either):  # noqa: F811
     cfg, params = model
     state = transformer.init_router_state(cfg)
     few = quantized(params, cfg, name)
@@ -222,7 +223,7 @@ def results(text):
 
 
 @pytest.mark.parametrize("name", ["float32", "bfloat16", *FORMATS])
-def test_decoding_touches_only_the_experts_of_its_token(model, name):
+def test_decoding_touches_only_the_experts_of_its_token(model, name, either):  # noqa: F811
     """Nothing in the compiled program has the size of one matrix of each of a layer's experts."""
     cfg, params = model
     # Many experts and a small vocabulary: nothing else is as large.

@@ -71,13 +71,6 @@ def assert_close(got, want, scale=1.0):
     chex.assert_trees_all_close(got, want, rtol=1e-4 * scale, atol=2e-5 * scale)
 
 
-@pytest.fixture(autouse=True)
-def _anew():
-    run.clear_cache()  # a program traced with kernels must not serve a test without
-    yield
-    run.clear_cache()
-
-
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_value_and_gradients(compiled, activation, bias):  # noqa: F811
