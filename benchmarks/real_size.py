@@ -2,6 +2,7 @@
 
     python -m benchmarks.real_size                             # a few layers, in every form of a weight
     python -m benchmarks.real_size --whole --quantize=int4     # all 28, from a run on disk
+    python -m benchmarks.real_size --llama_python=PATH         # beside llama.cpp; PATH: a Python that has it
     python -m benchmarks.real_size --tiny                      # seconds; the same code on toy sizes
 
 A few layers: bytes of the weights that a token uses over the time of a token, beside a plain read of memory in
@@ -10,14 +11,19 @@ itself, so in a batch an expert counts once for every row.
 
 All of them: makes a quantised checkpoint of random numbers (9.3 GB in int4, 17 GB in int8), and generates with
 it, each in a process of its own; prints the peak of memory and the tokens per second.
+
+llama.cpp (llama-cpp-python, and gguf to write its file) gets the same sizes in Q8_0 and Q4_0, and as many
+threads. It rounds activations to 8 bits, which moejax does not.
 """
 
 import dataclasses
 import functools
+import json
 import multiprocessing
 import os
 import pathlib
 import shutil
+import subprocess
 import tempfile
 import time
 
@@ -46,6 +52,7 @@ QUANTIZE = flags.DEFINE_enum("quantize", "int4", list(FORMATS), "Of --whole.")
 FOLDER = flags.DEFINE_string("folder", "", "Of --whole; removed at the end [a temporary one].")
 NEW = flags.DEFINE_integer("new", 16, "Tokens to time.")
 REPEATS = flags.DEFINE_integer("repeats", 3, "Timed calls of each.")
+LLAMA = flags.DEFINE_string("llama_python", "", "A Python that has llama_cpp and gguf [without].")
 TINY = flags.DEFINE_bool("tiny", False, "Toy sizes, to test the script.")
 OUTPUT = flags.DEFINE_string("json", "", "Write the results as JSON to this file.")
 
@@ -78,6 +85,33 @@ def resident_bytes() -> int:
     return int(pathlib.Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
+def llama(cfg: ModelConfig, form: str, batches: list[int]) -> dict:
+    """What `llama_peer` prints, for the sizes of `cfg`."""
+    with tempfile.TemporaryDirectory(prefix="llama_") as folder:
+        for write in (True, False):
+            sizes = {
+                "folder": folder,
+                "write": write,
+                "format": form,
+                "batches": batches,
+                "new": NEW.value,
+                "repeats": REPEATS.value,
+                "threads": len(os.sched_getaffinity(0)),
+                "vocab": cfg.vocab_size,
+                "layers": cfg.num_layers,
+                "d_model": cfg.d_model,
+                "d_ff": cfg.d_ff,
+                "heads": cfg.attention.num_heads,
+                "experts": cfg.moe.num_experts,
+                "chosen": cfg.moe.experts_per_token,
+                "shared": cfg.moe.shared_experts,
+                "d_expert": cfg.moe.d_expert,
+            }
+            command = [LLAMA.value, "-m", "benchmarks.llama_peer", json.dumps(sizes)]
+            said = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    return json.loads(said.splitlines()[-1])
+
+
 def plain_read(size: int):
     """A call that reads `size` bytes of memory once."""
     a = jnp.ones((64, size // 256), jnp.float32)
@@ -93,6 +127,7 @@ def layers() -> list[dict]:
     for form in FORMS.value:
         params = random_params(cfg, form)
         shared, of_row = bytes_of_token(params, cfg)
+        ours: dict[int, float] = {}
         params, state = prepare(params, DTYPE.value), transformer.init_router_state(cfg)
         for batch in map(int, BATCHES.value):
             prompts = np.random.default_rng(1).integers(0, cfg.vocab_size, (batch, 8)).tolist()
@@ -111,7 +146,16 @@ def layers() -> list[dict]:
             name = f"{form}, batch {batch}: speed of reading weights / plain read"
             rows.append(common.row(name, speed[1] / speed[0], goal, detail, least=True))
             print(rows[-1], flush=True)
+            ours[batch] = batch / wall
         del params
+        if LLAMA.value and form in FORMATS:
+            peer = llama(cfg, form, list(ours))
+            for batch, theirs in peer["tokens_per_second"].items():
+                mine = ours[int(batch)]
+                name = f"{form}, batch {batch}: tokens/s / llama.cpp"
+                detail = f"{mine:.0f}, {theirs:.0f}; llama-cpp-python {peer['version']}"
+                rows.append(common.row(name, mine / theirs, 1.0, detail, least=True))
+                print(rows[-1], flush=True)
     return rows
 
 
@@ -204,7 +248,12 @@ def whole() -> list[dict]:
         on_disk = sum(f.stat().st_size for f in (folder / "run").rglob("*") if f.is_file())
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-    for row in rows:
+    if LLAMA.value:
+        peer = llama(cfg, QUANTIZE.value, [1])
+        speed, peak = peer["tokens_per_second"]["1"], f"{peer['peak'] / 1e9:.2f}"
+        what = f"llama-cpp-python {peer['version']}"
+        rows.append({"what": what, "peak memory, GB": peak, "tokens/s": f"{speed:.2f}"})
+    for row in rows[:2]:
         row["on disk, GB"] = f"{on_disk / 1e9:.2f}"
     columns = dict.fromkeys(key for row in rows for key in row)
     return [{c: row.get(c, "") for c in columns} for row in rows]

@@ -49,20 +49,23 @@ def as64(a):
     return np.asarray(a.astype(jnp.float32), np.float64)
 
 
-def close(got, dtype, equation, a, b):
+def close(got, dtype, equation, a, b, kind=""):
     """`got` is the sum of products that einsum's equation says.
 
     In float32 n roundings of partial sums, of either sign, are at most sqrt(n) eps / 2 of the sum of the
     products' sizes; n is up to 2048, and partial sums are mostly smaller: 8 eps. (int4 sums values from 0 to 15
     and takes 8 off in the end.) In bfloat16 the result is rounded (2^-9 of it), and before it the matrix: an
     error of 2^-9 in every product, of either sign, adds up to that of the root of the sum of their squares;
-    five times that."""
+    five times that. Few rows that meet int4 are rounded to 2^-16 of the largest value of a block."""
     got = np.asarray(jnp.asarray(got).astype(jnp.float32), np.float64)
     want = np.einsum(equation, a, b)
     bound = np.einsum(equation, np.abs(a), np.abs(b)) * 8 * np.finfo(np.float32).eps
     if dtype == "bfloat16":
         squares = np.einsum(equation, a**2, b**2)
         bound = bound + (np.abs(want) + 5 * np.sqrt(squares)) * 2**-9
+    if kind == "int4":
+        squares = np.einsum(equation, np.full_like(a, np.max(a**2, initial=0)), b**2)
+        bound = bound + 5 * np.sqrt(squares) * 2**-16
     worst = np.max(np.abs(got - want) / (bound + 1e-30), initial=0)
     assert worst <= 1, worst
 
@@ -94,7 +97,7 @@ def test_products(compiled, shape, kind, dtype):  # noqa: F811
     first, second, back, outer = run(x, y, w)
     np.testing.assert_array_equal(first, second)
     assert first.dtype == back.dtype == dtype and outer.dtype == jnp.float32
-    close(first[:rows], dtype, "ri,rio->ro", x_R, w_R)
+    close(first[:rows], dtype, "ri,rio->ro", x_R, w_R, kind)
     close(back[:rows], dtype, "ro,rio->ri", 2 * y_R, w_R)
     mine_RE = np.eye(experts)[expert_R]
     close(outer, "float32", "rei,ro->eio", mine_RE[:, :, None] * x_R[:, None], y_R)
@@ -114,6 +117,18 @@ def test_what_is_past_the_groups_is_not_read(compiled):  # noqa: F811
 
 @pytest.mark.parametrize("rows", [2, 40])
 @pytest.mark.parametrize("kind", KINDS)
+def test_what_is_not_finite_is_seen(compiled, kind, rows):  # noqa: F811
+    """In its row, and in no other; and a row of very small values is one."""
+    w = matrices(kind, (1, 64, 48), np.random.default_rng(1))[0]
+    x = jnp.ones((rows, 64)).at[0, 3].set(jnp.nan).at[1, 40].set(jnp.inf)
+    y = cpu_kernels.dot(x, w)
+    assert not jnp.isfinite(y[:2]).any() and jnp.isfinite(y[2:]).all()
+    small = cpu_kernels.dot(jnp.full((rows, 64), 1e-38), w)
+    assert jnp.isfinite(small).all() and float(jnp.abs(small).max()) < 1e-35
+
+
+@pytest.mark.parametrize("rows", [2, 40])
+@pytest.mark.parametrize("kind", KINDS)
 def test_dot(compiled, kind, rows):  # noqa: F811
     """`weights.dot` takes it for rows in bfloat16 and for matrices in few bits. Its gradients are those of the
     product with the matrix written out; a matrix in few bits gets none."""
@@ -123,7 +138,7 @@ def test_dot(compiled, kind, rows):  # noqa: F811
     whole = as64(w)
     assert "moejax_grouped" in str(jax.make_jaxpr(dot)(x, w))
     got, pull = jax.vjp(jax.jit(lambda x: dot(x, w)), x)
-    close(got, dtype, "ti,io->to", as64(x), whole)
+    close(got, dtype, "ti,io->to", as64(x), whole, kind)
     close(pull(y)[0], dtype, "to,io->ti", as64(y), whole)
     if not is_quantized(w):
         (dw,) = jax.vjp(lambda w: dot(x, w), w)[1](y)

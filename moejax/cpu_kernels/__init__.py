@@ -9,8 +9,9 @@ XLA:CPU multiplies small groups slowly, widens bfloat16 before it multiplies it,
 few bits. These are for one device; everywhere else, and without a compiler, what they do is done in plain JAX,
 with the same result up to rounding. MOEJAX_CPU_KERNELS=off keeps to that.
 
-A matrix is an array (N, D, F), float32 or bfloat16, or a `weights.Quantized` one. Sums are in float32. Rows
-past the sum of the groups are never read, and their results are zero.
+A matrix is an array (N, D, F), float32 or bfloat16, or a `weights.Quantized` one. Sums are in float32;
+few rows may meet int4 rounded to 16 bits of the largest value of a block. Rows past the sum of the groups are
+never read, and their results are zero.
 """
 
 from typing import Any

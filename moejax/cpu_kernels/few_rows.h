@@ -3,19 +3,22 @@
 #pragma once
 
 #include <atomic>
+#include <cmath>
 #include "values.h"
 
 namespace {
 
+constexpr int kMostBlock = 64;  // inputs of a block of int4 whose products are made in integers
 constexpr int kAtOnce = 8;  // inputs that few rows take at once
 constexpr long kWideColumns = 4096;  // outputs that few rows take at once
 constexpr long kPartBytes = 1 << 18;  // of a matrix in one task of theirs, at least
 constexpr long kParts = 16;  // of a matrix, at most, unless it is wide
 
-// Asks for the part of a row that lies kAtOnce rows, or a block, further on.
+// Asks for the part of a row that lies kAtOnce rows, or a block, further on, into the second cache: the first one waits
+// for too few lines at a time to read memory at its speed.
 template <typename T>
 inline void fetch(const T* row, long ahead, int count) {
-  for (int i = 0; i < count; i += 64 / sizeof(T)) __builtin_prefetch(row + ahead + i);
+  for (int i = 0; i < count; i += 64 / sizeof(T)) __builtin_prefetch(row + ahead + i, 0, 2);
 }
 
 // sums (M, ..) += x times inputs k to k + kDeep, for kWide vectors of outputs from n on; int8 without its scale.
@@ -79,6 +82,71 @@ inline void add_block(const Matrices& w, long e, const float* x, long row, long 
   }
 }
 
+#if defined(__AVX512VNNI__) && defined(__AVX512BW__)
+// A block of each row in 16 bits: integers of which `scale` times is x, in pairs of inputs j and j + block / 2.
+template <int M>
+struct Block16 {
+  int32_t pairs[M][kMostBlock / 2];
+  float scale[M];
+  int32_t eights[M];  // 8 times the sum of the integers
+
+  Block16(const float* x, long row, long block) {
+    for (int m = 0; m < M; ++m, x += row) {
+      float most = 0, bad = 0;  // NaN if there is one, or an infinity
+      for (long j = 0; j < block; ++j) most = std::max(most, std::fabs(x[j])), bad += x[j] * 0;
+      scale[m] = most / 32767 + bad;
+      const float by = most > 1e-30f && bad == 0 ? 32767 / most : 0;  // what is smaller counts as zero
+      int32_t sum = 0;
+      for (long j = 0; j < block / 2; ++j) {
+        const int32_t a = by ? std::lrint(x[j] * by) : 0, b = by ? std::lrint(x[j + block / 2] * by) : 0;
+        pairs[m][j] = int32_t((uint32_t(a) & 0xffff) | uint32_t(b) << 16);
+        sum += a + b;
+      }
+      eights[m] = 8 * sum;
+    }
+  }
+};
+
+// `add_block` for 32 kWide outputs, in integers: two products in an instruction, and no value becomes a float.
+template <int M, int kWide>
+inline void add_block16(const Matrices& w, long e, const Block16<M>& x, long b, long n, float* sums, long next) {
+  const long half = w.block / 2;
+  __m512i left[M][kWide], right[M][kWide];
+  for (int m = 0; m < M; ++m) {
+    for (int i = 0; i < kWide; ++i) left[m][i] = right[m][i] = _mm512_setzero_si512();
+  }
+  const uint8_t* q = w.row<uint8_t>(e, b * half, n);
+  const __m512i fifteen = _mm512_set1_epi16(15);
+  for (long j = 0; j < half; ++j, q += w.outputs) {
+    fetch(q, half * w.outputs, 32 * kWide);
+    for (int i = 0; i < kWide; ++i) {
+      const __m512i two = _mm512_cvtepu8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(q + 32 * i)));
+      const __m512i low = _mm512_and_si512(two, fifteen), high = _mm512_srli_epi16(two, 4);
+      // Outputs 0 to 3 of each eight, and 4 to 7.
+      const __m512i first = _mm512_unpacklo_epi16(low, high), second = _mm512_unpackhi_epi16(low, high);
+      for (int m = 0; m < M; ++m) {
+        const __m512i pair = _mm512_set1_epi32(x.pairs[m][j]);
+        left[m][i] = _mm512_dpwssd_epi32(left[m][i], first, pair);
+        right[m][i] = _mm512_dpwssd_epi32(right[m][i], second, pair);
+      }
+    }
+  }
+  const __m512i front = _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
+  const __m512i back = _mm512_setr_epi32(8, 9, 10, 11, 24, 25, 26, 27, 12, 13, 14, 15, 28, 29, 30, 31);
+  for (int i = 0; i < kWide; ++i) {
+    const uint16_t* scale = w.scale_of_block(e, b, n + 32 * i);
+    for (int m = 0; m < M; ++m) {
+      const Ints eights = x.eights[m] - Ints{};
+      float* at = sums + m * next + 32 * i;
+      const Ints a = (Ints)_mm512_permutex2var_epi32(left[m][i], front, right[m][i]) - eights;
+      const Ints c = (Ints)_mm512_permutex2var_epi32(left[m][i], back, right[m][i]) - eights;
+      store(at, load<Floats>(at) + floats(a) * splat(x.scale[m]) * widen(load<Halves>(scale)));
+      store(at + kLanes, load<Floats>(at + kLanes) + floats(c) * splat(x.scale[m]) * widen(load<Halves>(scale + kLanes)));
+    }
+  }
+}
+#endif
+
 // Calls f(W, n) for outputs from n on, kWide vectors at a time and then one.
 template <int kWide, typename F>
 inline void for_vectors(long from, long to, const F& f) {
@@ -100,13 +168,23 @@ void stream_kind(const Matrices& w, long e, const float* x, long row, const Part
   long k = part.k;
   if constexpr (kind == Kind::kInt4) {
     for (; k < part.end; k += w.block) {
+      long n = from;
+#if defined(__AVX512VNNI__) && defined(__AVX512BW__)
+      if (w.block <= kMostBlock) {
+        const Block16<M> in16(x + k, row, w.block);
+        constexpr int kInts = M <= 4 ? 2 : 1;
+        for (; n + 32 * kInts <= to; n += 32 * kInts) {
+          add_block16<M, kInts>(w, e, in16, k / w.block, n, sums + n - from, next);
+        }
+      }
+#endif
       float eights[M];
       for (int m = 0; m < M; ++m) {
         float sum = 0;
         for (long j = 0; j < w.block; ++j) sum += x[m * row + k + j];
         eights[m] = 8 * sum;
       }
-      for_vectors<kWide>(from, to, [&](auto wide, long n) {
+      for_vectors<kWide>(n, to, [&](auto wide, long n) {
         add_block<M, wide()>(w, e, x, row, k / w.block, eights, n, sums + n - from, next);
       });
     }

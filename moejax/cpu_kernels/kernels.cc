@@ -5,7 +5,8 @@
 //   outer               w[e]  = sum_r x[at r]^T y[at r]
 //
 // One expert makes a plain product of it. A matrix is float32, bfloat16 (also as its bits), int8 with a scale per
-// output, or int4 with a scale per output and block of inputs (moejax/weights.py); sums are float32. An empty `at` means
+// output, or int4 with a scale per output and block of inputs (moejax/weights.py); sums are float32. Where the processor
+// has instructions for it, few rows meet int4 as integers of 16 bits with a scale per block of inputs. An empty `at` means
 // the row itself. Rows past the sum of the groups are zero.
 //
 // Every element is summed in the same order whatever the number of threads. A group of more than kFew rows is multiplied

@@ -112,7 +112,7 @@ struct Matrices {
     if (k >= inputs || kind == Kind::kInt4) return;  // int4 computes longer than it reads
     const long bytes = kind == Kind::kFloat ? 4 : kind == Kind::kHalf ? 2 : 1;
     const char* at = static_cast<const char*>(values) + ((e * inputs + k) * outputs + n) * bytes;
-    for (long i = 0; i < count * bytes; i += 64) __builtin_prefetch(at + i);
+    for (long i = 0; i < count * bytes; i += 64) __builtin_prefetch(at + i, 0, 2);
   }
 
   // Input `k`, outputs from n on.
