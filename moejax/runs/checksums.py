@@ -66,7 +66,7 @@ def _sum(a: jax.Array, start: jax.Array, shape: tuple, mixed: bool) -> jax.Array
     if words.shape[1:] == shape[1:]:  # without a hole
 
         def places(begin: int, n: int):
-            return jax.lax.iota(jnp.uint32, n) + jnp.uint32(begin)
+            return jax.lax.iota(jnp.uint32, n) + jnp.uint32(begin % 2**32)
     else:
         iota = functools.partial(jax.lax.broadcasted_iota, jnp.uint32, words.shape)
         every = sum((jnp.uint32(n) * iota(i) for i, n in enumerate(strides)), jnp.uint32(0))
