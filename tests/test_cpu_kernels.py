@@ -2,9 +2,11 @@
 
 import dataclasses
 import os
+import pathlib
 import stat
 import subprocess
 import sys
+import tomllib
 
 import chex
 import jax
@@ -183,6 +185,15 @@ def test_several_devices_do_without():
 
 # --------------------------------------------------------------------------------------------------
 # Compiling.
+
+
+def test_sources_are_part_of_the_package():
+    root = pathlib.Path(build.__file__).parents[2]
+    with open(root / "pyproject.toml", "rb") as f:
+        patterns = tomllib.load(f)["tool"]["setuptools"]["package-data"]["moejax"]
+    found = {p for pattern in patterns for p in (root / "moejax").glob(pattern)}
+    sources = {p for p in build._SOURCE.parent.iterdir() if p.suffix in (".cc", ".h")}
+    assert len(sources) == 4 and sources <= found
 
 
 @pytest.fixture
