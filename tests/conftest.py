@@ -23,6 +23,8 @@ os.environ["XLA_FLAGS"] = (
 os.environ["MOEJAX_CACHE"] = (
     "off"  # commands in processes of their own leave the user's cache alone
 )
+# Nor do they compile kernels, each for itself; tests of these ask for them (compiled.py).
+os.environ["MOEJAX_CPU_KERNELS"] = "off"
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 import jax
