@@ -30,7 +30,7 @@ def load() -> bool:
     False without a compiler, and where MOEJAX_CPU_KERNELS is 'off'. A compiler that fails is warned about. The
     library lies in the user's cache (`user_cache`), or where there is none is made for this process alone.
     """
-    if os.environ.get(SWITCH, "").lower() in ("off", "0", "false"):
+    if user_cache.switched_off(SWITCH):
         return False
     compiler = _compiler()
     if compiler is None:

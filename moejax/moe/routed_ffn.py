@@ -64,13 +64,14 @@ def _by_platform(params, stack, x_TD, weights_TK, routes, act):
     pass (the inputs of the activation) and nothing is kept for the side that does not run. Without a
     gradient, a few rows (decoding) take a path of their own on CPU.
     """
-    if routes.route_R.size > few_rows_ffn.ROWS_PER_EXPERT * routes.group_sizes_E.shape[0]:
+    many = routes.route_R.size > few_rows_ffn.ROWS_PER_EXPERT * routes.group_sizes_E.shape[0]
+    if many or cpu_kernels.serve(
+        x_TD, params
+    ):  # compiled products read few rows' matrices once, too
         return _by_platform_forward(params, stack, x_TD, weights_TK, routes, act)[0]
 
     def few(params, stack, x_TD, weights_TK, routes):
         rows = _rows(params, stack, x_TD, weights_TK, routes)
-        if cpu_kernels.serve(x_TD, params):
-            return to_tokens(compiled_ffn.forward(*rows, act)[0], routes)
         return few_rows_ffn.forward(*rows, act)
 
     def grouped(*args):
